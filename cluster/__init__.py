@@ -1,0 +1,1 @@
+"""What crosses processes and what outlives them: messages, gRPC streams, Redis."""

@@ -1,0 +1,1 @@
+"""Ray Serve: builds and runs the application."""

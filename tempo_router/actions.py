@@ -1,0 +1,78 @@
+"""What to do about it. The only output of RouterCore; the shell carries actions out in order."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tempo_router.request import DispatchId, ReplicaId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """The request waits, or runs. Answers every Arrived that is not rejected, before any Dispatch of it.
+
+    expected_wait_s: time until its first token, predicted. success_probability: chance to meet its SLO, 0 to 1.
+    """
+
+    request_id: RequestId
+    attempt: int
+    expected_wait_s: float
+    success_probability: float
+
+
+RejectReason = Literal["queue_full", "deadline_impossible", "too_large", "draining"]
+"""queue_full: the bound on waiting requests or tokens is reached. deadline_impossible: not even an idle replica
+could meet it. too_large: no replica's KV cache could ever hold it. draining: the application is stopping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The request is not taken; the client may try again after retry_after_s (None: retrying cannot help)."""
+
+    request_id: RequestId
+    attempt: int
+    reason: RejectReason
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Run this request on this replica. priority: the engine's order among queued calls, lower is sooner."""
+
+    dispatch_id: DispatchId
+    request_id: RequestId
+    attempt: int
+    replica_id: ReplicaId
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop this call on its replica; its tokens are no longer wanted."""
+
+    dispatch_id: DispatchId
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class Relegate:
+    """The request can no longer meet its SLO; it goes on as best effort."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """The request can no longer meet its SLO and the operator chose to refuse such work; it left the queue."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """The attempt was lost with its replica; its owner must submit the request again, with a higher attempt."""
+
+    request_id: RequestId
+    attempt: int
+
+
+Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict

@@ -1,0 +1,227 @@
+"""All that can be set: one frozen tree, built once from `args` of serve_config.yaml.
+
+Unknown keys are refused and the nearest valid one is proposed: Ray Serve itself would ignore them.
+Units end the names. A description says whether a default was measured or guessed.
+"""
+
+import difflib
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tempo_router.request import BestEffort, Deadline, Latency, SloClass
+
+
+class StrictModel(BaseModel):
+    """A frozen section of the configuration that names misspelt keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _propose_nearest_key(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_key_message(str(key), cls.model_fields))
+        return values
+
+
+def unknown_key_message(key: str, valid: Any) -> str:
+    """Say that a key is unknown, and which valid one it probably meant."""
+    names = [str(name) for name in valid]
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if nearest:
+        return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
+    return f"unknown key {key!r}; valid keys are {', '.join(sorted(names))}"
+
+
+class TierConfig(StrictModel):
+    """A named set of targets that a client chooses with `service_tier` or `slo.tier`."""
+
+    slo_class: SloClass = Field(alias="class", description="latency, deadline or best_effort")
+    ttft_ms: float | None = Field(None, gt=0, description="time to first token, class latency")
+    tbt_ms: float | None = Field(None, gt=0, description="time between tokens, class latency")
+    ttlt_ms: float | None = Field(None, gt=0, description="time to last token, class deadline")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _propose_nearest_key(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            valid = ("class", "ttft_ms", "tbt_ms", "ttlt_ms")
+            for key in values:
+                if key not in valid and key != "slo_class":
+                    raise ValueError(unknown_key_message(str(key), valid))
+        return values
+
+    @model_validator(mode="after")
+    def _targets_fit_the_class(self) -> Self:
+        wanted = {
+            "latency": ("ttft_ms", "tbt_ms"),
+            "deadline": ("ttlt_ms",),
+            "best_effort": (),
+            "program": None,
+        }[self.slo_class]
+        if wanted is None:
+            raise ValueError("class 'program' cannot be a tier: its deadline belongs to one program")
+        for name in ("ttft_ms", "tbt_ms", "ttlt_ms"):
+            value = getattr(self, name)
+            if name in wanted and value is None:
+                raise ValueError(f"a tier of class {self.slo_class!r} needs {name}")
+            if name not in wanted and value is not None:
+                raise ValueError(f"{name}={value} has no meaning for a tier of class {self.slo_class!r}")
+        return self
+
+    def slo(self) -> Latency | Deadline | BestEffort:
+        """The tier's targets in seconds."""
+        if self.ttft_ms is not None and self.tbt_ms is not None:
+            return Latency(ttft_s=self.ttft_ms / 1000, tbt_s=self.tbt_ms / 1000)
+        if self.ttlt_ms is not None:
+            return Deadline(ttlt_s=self.ttlt_ms / 1000)
+        return BestEffort()
+
+
+DEFAULT_TIERS: dict[str, TierConfig] = {
+    "chat": TierConfig(slo_class="latency", ttft_ms=2000, tbt_ms=100),
+    "interactive": TierConfig(slo_class="latency", ttft_ms=500, tbt_ms=50),
+    "tool": TierConfig(slo_class="deadline", ttlt_ms=20_000),
+    "background": TierConfig(slo_class="best_effort"),
+}
+DEFAULT_TIER = "chat"
+# OpenAI's own values of `service_tier`, so that its clients work unchanged.
+OPENAI_TIERS = {"auto": DEFAULT_TIER, "default": DEFAULT_TIER, "priority": "interactive", "flex": "background"}
+
+
+class SchedulingConfig(StrictModel):
+    """Who goes first, who is refused, and how much of the queue the router keeps to itself."""
+
+    policy: Literal["fcfs", "edf", "class_priority", "density"] = Field(
+        "density", description="order of the queue; density is Tempo's own"
+    )
+    hopeless: Literal["relegate", "refuse"] = Field(
+        "relegate",
+        description="what becomes of work that can no longer meet its SLO: go on as best effort, or end with an error",
+    )
+    request_weight: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="objective: 0 counts good tokens, 1 counts requests; between them a mix (measured in simulation)",
+    )
+    max_waiting_requests: int = Field(10_000, gt=0, description="beyond it requests get 429 (guessed)")
+    max_waiting_tokens: int = Field(
+        20_000_000, gt=0, description="prompt tokens of all waiting requests; beyond it requests get 429 (guessed)"
+    )
+    starvation_s: float = Field(
+        120.0, gt=0, description="seconds after which waiting work of any class gets a trickle of slots (guessed)"
+    )
+    replica_queue_depth: int = Field(
+        2, ge=0, description="calls sent to a replica beyond its free slots, to hide the round trip (guessed)"
+    )
+    settle_s: float = Field(
+        0.5, ge=0, description="seconds after a router's start in which it only listens, so that replicas can attach"
+    )
+    tick_s: float = Field(0.05, gt=0, description="seconds between looks at the clock when nothing else happens")
+
+
+class EngineConfig(StrictModel):
+    """The engine inside a worker."""
+
+    kind: Literal["vllm", "simulated"] = Field("vllm", description="simulated: no weights, step times from a profile")
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM's engine arguments, as in `vllm serve`, with underscores"
+    )
+    frontend_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM's API server arguments (chat_template, tool_call_parser, ...), with underscores",
+    )
+    profile: str = Field("toy-cpu", description="simulated engine: name of the step-time profile")
+    profile_path: str | None = Field(None, description="simulated engine: a file with more profiles")
+    time_scale: float = Field(1.0, gt=0, description="simulated engine: step times are multiplied by it")
+    seed: int = Field(0, description="simulated engine: seed of answers and their lengths")
+
+
+class WorkersConfig(StrictModel):
+    """How many engines, and what each may use."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one worker")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one worker; null: 1 for vLLM's CUDA build, else 0"
+    )
+    drain_timeout_s: float = Field(
+        60.0, ge=0, description="longest wait for running answers when a worker is stopped (guessed)"
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables of the worker processes")
+
+
+class IngressConfig(StrictModel):
+    """The processes that talk to clients."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
+    max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")
+    max_open_requests: int = Field(20_000, gt=0, description="HTTP requests that one ingress holds open at once")
+    router_wait_s: float = Field(
+        30.0, gt=0, description="longest wait for a router before a new request gets 503 (guessed)"
+    )
+    drain_timeout_s: float = Field(60.0, ge=0, description="longest wait for open streams at the stop (guessed)")
+
+
+class TransportConfig(StrictModel):
+    """The gRPC streams between router, ingress and workers."""
+
+    max_message_bytes: int = Field(64 * 1024 * 1024, gt=0, description="limit of one gRPC message, both ways")
+    inline_payload_bytes: int = Field(
+        64 * 1024,
+        ge=0,
+        description="requests up to this size travel through the router; the worker fetches larger ones from the ingress",
+    )
+    keepalive_s: float = Field(10.0, gt=0, description="seconds between keepalive pings on an idle stream")
+    keepalive_timeout_s: float = Field(5.0, gt=0, description="seconds without an answer after which a stream is dead")
+    outbox_bytes: int = Field(
+        64 * 1024 * 1024, gt=0, description="frames that a worker holds for one slow ingress before it drops the link"
+    )
+    attach_timeout_s: float = Field(
+        5.0, gt=0, description="how long a worker holds frames for an ingress that has no token stream"
+    )
+    lease_s: float = Field(10.0, gt=0, description="life of the router's ownership lease in Redis")
+    snapshot_s: float = Field(5.0, gt=0, description="seconds between writes of the learnt lengths to Redis")
+
+
+class TempoConfig(StrictModel):
+    """The whole application."""
+
+    name: str = Field(
+        "tempo",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$",
+        description="name of the application: Serve app, router actor, prefix of every Redis key",
+    )
+    model: str = Field("tempo-tiny", min_length=1, description="path or hub id; tempo-tiny is built on first use")
+    served_model_name: str | None = Field(None, description="name that clients use; null: the value of `model`")
+    data_dir: str = Field(".tempo", description="folder for the default model and the embedded Redis")
+    redis_url: str | None = Field(
+        None, description="null: TEMPO_REDIS_URL if it is set, else an embedded server in data_dir"
+    )
+    tiers: dict[str, TierConfig] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
+    default_tier: str = Field(DEFAULT_TIER, description="tier of requests that name none")
+    scheduling: SchedulingConfig = SchedulingConfig()
+    engine: EngineConfig = EngineConfig()
+    workers: WorkersConfig = WorkersConfig()
+    ingress: IngressConfig = IngressConfig()
+    transport: TransportConfig = TransportConfig()
+
+    @model_validator(mode="after")
+    def _default_tier_exists(self) -> Self:
+        if self.default_tier not in self.tiers:
+            raise ValueError(
+                f"default_tier {self.default_tier!r} is not a tier; tiers are {', '.join(sorted(self.tiers))}"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.served_model_name or self.model

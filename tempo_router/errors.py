@@ -1,0 +1,63 @@
+"""Everything that can go wrong, in one tree.
+
+TempoError
+├── ConfigError               the configuration cannot be used
+├── InvalidSloError           a client's SLO makes no sense (field and value named)
+├── InvalidEventError         the shell told the core something impossible
+├── StoreUnavailableError     Redis cannot be reached
+├── LeaseLostError            another router owns the application now
+├── RouterUnavailableError    no router answered in time
+├── EngineStartError          an engine could not start (the reason is in the message)
+├── EngineVersionError        the installed engine is not one that we have tested
+└── ModelError                the model cannot be built or loaded
+
+Refusing a request is not an error: it is a Reject action.
+"""
+
+
+class TempoError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+
+class ConfigError(TempoError):
+    """The configuration cannot be used."""
+
+
+class InvalidSloError(TempoError):
+    """A client's SLO makes no sense.
+
+    field: the body field or header as the client wrote it. value: what it held, as text.
+    """
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}")
+        self.field = field
+        self.value = value
+
+
+class InvalidEventError(TempoError):
+    """The shell told the core something that cannot have happened."""
+
+
+class StoreUnavailableError(TempoError):
+    """Redis cannot be reached."""
+
+
+class LeaseLostError(TempoError):
+    """Another router owns the application now."""
+
+
+class RouterUnavailableError(TempoError):
+    """No router answered in time."""
+
+
+class EngineStartError(TempoError):
+    """An engine could not start."""
+
+
+class EngineVersionError(TempoError):
+    """The installed engine is not one that we have tested."""
+
+
+class ModelError(TempoError):
+    """The model cannot be built or loaded."""
