@@ -201,12 +201,17 @@ class IngressHello(_message.Message):
     INGRESS_ID_FIELD_NUMBER: _builtins.int
     SEEN_EPOCH_FIELD_NUMBER: _builtins.int
     STREAMING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     ingress_id: _builtins.str
     seen_epoch: _builtins.int
     """highest epoch this ingress has met; an older router must step down"""
     @_builtins.property
     def streaming(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestHeader]:
-        """requests that already produced tokens; `generated_tokens` says how many"""
+        """open requests that already produced tokens"""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """open requests without a token; each is submitted again right after this"""
 
     def __init__(
         self,
@@ -214,10 +219,11 @@ class IngressHello(_message.Message):
         ingress_id: _builtins.str = ...,
         seen_epoch: _builtins.int = ...,
         streaming: _abc.Iterable[Global___RequestHeader] | None = ...,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ingress_id", b"ingress_id", "seen_epoch", b"seen_epoch", "streaming", b"streaming"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ingress_id", b"ingress_id", "seen_epoch", b"seen_epoch", "streaming", b"streaming", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,83 @@
+"""Between the core's types and the wire's messages.
+
+An arrival time leaves a process as an age and becomes a time again on the receiver's own monotonic clock, so
+a request grows older by the transfer time that nobody counted (well under a millisecond on a local network).
+"""
+
+from typing import assert_never
+
+from cluster import wire_pb2 as wire
+from tempo_router.events import ReplicaCapacity
+from tempo_router.request import BestEffort, Deadline, GroupId, Latency, ProgramCall, ProgramId, RequestId, RequestSpec, Slo
+
+
+def header_from_spec(spec: RequestSpec, now_s: float) -> wire.RequestHeader:
+    """Describe a request for another process. now_s: the clock of spec.arrival_s."""
+    header = wire.RequestHeader(
+        request_id=spec.request_id,
+        attempt=spec.attempt,
+        group_id=spec.group_id,
+        group_size=spec.group_size,
+        model=spec.model,
+        app=spec.app,
+        tenant=spec.tenant,
+        tier=spec.tier,
+        age_s=max(0.0, now_s - spec.arrival_s),
+        prompt_tokens=spec.prompt_tokens,
+        max_output_tokens=spec.max_output_tokens,
+        generated_tokens=spec.generated_tokens,
+    )
+    match spec.slo:
+        case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+            header.latency.ttft_s = ttft_s
+            header.latency.tbt_s = tbt_s
+        case Deadline(ttlt_s=ttlt_s):
+            header.deadline.ttlt_s = ttlt_s
+        case ProgramCall(program_id=program_id, ttlt_s=ttlt_s):
+            header.program.program_id = program_id
+            header.program.ttlt_s = ttlt_s
+        case BestEffort():
+            header.best_effort.SetInParent()
+        case _:
+            assert_never(spec.slo)
+    return header
+
+
+def spec_from_header(header: wire.RequestHeader, now_s: float) -> RequestSpec:
+    """The request as the core knows it, its arrival on the clock of now_s. Raises ValueError without an SLO."""
+    return RequestSpec(
+        request_id=RequestId(header.request_id),
+        arrival_s=now_s - header.age_s,
+        slo=_slo_from_header(header),
+        prompt_tokens=header.prompt_tokens,
+        max_output_tokens=header.max_output_tokens,
+        group_id=GroupId(header.group_id),
+        group_size=header.group_size,
+        model=header.model,
+        app=header.app,
+        tenant=header.tenant,
+        tier=header.tier,
+        attempt=header.attempt,
+        generated_tokens=header.generated_tokens,
+    )
+
+
+def _slo_from_header(header: wire.RequestHeader) -> Slo:
+    match header.WhichOneof("slo"):
+        case "latency":
+            return Latency(header.latency.ttft_s, header.latency.tbt_s)
+        case "deadline":
+            return Deadline(header.deadline.ttlt_s)
+        case "program":
+            return ProgramCall(ProgramId(header.program.program_id), header.program.ttlt_s)
+        case "best_effort":
+            return BestEffort()
+        case _:
+            raise ValueError(f"request {header.request_id!r} came without an SLO; sender and receiver differ in version")
+
+
+def capacity_from_facts(facts: wire.EngineFacts) -> ReplicaCapacity:
+    """What the core needs to know of an engine."""
+    return ReplicaCapacity(
+        max_running=facts.max_running, max_step_tokens=facts.max_step_tokens, kv_tokens=facts.kv_tokens
+    )

@@ -1,0 +1,68 @@
+"""Messages on their way into one gRPC stream: bounded, and merged while the stream is busy.
+
+gRPC's write waits for flow control. What is put meanwhile either joins the last waiting message, so that a busy
+stream carries fewer, larger messages and an idle one adds no delay, or queues behind it.
+"""
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+M = TypeVar("M", bound=Message)
+
+
+class OutboxFullError(Exception):
+    """The reader is so slow that the bound was reached; the stream must be given up."""
+
+
+class Outbox(Generic[M]):
+    """One writer takes, any number of callers in the same event loop put.
+
+    limit_bytes bounds what waits, counted by encoded size. Without a limit nothing is counted: use that only where
+    the amount is bounded otherwise (control messages, bounded by the open requests).
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._waiting: deque[M] = deque()
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
+        self._limit_bytes = limit_bytes
+        self._has_some = asyncio.Event()
+
+    def put(self, message: M) -> None:
+        """Queue a message by itself. Raises OutboxFullError at the bound."""
+        if self._limit_bytes is not None:
+            size = message.ByteSize()
+            if self._bytes + size > self._limit_bytes:
+                raise OutboxFullError(f"{self._bytes} bytes wait and {size} more would pass {self._limit_bytes}")
+            self._sizes.append(size)
+            self._bytes += size
+        self._waiting.append(message)
+        self._has_some.set()
+
+    def merge(self, message: M) -> None:
+        """Join the message with the last waiting one, or queue it. For messages made of repeated fields only."""
+        if self._waiting and self._limit_bytes is None:
+            self._waiting[-1].MergeFrom(message)
+        else:
+            self.put(message)
+
+    async def take(self) -> M:
+        """The oldest message; waits for one."""
+        while not self._waiting:
+            self._has_some.clear()
+            await self._has_some.wait()
+        if self._limit_bytes is not None:
+            self._bytes -= self._sizes.popleft()
+        return self._waiting.popleft()
+
+    def clear(self) -> None:
+        """Forget all that waits: the stream they were meant for is gone."""
+        self._waiting.clear()
+        self._sizes.clear()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
