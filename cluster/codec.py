@@ -8,7 +8,17 @@ from typing import assert_never
 
 from cluster import wire_pb2 as wire
 from tempo_router.events import ReplicaCapacity
-from tempo_router.request import BestEffort, Deadline, GroupId, Latency, ProgramCall, ProgramId, RequestId, RequestSpec, Slo
+from tempo_router.request import (
+    BestEffort,
+    Deadline,
+    GroupId,
+    Latency,
+    ProgramCall,
+    ProgramId,
+    RequestId,
+    RequestSpec,
+    Slo,
+)
 
 
 def header_from_spec(spec: RequestSpec, now_s: float) -> wire.RequestHeader:
@@ -73,7 +83,9 @@ def _slo_from_header(header: wire.RequestHeader) -> Slo:
         case "best_effort":
             return BestEffort()
         case _:
-            raise ValueError(f"request {header.request_id!r} came without an SLO; sender and receiver differ in version")
+            raise ValueError(
+                f"request {header.request_id!r} came without an SLO; sender and receiver differ in version"
+            )
 
 
 def capacity_from_facts(facts: wire.EngineFacts) -> ReplicaCapacity:

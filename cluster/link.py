@@ -55,7 +55,11 @@ class LinkEnds(Protocol[SendT, RecvT]):
         ...
 
     def opened(self, answer: RecvT) -> None:
-        """The peer's first message arrived. Raises RefusedError to give the stream up."""
+        """Judge the peer's first message. Raises RefusedError to give the stream up."""
+        ...
+
+    def ready(self) -> None:
+        """The stream was accepted and the outbox is live."""
         ...
 
     def received(self, message: RecvT) -> None:
@@ -126,6 +130,7 @@ class Link(Generic[SendT, RecvT]):
             self._ends.opened(first)
             self.is_open = True
             log.info("link_up", link=self.name)
+            self._ends.ready()
             break
         async for message in messages:
             self._ends.received(message)

@@ -1,0 +1,540 @@
+"""The router's shell: RouterCore behind gRPC.
+
+Messages become events, stamped with this process's clock; actions become messages. What the shell remembers beside the
+core is only what the core has no use for: who owns a request, which stream leads to whom, and payloads on their way to
+a worker. All of it comes back from the peers' hellos when the router is new.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import grpc
+import grpc.aio
+import structlog
+
+from cluster import wire_pb2 as wire
+from cluster import wire_pb2_grpc
+from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header
+from cluster.link import channel_options
+from cluster.outbox import Outbox
+from cluster.redis_store import RedisStore
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate
+from tempo_router.config import TempoConfig
+from tempo_router.errors import LeaseLostError, StoreUnavailableError
+from tempo_router.events import (
+    Arrived,
+    CallFinished,
+    Cancelled,
+    DrainStarted,
+    Event,
+    Progressed,
+    ReplicaAttached,
+    ReplicaDraining,
+    ReplicaLoad,
+    ReplicaLost,
+    RunningCall,
+    Settled,
+    StepReport,
+    Ticked,
+)
+from tempo_router.prediction import LengthHistograms
+from tempo_router.request import DispatchId, ReplicaId, RequestId
+from tempo_router.router import RouterCore
+
+log = structlog.get_logger()
+
+LENGTHS_SNAPSHOT = "lengths"
+INGRESS_GRACE_S = 5.0
+"""How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
+token streams break too, and the workers abort. This covers a broken control stream alone."""
+
+
+@dataclass(slots=True)
+class IngressSession:
+    """One ingress. `outbox` belongs to its current stream; gone: the timer that runs while there is none."""
+
+    ingress_id: str
+    outbox: Outbox[wire.RouterToIngress] = field(default_factory=Outbox)
+    is_connected: bool = False
+    gone: asyncio.TimerHandle | None = None
+    streaming: list[wire.RequestHeader] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class WorkerSession:
+    """One attached worker."""
+
+    worker_id: ReplicaId
+    address: str
+    facts: wire.EngineFacts
+    outbox: Outbox[wire.RouterToWorker] = field(default_factory=Outbox)
+
+
+class RouterServer:
+    """Serves the control streams of one application under one epoch. host: the address that peers can reach."""
+
+    def __init__(self, config: TempoConfig, store: RedisStore, *, owner: str, host: str) -> None:
+        self.epoch = 0
+        self.address = ""
+        self._config = config
+        self._store = store
+        self._owner = owner
+        self._host = host
+        self._core = RouterCore(config.scheduling)
+        self._ingresses: dict[str, IngressSession] = {}
+        self._workers: dict[ReplicaId, WorkerSession] = {}
+        self._owners: dict[RequestId, str] = {}
+        self._payloads: dict[RequestId, wire.Payload] = {}
+        self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
+        self._is_settled = False
+        self._empty = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server = grpc.aio.server(options=channel_options(config.transport))
+
+    # ---- life ----
+
+    async def start(self) -> str:
+        """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
+        self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
+        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
+        wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        await self._server.start()
+        self.address = f"{self._host}:{port}"
+        for loop in (self._settle, self._tick, self._keep_lease, self._keep_lengths):
+            self._tasks.append(asyncio.create_task(loop(), name=loop.__name__))
+        log.info("router_started", address=self.address, epoch=self.epoch)
+        return self.address
+
+    async def stop(self) -> None:
+        """Close the streams, write what was learnt, give the lease back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.stop(grace=0.2)
+        try:
+            await self._save_lengths()
+            await self._store.release_lease(self._owner, self.epoch)
+        except (StoreUnavailableError, LeaseLostError) as error:
+            log.warning("last_snapshot_not_written", problem=str(error))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait until all open ones have ended. Returns whether they have, in time."""
+        self.handle(DrainStarted(time.monotonic()))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._owners:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            log.warning("drain_timed_out", open_requests=len(self._owners), timeout_s=timeout_s)
+            return False
+        return True
+
+    def failure(self) -> BaseException | None:
+        """Why a background task ended, or None while all run."""
+        for task in self._tasks:
+            if task.done() and task is not self._tasks[0] and not task.cancelled():
+                return task.exception() or RuntimeError(f"the router's {task.get_name()} ended")
+        return None
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether any ingress or worker is connected."""
+        return bool(self._workers) or any(session.is_connected for session in self._ingresses.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counts for logs, status pages and tests."""
+        return {
+            "epoch": self.epoch,
+            "open_requests": len(self._owners),
+            "payloads": len(self._payloads),
+            "dispatched": len(self._dispatched),
+            "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
+            "workers": list(self._workers),
+            "core": self._core.snapshot(),
+        }
+
+    # ---- the core ----
+
+    def handle(self, event: Event) -> None:
+        """Give the core one event and carry out what it decides."""
+        for action in self._core.handle(event):
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Admit():
+                self._tell_verdict(action)
+            case Reject():
+                self._tell_verdict(action)
+                self._forget(action.request_id)
+            case Dispatch():
+                self._dispatch(action)
+            case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
+                worker = self._workers.get(replica_id)
+                if worker is not None:
+                    worker.outbox.merge(wire.RouterToWorker(aborts=[dispatch_id]))
+            case Relegate(request_id=request_id):
+                self._tell(request_id, wire.RouterToIngress(relegated=[request_id]))
+            case Expire(request_id=request_id):
+                self._tell(request_id, wire.RouterToIngress(expired=[request_id]))
+                self._forget(request_id)
+            case Evict(request_id=request_id, attempt=attempt):
+                eviction = wire.Eviction(request_id=request_id, attempt=attempt)
+                self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
+                self._forget(request_id)
+            case _:
+                assert_never(action)
+
+    def _tell_verdict(self, action: Admit | Reject) -> None:
+        verdict = wire.Verdict(request_id=action.request_id, attempt=action.attempt)
+        if isinstance(action, Admit):
+            verdict.is_admitted = True
+            verdict.expected_wait_s = action.expected_wait_s
+            verdict.success_probability = action.success_probability
+        else:
+            verdict.reject_reason = action.reason
+            if action.retry_after_s is not None:
+                verdict.retry_after_s = action.retry_after_s
+        self._tell(action.request_id, wire.RouterToIngress(verdicts=[verdict]))
+
+    def _tell(self, request_id: RequestId, message: wire.RouterToIngress) -> None:
+        """Send to the owner. One that is away learns from the comparison of its next hello with what we know."""
+        session = self._ingresses.get(self._owners.get(request_id, ""))
+        if session is not None and session.is_connected:
+            session.outbox.merge(message)
+
+    def _dispatch(self, action: Dispatch) -> None:
+        worker = self._workers[action.replica_id]
+        spec = self._core.spec_of(action.request_id)
+        if spec is None:
+            raise RuntimeError(f"the core dispatched {action.request_id!r}, which it does not know")
+        message = wire.Dispatch(
+            dispatch_id=action.dispatch_id,
+            header=header_from_spec(spec, time.monotonic()),
+            ingress_id=self._owners[action.request_id],
+            priority=action.priority,
+        )
+        payload = self._payloads.pop(action.request_id, None)
+        if payload is not None:
+            message.payload.CopyFrom(payload)
+        self._dispatched[action.dispatch_id] = (action.request_id, action.replica_id)
+        worker.outbox.merge(wire.RouterToWorker(dispatches=[message]))
+
+    def _forget(self, request_id: RequestId) -> None:
+        self._owners.pop(request_id, None)
+        self._payloads.pop(request_id, None)
+        if not self._owners:
+            self._empty.set()
+
+    def _forget_if_gone(self, request_id: RequestId) -> None:
+        if self._core.spec_of(request_id) is None:
+            self._forget(request_id)
+
+    # ---- background ----
+
+    async def _settle(self) -> None:
+        """Only listen at first: or the first worker to attach would get everything that waits."""
+        await asyncio.sleep(self._config.scheduling.settle_s)
+        self._is_settled = True
+        self.handle(Settled(time.monotonic()))
+        for session in self._ingresses.values():
+            self._evict_unknown(session)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.scheduling.tick_s)
+            self.handle(Ticked(time.monotonic()))
+
+    async def _keep_lease(self) -> None:
+        """Renew the lease. Redis being away stops nothing: only a newer router does."""
+        is_away = False
+        while True:
+            await asyncio.sleep(self._config.transport.lease_s / 3)
+            try:
+                await self._store.renew_lease(self._owner, self.epoch, self._config.transport.lease_s)
+                if is_away:
+                    log.warning("redis_back", epoch=self.epoch)
+                is_away = False
+            except StoreUnavailableError as error:
+                if not is_away:
+                    log.warning("redis_away", problem=str(error), effect="serving goes on; nothing learnt is stored")
+                is_away = True
+
+    async def _keep_lengths(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.transport.snapshot_s)
+            try:
+                await self._save_lengths()
+            except StoreUnavailableError:
+                log.debug("snapshot_postponed")
+
+    async def _save_lengths(self) -> None:
+        snapshot = json.dumps(self._core.lengths.snapshot()).encode()
+        await self._store.save_snapshot(LENGTHS_SNAPSHOT, snapshot, self.epoch)
+
+    async def _restore_lengths(self) -> LengthHistograms:
+        lengths = LengthHistograms()
+        saved = await self._store.load_snapshot(LENGTHS_SNAPSHOT)
+        if saved is not None:
+            try:
+                lengths.restore(json.loads(saved))
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
+                return LengthHistograms()
+        return lengths
+
+    # ---- ingresses ----
+
+    async def serve_ingress(self, requests: AsyncIterator[wire.IngressToRouter], context: Any) -> None:
+        """One ingress's control stream, from hello to the end."""
+        hello = await _first(requests, "hello", context)
+        await self._check_epoch(hello.hello.seen_epoch, context)
+        session = self._attach_ingress(hello.hello)
+        outbox = session.outbox
+        try:
+            await _serve(context, outbox, requests, lambda message: self._ingress_said(session, message))
+        finally:
+            if session.outbox is outbox:
+                self._ingress_away(session)
+
+    def _attach_ingress(self, hello: wire.IngressHello) -> IngressSession:
+        session = self._ingresses.setdefault(hello.ingress_id, IngressSession(hello.ingress_id))
+        if session.gone is not None:
+            session.gone.cancel()
+            session.gone = None
+        session.outbox = Outbox()
+        session.is_connected = True
+        session.streaming = list(hello.streaming)
+        session.outbox.put(wire.RouterToIngress(hello=wire.RouterHello(epoch=self.epoch)))
+        session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
+        self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
+        for header in hello.streaming:
+            self._owners[RequestId(header.request_id)] = session.ingress_id
+        if self._is_settled:
+            self._evict_unknown(session)
+        return session
+
+    def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
+        """What the ingress no longer has, it cancelled or finished while its stream was down."""
+        owned = [request_id for request_id, owner in self._owners.items() if owner == session.ingress_id]
+        for request_id in owned:
+            if request_id not in listed:
+                self._cancel(request_id)
+
+    def _evict_unknown(self, session: IngressSession) -> None:
+        """Streams that no attached worker runs are lost: their ingress must submit them again."""
+        for header in session.streaming:
+            request_id = RequestId(header.request_id)
+            if not self._core.knows(request_id, header.attempt):
+                eviction = wire.Eviction(request_id=request_id, attempt=header.attempt)
+                session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
+                self._forget_if_gone(request_id)
+        session.streaming = []
+
+    def _ingress_said(self, session: IngressSession, message: wire.IngressToRouter) -> None:
+        now_s = time.monotonic()
+        for submit in message.submits:
+            self._submit(session, submit, now_s)
+        for cancel in message.cancels:
+            self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
+        for worker_id in message.unreachable_workers:
+            self._unreachable(session, ReplicaId(worker_id))
+
+    def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
+        spec = spec_from_header(submit.header, now_s)
+        self._owners[spec.request_id] = session.ingress_id
+        if submit.HasField("payload"):
+            self._payloads[spec.request_id] = submit.payload
+        self.handle(Arrived(now_s, spec))
+        if self._core.is_running(spec.request_id):
+            self._payloads.pop(spec.request_id, None)
+
+    def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
+        self.handle(Cancelled(time.monotonic(), request_id, is_complete))
+        self._forget(request_id)
+
+    def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
+        """This ingress lost its tokens from that worker: what it had there goes on elsewhere, at once."""
+        lost = [
+            CallFinished(dispatch_id, "lost", 0)
+            for dispatch_id, (request_id, where) in self._dispatched.items()
+            if where == worker_id and self._owners.get(request_id) == session.ingress_id
+        ]
+        load = self._core.load_of(worker_id)
+        if lost and load is not None:
+            self._progressed(Progressed(time.monotonic(), worker_id, load, finished=tuple(lost)))
+
+    def _ingress_away(self, session: IngressSession) -> None:
+        session.is_connected = False
+        loop = asyncio.get_running_loop()
+        session.gone = loop.call_later(INGRESS_GRACE_S, self._ingress_gone, session)
+
+    def _ingress_gone(self, session: IngressSession) -> None:
+        log.info("ingress_gone", ingress_id=session.ingress_id)
+        self._cancel_unlisted(session, set())
+        del self._ingresses[session.ingress_id]
+
+    def _worker_set(self) -> wire.WorkerSet:
+        return wire.WorkerSet(
+            workers=[
+                wire.WorkerAddress(worker_id=worker.worker_id, address=worker.address, facts=worker.facts)
+                for worker in self._workers.values()
+            ]
+        )
+
+    def _announce_workers(self) -> None:
+        workers = self._worker_set()
+        for session in self._ingresses.values():
+            if session.is_connected:
+                session.outbox.put(wire.RouterToIngress(workers=workers))
+
+    # ---- workers ----
+
+    async def serve_worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:
+        """One worker's control stream, from hello to the end."""
+        first = await _first(requests, "hello", context)
+        await self._check_epoch(first.hello.seen_epoch, context)
+        worker = self._attach_worker(first.hello)
+        try:
+            await _serve(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
+        finally:
+            if self._workers.get(worker.worker_id) is worker:
+                self._worker_lost(worker)
+
+    def _attach_worker(self, hello: wire.WorkerHello) -> WorkerSession:
+        now_s = time.monotonic()
+        worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts)
+        worker.outbox.put(wire.RouterToWorker(hello=wire.RouterHello(epoch=self.epoch)))
+        self._workers[worker.worker_id] = worker
+        self._forget_dispatches(worker.worker_id)
+        running = []
+        for call in hello.running:
+            dispatch_id = DispatchId(call.dispatch_id)
+            spec = spec_from_header(call.header, now_s)
+            self._owners.setdefault(spec.request_id, call.ingress_id)
+            self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
+            running.append(RunningCall(dispatch_id, spec, call.new_tokens))
+        self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
+        if hello.is_draining:
+            self.handle(ReplicaDraining(now_s, worker.worker_id))
+        log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))
+        self._announce_workers()
+        return worker
+
+    def _worker_lost(self, worker: WorkerSession) -> None:
+        log.warning("worker_lost", worker_id=worker.worker_id)
+        del self._workers[worker.worker_id]
+        self._announce_workers()
+        self.handle(ReplicaLost(time.monotonic(), worker.worker_id))
+        self._forget_dispatches(worker.worker_id)
+
+    def _forget_dispatches(self, worker_id: ReplicaId) -> None:
+        for dispatch_id in [known for known, (_, where) in self._dispatched.items() if where == worker_id]:
+            del self._dispatched[dispatch_id]
+
+    def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
+        now_s = time.monotonic()
+        for progress in message.progress:
+            self._progressed(_progressed(progress, worker.worker_id, now_s))
+        if message.is_draining:
+            log.info("worker_draining", worker_id=worker.worker_id)
+            self.handle(ReplicaDraining(now_s, worker.worker_id))
+
+    def _progressed(self, event: Progressed) -> None:
+        self.handle(event)
+        for finished in event.finished:
+            known = self._dispatched.pop(finished.dispatch_id, None)
+            if known is not None:
+                self._forget_if_gone(known[0])
+
+    async def _check_epoch(self, seen_epoch: int, context: Any) -> None:
+        """A peer that met a newer router tells us that we are not the one any more."""
+        if seen_epoch > self.epoch:
+            error = LeaseLostError(f"a peer has seen epoch {seen_epoch}, this router has {self.epoch}: it must step down")
+            self._tasks.append(asyncio.create_task(_fail(error), name="epoch check"))
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+
+class _Control(wire_pb2_grpc.RouterControlServicer):
+    def __init__(self, server: RouterServer) -> None:
+        self._server = server
+
+    async def Ingress(self, requests: AsyncIterator[wire.IngressToRouter], context: Any) -> None:  # noqa: N802
+        await self._server.serve_ingress(requests, context)
+
+    async def Worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:  # noqa: N802
+        await self._server.serve_worker(requests, context)
+
+
+async def _fail(error: Exception) -> None:
+    raise error
+
+
+async def _first(requests: AsyncIterator[Any], wanted: str, context: Any) -> Any:
+    first = await anext(aiter(requests), None)
+    if first is None or not first.HasField(wanted):
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the first message must be `{wanted}`")
+    return first
+
+
+async def _serve(
+    context: Any, outbox: Outbox[Any], requests: AsyncIterator[Any], on_message: Callable[[Any], None]
+) -> None:
+    """Write what the outbox gives and read what comes, until either side ends."""
+
+    async def write() -> None:
+        while True:
+            await context.write(await outbox.take())
+
+    async def read() -> None:
+        async for message in requests:
+            on_message(message)
+
+    await _until_first(write(), read())
+
+
+async def _until_first(*work: Coroutine[Any, Any, None]) -> None:
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if error is not None and not isinstance(error, grpc.aio.AioRpcError | grpc.aio.UsageError):
+                log.error("control_stream_failed", exc_info=error)
+                raise error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _progressed(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> Progressed:
+    step = None
+    if progress.HasField("step"):
+        step = StepReport(
+            progress.step.duration_s, progress.step.prefill_tokens, progress.step.decodes, progress.step.context_tokens
+        )
+    return Progressed(
+        at_s=now_s,
+        replica_id=worker_id,
+        load=ReplicaLoad(
+            running=progress.running,
+            waiting=progress.waiting,
+            free_kv_tokens=progress.free_kv_tokens,
+            prefix_hit_tokens=progress.prefix_hit_tokens,
+            prefix_query_tokens=progress.prefix_query_tokens,
+            preemptions=progress.preemptions,
+        ),
+        step=step,
+        tokens=tuple(zip(progress.token_dispatch_ids, progress.token_counts, strict=True)),  # type: ignore[arg-type]
+        finished=tuple(
+            CallFinished(DispatchId(one.dispatch_id), one.reason, one.output_tokens)  # type: ignore[arg-type]
+            for one in progress.finished
+        ),
+    )
