@@ -4,6 +4,7 @@ TempoError
 ├── ConfigError               the configuration cannot be used
 ├── InvalidSloError           a client's SLO makes no sense (field and value named)
 ├── InvalidEventError         the shell told the core something impossible
+├── InvalidSnapshotError      stored lengths cannot be read back
 ├── StoreUnavailableError     Redis cannot be reached
 ├── LeaseLostError            another router owns the application now
 ├── RouterUnavailableError    no router answered in time
@@ -37,6 +38,10 @@ class InvalidSloError(TempoError):
 
 class InvalidEventError(TempoError):
     """The shell told the core something that cannot have happened."""
+
+
+class InvalidSnapshotError(TempoError):
+    """Stored lengths cannot be read back: written by another version, or damaged."""
 
 
 class StoreUnavailableError(TempoError):

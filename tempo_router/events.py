@@ -88,12 +88,16 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaAttached:
-    """A replica connected, new or again; `running` is all that it runs."""
+    """A replica connected, new or again; `running` is all that it runs.
+
+    is_draining: it came back while it drains; what it runs is adopted and nothing new is sent to it.
+    """
 
     at_s: float
     replica_id: ReplicaId
     capacity: ReplicaCapacity
     running: tuple[RunningCall, ...] = ()
+    is_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +138,28 @@ class Ticked:
     at_s: float
 
 
-Event = Arrived | Cancelled | ReplicaAttached | ReplicaDraining | ReplicaLost | Progressed | Ticked
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Replicas and ingresses had time to report after the router's start; before it nothing is dispatched."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStarted:
+    """The application stops: new requests are refused, what waits and runs is finished."""
+
+    at_s: float
+
+
+Event = (
+    Arrived
+    | Cancelled
+    | ReplicaAttached
+    | ReplicaDraining
+    | ReplicaLost
+    | Progressed
+    | Ticked
+    | Settled
+    | DrainStarted
+)

@@ -101,6 +101,11 @@ class RequestSpec:
                 assert_never(self.slo)
 
     @property
+    def attempt_id(self) -> str:
+        """Names this attempt: the request id itself for the first one, `id@attempt` for later ones."""
+        return self.request_id if self.attempt == 0 else f"{self.request_id}@{self.attempt}"
+
+    @property
     def context_tokens(self) -> int:
         """Tokens that the engine must hold before it can produce the next one."""
         return self.prompt_tokens + self.generated_tokens
