@@ -82,10 +82,11 @@ class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._utility_decoder = MsgpackDecoder(UtilityOutput)
 
-    def attach(self, link: IngressLink, supported_tasks: Sequence[str]) -> None:
-        """Give the client its streams; must come before the first request."""
+    def attach(self, link: IngressLink, facts: wire.EngineFacts) -> None:
+        """Give the client its streams and the limits of the first worker; must come before the first request."""
         self.link = link
-        self._supported_tasks = tuple(supported_tasks)
+        self._max_model_len = min(self._max_model_len, facts.max_model_len)
+        self._supported_tasks = tuple(facts.supported_tasks)
 
     @property
     def open_calls(self) -> int:
@@ -250,9 +251,7 @@ class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
         attempt = call.spec.attempt + 1
         call.spec = replace(call.spec, attempt=attempt, generated_tokens=len(call.tokens))
         log.info("request_resumed", request_id=request_id, attempt=attempt, generated_tokens=len(call.tokens))
-        self._live_link.resubmit(
-            call.spec, self._encode(continuation(call.request, call.spec.attempt_id, call.tokens))
-        )
+        self._live_link.resubmit(call.spec, self._encode(continuation(call.request, call.spec.attempt_id, call.tokens)))
 
     def relegated(self, request_id: RequestId) -> None:
         """The SLO is out of reach; the request goes on as best effort."""

@@ -1,0 +1,190 @@
+"""The ingress: vLLM's OpenAI application over remote engines, behind Tempo's HTTP edge, plus the Python handle."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import structlog
+from ray import serve
+
+from cluster.ingress_link import IngressLink
+from deployments.handle_api import Generation, GenerateRequest, GenerationPart
+from deployments.http_edge import HttpEdge
+from deployments.request_context import RequestContext, bound_request
+from deployments.router_actor import RouterFinder
+from tempo_router.config import TempoConfig
+from tempo_router.errors import InvalidSloError, TempoError
+from tempo_router.request import Slo
+from workers.default_model import resolve_model
+
+log = structlog.get_logger()
+
+
+class IngressReplica:
+    """Serves HTTP and handle calls. Its constructor waits for the first worker, whose limits vLLM must know."""
+
+    async def __init__(self, config_json: str, _worker: Any = None) -> None:
+        # Imports take 20 s: Serve starts workers meanwhile, in their own processes.
+        from deployments import vllm_frontend
+        from deployments.remote_engine import RemoteEngine
+
+        config = self._config = TempoConfig.model_validate_json(config_json)
+        model = await asyncio.to_thread(resolve_model, config.model, config.data_dir)
+        vllm_config = await asyncio.to_thread(
+            vllm_frontend.build_engine_config, model, config.engine.engine_kwargs, config.model_name
+        )
+        engine = RemoteEngine(
+            model_name=config.model_name,
+            max_model_len=vllm_config.model_config.max_model_len,
+            default_slo=config.tiers[config.default_tier].slo(),
+        )
+        self._link = IngressLink(
+            serve.get_replica_context().replica_id.unique_id,
+            locate_router=RouterFinder(config).locate,
+            listener=engine,
+            transport=config.transport,
+            router_wait_s=config.ingress.router_wait_s,
+            engine_version=vllm_frontend.VLLM_VERSION,
+        )
+        self._link.start()
+        facts = await self._link.first_worker()
+        vllm_frontend.apply_facts(vllm_config, facts)
+        engine.attach(self._link, facts)
+        self._engine = engine
+        self._llm = vllm_frontend.make_async_llm(vllm_config, engine)
+        app = await vllm_frontend.build_app(
+            self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
+        )
+        self._edge = HttpEdge(app, config=config, not_ready_because=lambda: self._link.not_ready_because)
+
+    def __serve_build_asgi_app__(self) -> HttpEdge:
+        return self._edge
+
+    def check_health(self) -> None:
+        """Called by Serve; raising gets the replica replaced. Having no worker is not ill health, only unreadiness."""
+        failure = self._link.failure()
+        if failure is not None:
+            raise RuntimeError(f"the ingress's {failure}")
+        if self._llm.output_handler is not None and self._llm.output_handler.done():
+            raise RuntimeError("vLLM's output handler ended; no stream of this ingress can go on")
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Counts for status pages and tests; all are zero when nothing is open."""
+        return {
+            "open_http_requests": self._edge.open_requests,
+            "open_calls": self._engine.open_calls,
+            "open_link_requests": len(self._link.open),
+            "unfinished_in_front_end": self._llm.get_num_unfinished_requests(),
+        }
+
+    # ---- Python handle ----
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerationPart]:
+        """Generate, part by part. Raises AdmissionRejected, InvalidSloError, or ValueError for bad input."""
+        context, outputs = await self._begin(request, is_streaming=True)
+        sent_text, sent_tokens = 0, 0
+        async for output in outputs:
+            answer = output.outputs[0]
+            yield GenerationPart(
+                request_id=output.request_id,
+                text=answer.text[sent_text:],
+                token_ids=tuple(answer.token_ids[sent_tokens:]),
+                finish_reason=answer.finish_reason,
+                outcome=context.outcomes[0] if answer.finish_reason is not None else None,
+            )
+            sent_text, sent_tokens = len(answer.text), len(answer.token_ids)
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Generate the whole answer. Raises as `stream` does."""
+        context, outputs = await self._begin(request, is_streaming=False)
+        last = None
+        async for output in outputs:
+            last = output
+        if last is None:
+            raise TempoError(f"request {request.request_id!r} was cancelled before its first token")
+        answer = last.outputs[0]
+        return Generation(
+            request_id=last.request_id,
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            prompt_tokens=len(last.prompt_token_ids or ()),
+            finish_reason=answer.finish_reason or "abort",
+            outcome=context.outcomes[0],
+        )
+
+    async def cancel(self, request_id: str) -> None:
+        """Stop a request that `stream` or `generate` began; unknown ids are ignored."""
+        await self._llm.abort(request_id)
+
+    async def _begin(self, request: GenerateRequest, *, is_streaming: bool) -> tuple[RequestContext, AsyncIterator[Any]]:
+        from vllm import SamplingParams
+
+        if (request.prompt is None) == (request.messages is None):
+            raise ValueError("give either prompt or messages")
+        slo, tier = self._targets(request)
+        context = RequestContext(
+            slo=slo,
+            tier=tier,
+            app=request.app,
+            tenant=request.tenant,
+            arrival_s=time.monotonic(),
+            is_streaming=is_streaming,
+        )
+        outputs = self._llm.generate(
+            await self._prompt(request),
+            SamplingParams(**request.sampling),
+            request.request_id or f"handle-{uuid.uuid4().hex}",
+        )
+        # The engine client reads the context when the request is added, which is before the first output.
+        with bound_request(context):
+            first = await anext(outputs, None)
+        return context, _chain(first, outputs)
+
+    async def _prompt(self, request: GenerateRequest) -> Any:
+        if isinstance(request.prompt, list):
+            return {"prompt_token_ids": request.prompt}
+        if request.prompt is not None:
+            return {"prompt": request.prompt}
+        tokenizer = self._llm.get_tokenizer()
+        return {"prompt": tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)}
+
+    def _targets(self, request: GenerateRequest) -> tuple[Slo, str]:
+        if request.slo is not None and request.tier is not None:
+            raise InvalidSloError("tier", request.tier, "give either slo or tier, not both")
+        if request.slo is not None:
+            return request.slo, ""
+        tier = request.tier or self._config.default_tier
+        if tier not in self._config.tiers:
+            valid = ", ".join(sorted(self._config.tiers))
+            raise InvalidSloError("tier", tier, f"is not a tier of this application; tiers are {valid}")
+        return self._config.tiers[tier].slo(), tier
+
+    async def __del__(self) -> None:
+        link: IngressLink | None = getattr(self, "_link", None)
+        if link is not None:
+            await link.stop()
+
+
+async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    if first is not None:
+        yield first
+    async for each in rest:
+        yield each
+
+
+def ingress_deployment(config: TempoConfig) -> Any:
+    """The Serve deployment of the ingress."""
+    return serve.deployment(serve.ingress()(IngressReplica)).options(
+        name="ingress",
+        num_replicas=config.ingress.replicas,
+        ray_actor_options={"num_cpus": config.ingress.num_cpus, "num_gpus": 0},
+        # Each open stream is one ongoing request; Serve's default of 5 would queue all others unseen by the router.
+        max_ongoing_requests=config.ingress.max_open_requests,
+        graceful_shutdown_timeout_s=config.ingress.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        max_constructor_retry_count=2,
+    )
