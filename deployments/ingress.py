@@ -84,17 +84,15 @@ class IngressReplica:
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerationPart]:
         """Generate, part by part. Raises AdmissionRejected, InvalidSloError, or ValueError for bad input."""
         context, outputs = await self._begin(request, is_streaming=True)
-        sent_text, sent_tokens = 0, 0
         async for output in outputs:
             answer = output.outputs[0]
             yield GenerationPart(
                 request_id=output.request_id,
-                text=answer.text[sent_text:],
-                token_ids=tuple(answer.token_ids[sent_tokens:]),
+                text=answer.text,
+                token_ids=tuple(answer.token_ids),
                 finish_reason=answer.finish_reason,
-                outcome=context.outcomes[0] if answer.finish_reason is not None else None,
+                outcome=context.outcomes[0] if answer.finish_reason is not None and context.outcomes else None,
             )
-            sent_text, sent_tokens = len(answer.text), len(answer.token_ids)
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """Generate the whole answer. Raises as `stream` does."""
@@ -102,7 +100,7 @@ class IngressReplica:
         last = None
         async for output in outputs:
             last = output
-        if last is None:
+        if last is None or not context.outcomes:
             raise TempoError(f"request {request.request_id!r} was cancelled before its first token")
         answer = last.outputs[0]
         return Generation(
@@ -120,6 +118,7 @@ class IngressReplica:
 
     async def _begin(self, request: GenerateRequest, *, is_streaming: bool) -> tuple[RequestContext, AsyncIterator[Any]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         if (request.prompt is None) == (request.messages is None):
             raise ValueError("give either prompt or messages")
@@ -134,7 +133,10 @@ class IngressReplica:
         )
         outputs = self._llm.generate(
             await self._prompt(request),
-            SamplingParams(**request.sampling),
+            SamplingParams(
+                **request.sampling,
+                output_kind=RequestOutputKind.DELTA if is_streaming else RequestOutputKind.FINAL_ONLY,
+            ),
             request.request_id or f"handle-{uuid.uuid4().hex}",
         )
         # The engine client reads the context when the request is added, which is before the first output.
