@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from tempo_router.errors import TempoError
+from tempo_router.metrics import Outcome
 from tempo_router.request import Slo
-
-if TYPE_CHECKING:
-    from tempo_router.metrics import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ class RequestContext:
     is_streaming: bool
     expected_groups: int = 1
     verdicts: list[AdmissionVerdict] = field(default_factory=list)
-    outcomes: list["Outcome"] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     is_relegated: bool = False
     failure: RequestFailure | None = None
     on_verdict: Callable[[], None] | None = None
@@ -94,7 +91,7 @@ class RequestContext:
         if self.failure is None:
             self.failure = failure
 
-    def report_outcome(self, outcome: "Outcome") -> None:
+    def report_outcome(self, outcome: Outcome) -> None:
         """Record how one engine request ended; must come before the engine client hands out its last output."""
         self.outcomes.append(outcome)
 

@@ -1,0 +1,552 @@
+"""What stands between the client and vLLM's own application: limits, SLOs, honest status codes, health.
+
+Pure ASGI. For every POST on an inference path it reads the body (bounded), takes the SLO out of it, binds a
+`RequestContext` for the engine client, and replays the body. On the way back it holds the response's start until the
+router has admitted every prompt, because vLLM starts a stream with 200 before the engine has seen the request: a
+refused request gets its 429 or 503, streamed or not. A token then costs one look at the end of its bytes.
+
+Added to responses: the class and targets applied and what the router expects (`x-tempo-*` headers), and how it ended:
+as headers where the answer is whole, as an SSE comment before `data: [DONE]` (or at the end) of a stream. Clients of
+SSE ignore comments; everything else in the stream stays as vLLM wrote it.
+
+Nothing that a client wrote is ever put into a header, but for the names of tiers, which are the configuration's.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+import structlog
+
+from deployments import openai_errors
+from deployments.openai_errors import ApiError
+from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
+from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
+from tempo_router.config import TempoConfig
+from tempo_router.errors import InvalidSloError, RouterUnavailableError
+from tempo_router.request import slo_class
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+WhyNot = Callable[[], str | None]
+"""Says what is missing; None: nothing is."""
+
+INFERENCE_PATHS = frozenset(
+    {
+        "/classify",
+        "/cohere/v2/chat",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+        "/pooling",
+        "/rerank",
+        "/score",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+        "/v1/systemone",
+        "/v2/embed",
+        "/v2/rerank",
+    }
+)
+# Spelled as various clients and probes spell them (conventions.md §3.3).
+_READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
+_LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
+_DONE = b"data: [DONE]\n\n"
+_ERROR_EVENT = b'data: {"error"'
+_SERVICE_TIER = b'"service_tier":'
+# A client that is still sending when it is refused often never reads the answer; so the rest is read and dropped,
+# up to this many times the limit.
+_DRAINED_LIMITS = 8
+_TRUE_WORDS = frozenset({"1", "true", "t", "yes", "y", "on"})
+
+logger = structlog.get_logger(__name__)
+
+
+class _Fields(msgspec.Struct, gc=False):
+    """What is decoded of a body; the rest is only checked for being JSON."""
+
+    slo: Any = None
+    service_tier: Any = None
+    user: Any = None
+    stream: Any = None
+    prompt: msgspec.Raw = msgspec.Raw()
+
+
+_fields_decoder = msgspec.json.Decoder(_Fields)
+_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class HttpEdge:
+    """The outermost ASGI application of an ingress.
+
+    readiness: why no request can be served now, or None. liveness: why this process should be replaced, or None.
+    monotonic_s, epoch_s: clocks, to be held still in tests.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApp,
+        config: TempoConfig,
+        *,
+        readiness: WhyNot,
+        liveness: WhyNot = lambda: None,
+        monotonic_s: Callable[[], float] = time.monotonic,
+        epoch_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.open_requests = 0
+        self._app = app
+        self._tiers = config.tiers
+        self._default_tier = config.default_tier
+        self._limits = config.ingress
+        self._readiness = readiness
+        self._liveness = liveness
+        self._monotonic_s = monotonic_s
+        self._epoch_s = epoch_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection scope, as ASGI says."""
+        path = _path(scope) if scope["type"] == "http" else ""
+        if path and scope["method"] == "POST":
+            await self._post(path, scope, receive, send)
+        elif path in _READINESS_PATHS and scope["method"] in ("GET", "HEAD"):
+            await _send_health(send, self._liveness() or self._readiness())
+        elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
+            await _send_health(send, self._liveness())
+        else:
+            await self._app(scope, receive, send)
+
+    async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival_s = self._monotonic_s()
+        if self.open_requests >= self._limits.max_open_requests:
+            await _send_error(send, openai_errors.too_many_requests_open(self._limits.max_open_requests))
+            return
+        self.open_requests += 1
+        try:
+            await self._bounded_post(path, arrival_s, scope, receive, send)
+        finally:
+            self.open_requests -= 1
+
+    async def _bounded_post(self, path: str, arrival_s: float, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._limits.max_body_bytes
+        try:
+            body = await _read_body(scope["headers"], receive, limit)
+        except _BodyTooLargeError:
+            await _send_error(send, openai_errors.body_too_large(limit))
+            return
+        if body is None:
+            return  # The client left before it had sent everything.
+        if path not in INFERENCE_PATHS:
+            await self._app(scope, _replay(body, receive), send)
+            return
+        try:
+            parsed, context, body = self._understand(path, arrival_s, scope["headers"], body)
+        except _RefusedError as refused:
+            await _send_error(send, refused.error)
+            return
+        exchange = _Exchange(context, parsed, path, send)
+        with bound_request(context):
+            await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+
+    def _understand(
+        self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[ParsedSlo, RequestContext, bytes]:
+        """The request's SLO and context, and the body without the fields that vLLM does not know."""
+        fields = _decoded(body)
+        is_streaming = _is_true(fields.stream)
+        try:
+            parsed = parse_slo(
+                BodyFields(fields.slo, fields.service_tier, fields.user, is_streaming),
+                headers,
+                self._tiers,
+                self._default_tier,
+                self._epoch_s(),
+            )
+        except InvalidSloError as error:
+            raise _RefusedError(openai_errors.invalid_slo(error)) from error
+        context = RequestContext(
+            slo=parsed.slo,
+            tier=parsed.tier,
+            app=parsed.app,
+            tenant=parsed.tenant,
+            arrival_s=arrival_s,
+            is_streaming=is_streaming,
+            expected_groups=_prompts(fields.prompt) if path == "/v1/completions" else 1,
+        )
+        if fields.slo is not None or fields.service_tier is not None:
+            body = _without(body, "slo", "service_tier")
+        return parsed, context, body
+
+
+class _BodyTooLargeError(Exception):
+    """The body exceeds the limit."""
+
+
+class _RefusedError(Exception):
+    """The request is refused before anyone else sees it."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Exchange:
+    """One inference request and its response: holds the start back, then lets the bytes flow.
+
+    Held, until every prompt is admitted or the response is whole; then flowing; or refused, and whatever vLLM still
+    sends is dropped.
+    """
+
+    def __init__(self, context: RequestContext, parsed: ParsedSlo, path: str, send: Send) -> None:
+        self._context = context
+        self._parsed = parsed
+        self._path = path
+        self._send_to_client = send
+        self._start: Message | None = None
+        self._held: list[Message] = []
+        self._is_flowing = False
+        self._is_closed = False
+        self._is_sse = False
+        self._has_summary = False
+        self._opening = asyncio.Lock()
+        self._opener: asyncio.Task[None] | None = None
+        self._echo = parsed.service_tier is not None and path == "/v1/responses"
+
+    async def run(self, app: AsgiApp, scope: Scope, receive: Receive) -> None:
+        """Let the application answer; what it raises becomes an answer too, as far as one can still be given."""
+        self._context.on_verdict = self._on_verdict
+        try:
+            await app(scope, receive, self.send)
+        except AdmissionRejected as error:
+            await self._close_with(openai_errors.rejected(error.verdict))
+        except RouterUnavailableError:
+            await self._close_with(openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
+        except Exception:
+            if self._is_closed:
+                raise  # vLLM has answered 500 and hands the exception on for the server to log.
+            logger.exception("request_failed", path=self._path)
+            await self._close_with(openai_errors.internal_error())
+        finally:
+            self._context.on_verdict = None
+            if self._opener is not None:
+                self._opener.cancel()
+
+    async def send(self, message: Message) -> None:
+        """The application's `send`."""
+        if self._is_flowing:
+            await self._forward(message)
+        elif self._is_closed:
+            return
+        elif message["type"] == "http.response.start":
+            await self._hold_start(message)
+        elif message["type"] == "http.response.body":
+            await self._hold_body(message)
+        else:
+            await self._send_to_client(message)
+
+    async def _hold_start(self, message: Message) -> None:
+        self._start = message
+        self._is_sse = any(
+            name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+            for name, value in message["headers"]
+        )
+        if self._is_sse and self._context.is_admitted:
+            await self._open()
+
+    async def _hold_body(self, message: Message) -> None:
+        self._held.append(message)
+        rejection = self._context.rejection
+        if rejection is not None:
+            await self._close_with(openai_errors.rejected(rejection))
+        elif not message.get("more_body", False):
+            await self._open_complete()
+        elif not self._is_sse or self._context.is_admitted:
+            await self._open()
+
+    def _on_verdict(self) -> None:
+        """Send the start of a stream as soon as it is admitted: the first token may be long in coming."""
+        if self._is_sse and not self._is_flowing and self._opener is None and self._context.is_admitted:
+            self._opener = asyncio.create_task(self._open())
+            self._opener.add_done_callback(_retrieve)
+
+    async def _open_complete(self) -> None:
+        """Send a response that came before any verdict, or whole."""
+        failure = self._context.failure
+        if failure is not None and self._start is not None and self._start["status"] >= 500:
+            await self._close_with(openai_errors.failed(failure))
+            return
+        if self._parsed.service_tier is not None and not self._is_sse and len(self._held) == 1:
+            self._put_echo_into_whole_body(self._parsed.service_tier)
+        await self._open()
+
+    async def _open(self) -> None:
+        """Send the start and what was held behind it. Both the application's send and a verdict may come here."""
+        async with self._opening:
+            if self._is_flowing or self._is_closed or self._start is None:
+                return
+            self._start["headers"] = [*self._start["headers"], *self._response_headers()]
+            await self._send_to_client(self._start)
+            while self._held:
+                await self._forward(self._held.pop(0))
+            self._is_flowing = not self._is_closed
+
+    async def _forward(self, message: Message) -> None:
+        """The hot path: every token of every stream passes here."""
+        if message.get("more_body", False):
+            if self._is_sse:
+                body = message["body"]
+                if body.endswith(_DONE):
+                    message["body"] = body[: -len(_DONE)] + self._summary() + _DONE
+                elif self._echo or self._context.failure is not None:
+                    message["body"] = self._rewritten(body)
+            await self._send_to_client(message)
+            return
+        self._is_flowing = False
+        self._is_closed = True
+        if self._is_sse:
+            message["body"] = message.get("body", b"") + self._summary()
+        await self._send_to_client(message)
+
+    def _rewritten(self, body: bytes) -> bytes:
+        failure = self._context.failure
+        if failure is not None and body.startswith(_ERROR_EVENT):
+            return b"data: " + openai_errors.failed(failure).body() + b"\n\n"
+        if self._echo and _SERVICE_TIER in body:
+            return _with_echo_in_event(body, str(self._parsed.service_tier))
+        return body
+
+    def _put_echo_into_whole_body(self, service_tier: str) -> None:
+        """Replace `service_tier` where the response has such a field; OpenAI's shapes have it at the top."""
+        body = self._held[0].get("body", b"")
+        if self._start is None or self._start["status"] != 200 or _SERVICE_TIER not in body:
+            return
+        fields = _object_decoder.decode(body)
+        if "service_tier" not in fields:
+            return
+        fields["service_tier"] = msgspec.Raw(msgspec.json.encode(service_tier))
+        self._held[0]["body"] = body = msgspec.json.encode(fields)
+        self._start["headers"] = [
+            (name, str(len(body)).encode() if name.lower() == b"content-length" else value)
+            for name, value in self._start["headers"]
+        ]
+
+    async def _close_with(self, error: ApiError) -> None:
+        """Answer with an error: as a status if nothing was sent, else as the last event of the stream."""
+        async with self._opening:
+            if self._is_closed:
+                return
+            was_flowing, self._is_flowing, self._is_closed = self._is_flowing, False, True
+            self._held.clear()
+            if not was_flowing:
+                await _send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
+                return
+            last = b"data: " + error.body() + b"\n\n" + self._summary() + _DONE if self._is_sse else b""
+            await self._send_to_client({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _kept_headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the response that is replaced, what a browser needs to be allowed to read the new one."""
+        headers = self._start["headers"] if self._start is not None else ()
+        return [(name, value) for name, value in headers if name.lower().startswith((b"access-control-", b"vary"))]
+
+    def _applied_headers(self) -> list[tuple[bytes, bytes]]:
+        context = self._context
+        headers: list[tuple[str, str]] = [("class", slo_class(context.slo))]
+        if context.tier:
+            headers.append(("tier", context.tier))
+        headers += [(name.replace("_", "-"), _milliseconds(ms)) for name, ms in applied_targets_ms(context.slo).items()]
+        return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
+
+    def _response_headers(self) -> list[tuple[bytes, bytes]]:
+        context = self._context
+        headers: list[tuple[str, str]] = []
+        if context.is_admitted:
+            probability = min(verdict.success_probability for verdict in context.verdicts)
+            wait_s = max(verdict.expected_wait_s for verdict in context.verdicts)
+            headers.append(("success-probability", f"{probability:.3f}"))
+            headers.append(("expected-wait-ms", _milliseconds(wait_s * 1000)))
+        if not self._is_sse and context.outcomes:
+            headers += self._outcome_headers()
+        applied = self._applied_headers()
+        return [*applied, *((f"x-tempo-{name}".encode(), value.encode()) for name, value in headers)]
+
+    def _outcome_headers(self) -> list[tuple[str, str]]:
+        ended = _ended(self._context)
+        headers = [
+            ("slo-met", None if ended["is_met"] is None else str(ended["is_met"]).lower()),
+            ("ttft-ms-measured", None if ended["ttft_ms"] is None else _milliseconds(ended["ttft_ms"])),
+            ("ttlt-ms-measured", None if ended["ttlt_ms"] is None else _milliseconds(ended["ttlt_ms"])),
+            ("output-tokens", str(ended["output_tokens"])),
+            ("late-tokens", str(ended["late_tokens"])),
+            ("relegated", "true" if ended["relegated"] else None),
+        ]
+        return [(name, value) for name, value in headers if value is not None]
+
+    def _summary(self) -> bytes:
+        """The comment that ends a stream, once; nothing for a stream that never reached the router."""
+        if self._has_summary or not self._context.verdicts:
+            return b""
+        self._has_summary = True
+        context = self._context
+        summary = {"class": slo_class(context.slo), "tier": context.tier, **_ended(context)}
+        return b": tempo " + json.dumps(summary).encode() + b"\n\n"
+
+
+def _retrieve(opener: asyncio.Task[None]) -> None:
+    """A send that failed because the client left fails again in the application's next send, which handles it."""
+    if not opener.cancelled():
+        opener.exception()
+
+
+def _ended(context: RequestContext) -> dict[str, Any]:
+    """How the engine requests of one HTTP request ended, taken together: the worst of each, tokens summed."""
+    outcomes = context.outcomes
+    met = [outcome.is_met for outcome in outcomes if outcome.is_met is not None]
+    ttft_s = [outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None]
+    ttlt_s = [outcome.ttlt_s for outcome in outcomes if outcome.ttlt_s is not None]
+    return {
+        "is_met": False if context.failure is not None else all(met) if met else None,
+        "ttft_ms": round(max(ttft_s) * 1000, 1) if ttft_s else None,
+        "ttlt_ms": round(max(ttlt_s) * 1000, 1) if ttlt_s else None,
+        "output_tokens": sum(outcome.output_tokens for outcome in outcomes),
+        "late_tokens": sum(outcome.late_tokens for outcome in outcomes),
+        "relegated": context.is_relegated,
+    }
+
+
+def _milliseconds(value_ms: float) -> str:
+    """Without an exponent and without digits that mean nothing."""
+    return f"{value_ms:.3f}".rstrip("0").rstrip(".")
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+async def _read_body(headers: Iterable[tuple[bytes, bytes]], receive: Receive, limit_bytes: int) -> bytes | None:
+    """The whole body; None if the client left. Raises _BodyTooLargeError after dropping a bounded rest."""
+    declared = next((value for name, value in headers if name.lower() == b"content-length"), b"")
+    if declared.isdigit() and len(declared) < 19 and int(declared) > limit_bytes * _DRAINED_LIMITS:
+        raise _BodyTooLargeError
+    chunks: list[bytes] = []
+    read_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunk = message.get("body", b"")
+        read_bytes += len(chunk)
+        if read_bytes <= limit_bytes:
+            chunks.append(chunk)
+        elif read_bytes > limit_bytes * _DRAINED_LIMITS:
+            raise _BodyTooLargeError
+        else:
+            chunks.clear()
+        if not message.get("more_body", False):
+            break
+    if read_bytes > limit_bytes:
+        raise _BodyTooLargeError
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once and then what the server says, such as the client's disconnect."""
+    is_given = False
+
+    async def replay() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_length(scope: Scope, body_bytes: int) -> Scope:
+    headers = [
+        (name, str(body_bytes).encode() if name.lower() == b"content-length" else value)
+        for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
+
+
+def _decoded(body: bytes) -> _Fields:
+    try:
+        return _fields_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return _decoded_leniently(body, str(error))
+    except RecursionError as error:
+        raise _RefusedError(openai_errors.malformed_json("it is nested too deeply")) from error
+
+
+def _decoded_leniently(body: bytes, problem: str) -> _Fields:
+    """Python's own JSON knows NaN and Infinity, and so do its clients: such a value is to be named, not hidden."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _RefusedError(openai_errors.malformed_json(problem)) from error
+    if not isinstance(fields, dict):
+        raise _RefusedError(openai_errors.malformed_json("it must be a JSON object"))
+    known = ("slo", "service_tier", "user", "stream")
+    return _Fields(**{name: fields[name] for name in known if name in fields})
+
+
+def _without(body: bytes, *names: str) -> bytes:
+    """The body without these fields; everything else byte for byte."""
+    try:
+        fields: dict[str, Any] = _object_decoder.decode(body)
+    except msgspec.DecodeError:
+        fields = json.loads(body)
+        return json.dumps({name: value for name, value in fields.items() if name not in names}).encode()
+    return msgspec.json.encode({name: value for name, value in fields.items() if name not in names})
+
+
+def _with_echo_in_event(body: bytes, service_tier: str) -> bytes:
+    """An event of the responses API with `service_tier` of its response replaced."""
+    head, separator, payload = body.partition(b"data: ")
+    event = _object_decoder.decode(payload)
+    response = _object_decoder.decode(event["response"]) if "response" in event else {}
+    if not separator or "service_tier" not in response:
+        return body
+    response["service_tier"] = msgspec.Raw(msgspec.json.encode(service_tier))
+    event["response"] = msgspec.Raw(msgspec.json.encode(response))
+    return head + separator + msgspec.json.encode(event) + b"\n\n"
+
+
+def _prompts(prompt: msgspec.Raw) -> int:
+    """How many prompts a completions body holds: a list of texts or of token lists counts, anything else is one."""
+    text = bytes(prompt).lstrip()
+    if not text.startswith(b"[") or text[1:].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    return max(1, len(msgspec.json.decode(text, type=list[msgspec.Raw])))
+
+
+def _is_true(value: object) -> bool:
+    """Truth as pydantic, and so vLLM, reads it from JSON."""
+    return value is True or value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
+
+
+async def _send_error(send: Send, error: ApiError, extra_headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    headers = [*error.headers(), *extra_headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": error.body(), "more_body": False})
+
+
+async def _send_health(send: Send, problem: str | None) -> None:
+    if problem is not None:
+        await _send_error(send, openai_errors.not_ready(problem))
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
