@@ -1,0 +1,187 @@
+"""What outlives the processes: who owns the application, and what was learnt. The only file that imports redis.
+
+Ownership is a fencing number that only grows. Taking it always succeeds and makes every older owner stale: Ray
+keeps one router per application, and where there are two for a while (an upgrade with two clusters, a router that
+was given up for dead) the newer one is right. A stale owner finds out when it renews or writes: LeaseLostError.
+
+When Redis lost its data, the highest fence that comes back counts again; `minimum` keeps a new owner above all
+that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away; the store
+needs no reconnecting, a later call simply succeeds.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
+
+# KEYS: fence, lease. ARGV: owner, ttl in ms, minimum.
+_ACQUIRE = """
+local fence = math.max(tonumber(redis.call('HGET', KEYS[1], 'fence') or '0'), tonumber(ARGV[3])) + 1
+local text = string.format('%.0f', fence)
+redis.call('HSET', KEYS[1], 'fence', text, 'owner', ARGV[1])
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return fence
+"""
+
+# KEYS: fence, lease. ARGV: owner, ttl in ms, fence. Returns 0, or the newer fence.
+_RENEW = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
+local mine = tonumber(ARGV[3])
+if current > mine then return current end
+if current == mine and redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return current end
+redis.call('HSET', KEYS[1], 'fence', ARGV[3], 'owner', ARGV[1])
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 0
+"""
+
+# KEYS: fence, lease. ARGV: owner, fence. The fence stays: it must never go down.
+_RELEASE = """
+if redis.call('HGET', KEYS[1], 'fence') == ARGV[2] and redis.call('GET', KEYS[2]) == ARGV[1] then
+    redis.call('DEL', KEYS[2])
+end
+return 0
+"""
+
+# KEYS: fence, snapshot. ARGV: fence, bytes. Returns 0, or the newer fence.
+_SAVE = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
+if current > tonumber(ARGV[1]) then return current end
+redis.call('SET', KEYS[2], ARGV[2])
+return 0
+"""
+
+_WHAT_TO_DO = "start that server, or set redis_url (TEMPO_REDIS_URL) to one that runs"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseHolder:
+    """Who owns the application. `is_alive`: its lease was renewed within its life span."""
+
+    owner: str
+    fence: int
+    is_alive: bool
+
+
+class RedisStore:
+    """One application's part of a Redis server: all keys start with `tempo:{name}:`."""
+
+    def __init__(self, client: redis.Redis, name: str, address: str, timeout_s: float) -> None:
+        # The braces are a Redis Cluster hash tag: all keys of one application live on one node, as Lua needs.
+        self._prefix = f"tempo:{{{name}}}:"
+        self._redis = client
+        self._address = address
+        self._timeout_s = timeout_s
+        self._acquire = client.register_script(_ACQUIRE)
+        self._renew = client.register_script(_RENEW)
+        self._release = client.register_script(_RELEASE)
+        self._save = client.register_script(_SAVE)
+
+    @classmethod
+    async def connect(cls, url: str, name: str, *, timeout_s: float = 2.0) -> Self:
+        """Open the part of application `name`; the server must answer now.
+
+        url: redis://, rediss:// or unix://. timeout_s: limit of every later call too. Raises ConfigError for a
+        URL that is none, StoreUnavailableError when no server answers or it refuses us.
+        """
+        address = redacted(url)
+        try:
+            client = redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Once more, at once: a pooled connection may be dead after the server's restart.
+                retry=Retry(NoBackoff(), 1),
+            )
+        except (ValueError, RedisError) as e:
+            raise ConfigError(
+                f"redis_url {address!r} is not a Redis URL: write redis://host:port/db or unix:///path"
+            ) from e
+        store = cls(client, name, address, timeout_s)
+        try:
+            async with store._translated_errors():
+                await client.ping()
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        await self._redis.aclose()
+
+    async def acquire_lease(self, owner: str, ttl_s: float, minimum: int = 0) -> int:
+        """Become the owner and return the new fencing number: above every earlier one, and above `minimum`."""
+        async with self._translated_errors():
+            return int(await self._acquire(self._lease_keys(), [owner, _milliseconds(ttl_s), minimum]))
+
+    async def renew(self, owner: str, fence: int, ttl_s: float) -> None:
+        """Say that this owner lives. Raises LeaseLostError when a newer owner exists."""
+        async with self._translated_errors():
+            newer = int(await self._renew(self._lease_keys(), [owner, _milliseconds(ttl_s), fence]))
+        self._refuse_stale(fence, newer)
+
+    async def release(self, owner: str, fence: int) -> None:
+        """Say that this owner has gone. Without effect when it is not the owner any more."""
+        async with self._translated_errors():
+            await self._release(self._lease_keys(), [owner, fence])
+
+    async def lease_holder(self) -> LeaseHolder | None:
+        """The last owner, or None when there never was one."""
+        async with self._translated_errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(self._key("fence"), ["owner", "fence"])
+            pipe.exists(self._key("lease"))
+            (owner, fence), alive = await pipe.execute()
+        if owner is None:
+            return None
+        return LeaseHolder(owner=owner.decode(), fence=int(fence), is_alive=bool(alive))
+
+    async def save_snapshot(self, name: str, content: bytes, fence: int) -> None:
+        """Keep `content` under `name`. Raises LeaseLostError, and keeps what is there, when a newer owner exists."""
+        async with self._translated_errors():
+            newer = int(await self._save([self._key("fence"), self._key(f"snapshot:{name}")], [fence, content]))
+        self._refuse_stale(fence, newer)
+
+    async def load_snapshot(self, name: str) -> bytes | None:
+        """What was last saved under `name`, whoever the owner was."""
+        async with self._translated_errors():
+            content = await self._redis.get(self._key(f"snapshot:{name}"))
+        assert content is None or isinstance(content, bytes)
+        return content
+
+    def _key(self, suffix: str) -> str:
+        return self._prefix + suffix
+
+    def _lease_keys(self) -> list[str]:
+        return [self._key("fence"), self._key("lease")]
+
+    def _refuse_stale(self, fence: int, newer: int) -> None:
+        if newer:
+            raise LeaseLostError(f"fence {fence} is stale: another owner of {self._prefix!r} holds {newer}")
+
+    @asynccontextmanager
+    async def _translated_errors(self) -> AsyncIterator[None]:
+        # redis-py limits each read and write; the limit around the whole call also covers its retry and resolving.
+        try:
+            async with asyncio.timeout(2 * self._timeout_s):
+                yield
+        except (RedisError, OSError, TimeoutError) as e:
+            reason = str(e) or f"no answer within {self._timeout_s:g} s"
+            raise StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}") from e
+
+
+def redacted(url: str) -> str:
+    """The URL without user, password and options, for logs and messages."""
+    return re.sub(r"//.*@", "//***@", url.partition("?")[0])
+
+
+def _milliseconds(duration_s: float) -> int:
+    return max(1, round(duration_s * 1000))

@@ -1,0 +1,1 @@
+"""All tests; a package, so that helpers import as `tests.builders`."""

@@ -1,0 +1,469 @@
+"""The embedded server and the store on it: everything here is a real Redis."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
+from cluster.redis_store import LeaseHolder, RedisStore, redacted
+from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
+
+pytestmark = pytest.mark.redis
+
+TTL_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """One server for all tests that do not end it; each test is an application of its own."""
+    server = start_embedded_redis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def store(server: EmbeddedRedis) -> AsyncIterator[RedisStore]:
+    store = await RedisStore.connect(server.url, f"app-{uuid4().hex}")
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """A server that the test may end."""
+    server = start_embedded_redis(tmp_path)
+    yield server
+    server.stop()
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s"
+        threading.Event().wait(0.01)
+
+
+def servers_in(folder: Path) -> list[int]:
+    """Redis servers, or what is about to become one, that keep their data under this folder."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        arguments = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and str(folder / "redis") in arguments:
+            found.append(process.info["pid"])
+    # A running redis-server rewrites its command line: its working directory remains.
+    for process in psutil.process_iter(["pid", "name", "status"]):
+        if process.info["name"] == "redis-server" and process.info["status"] != psutil.STATUS_ZOMBIE:
+            try:
+                if Path(process.cwd()) == folder / "redis":
+                    found.append(process.info["pid"])
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+    return found
+
+
+# --- the lease
+
+
+async def test_a_new_owner_takes_over_at_once_and_the_old_one_hears_it(store: RedisStore) -> None:
+    first = await store.acquire_lease("router-1", TTL_S)
+    await store.renew("router-1", first, TTL_S)
+
+    second = await store.acquire_lease("router-2", TTL_S)
+
+    assert second > first
+    with pytest.raises(LeaseLostError, match=f"fence {first} is stale.*holds {second}"):
+        await store.renew("router-1", first, TTL_S)
+    await store.renew("router-2", second, TTL_S)
+
+
+async def test_a_new_fence_is_above_what_the_peers_have_seen(store: RedisStore) -> None:
+    """Redis may have lost its data; the ingresses and workers remember the last epoch."""
+    assert await store.acquire_lease("router", TTL_S, minimum=41) == 42
+    assert await store.acquire_lease("router", TTL_S, minimum=7) == 43
+
+
+async def test_the_lease_of_an_owner_that_died_ends_by_itself(store: RedisStore) -> None:
+    assert await store.lease_holder() is None
+    fence = await store.acquire_lease("router", ttl_s=0.05)
+
+    holder = await store.lease_holder()
+    async with asyncio.timeout(5):
+        while holder is None or holder.is_alive:
+            holder = await store.lease_holder()
+
+    assert holder == LeaseHolder("router", fence, is_alive=False)
+    await store.renew("router", fence, TTL_S)
+    assert await store.lease_holder() == LeaseHolder("router", fence, is_alive=True)
+
+
+async def test_release_ends_only_the_own_lease(store: RedisStore) -> None:
+    first = await store.acquire_lease("router-1", TTL_S)
+    second = await store.acquire_lease("router-2", TTL_S)
+
+    await store.release("router-1", first)
+    assert await store.lease_holder() == LeaseHolder("router-2", second, is_alive=True)
+    await store.release("router-2", second)
+    assert await store.lease_holder() == LeaseHolder("router-2", second, is_alive=False)
+    assert await store.acquire_lease("router-3", TTL_S) == second + 1
+
+
+async def test_two_owners_with_one_number_are_told_apart(server: EmbeddedRedis, store: RedisStore) -> None:
+    """After Redis lost its data two routers can have counted to the same fence; who is recorded is right."""
+    fence = await store.acquire_lease("router-2", TTL_S)
+    with pytest.raises(LeaseLostError):
+        await store.renew("router-1", fence, TTL_S)
+
+
+async def test_applications_do_not_see_each_other(server: EmbeddedRedis, store: RedisStore) -> None:
+    other = await RedisStore.connect(server.url, f"app-{uuid4().hex}")
+    fence = await store.acquire_lease("router", TTL_S, minimum=100)
+    await store.save_snapshot("lengths", b"mine", fence)
+
+    assert await other.acquire_lease("router", TTL_S) == 1
+    assert await other.load_snapshot("lengths") is None
+    await other.close()
+
+
+# --- snapshots
+
+
+async def test_a_snapshot_is_read_back_byte_for_byte(store: RedisStore) -> None:
+    fence = await store.acquire_lease("router", TTL_S)
+    content = bytes(range(256)) * 4096
+
+    assert await store.load_snapshot("lengths") is None
+    await store.save_snapshot("lengths", content, fence)
+    assert await store.load_snapshot("lengths") == content
+    assert await store.load_snapshot("other") is None
+
+
+async def test_a_stale_owner_cannot_write(store: RedisStore) -> None:
+    old = await store.acquire_lease("router-1", TTL_S)
+    new = await store.acquire_lease("router-2", TTL_S)
+    await store.save_snapshot("lengths", b"new", new)
+
+    with pytest.raises(LeaseLostError):
+        await store.save_snapshot("lengths", b"old", old)
+    assert await store.load_snapshot("lengths") == b"new"
+
+
+class TwoOwners(RuleBasedStateMachine):
+    """Two routers of one application that acquire, renew, save and release in any order."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        name = f"app-{uuid4().hex}"
+        self.stores = [self.run(RedisStore.connect(url, name)) for _ in range(2)]
+        self.fences: list[int | None] = [None, None]
+        self.highest = 0
+        self.saved: bytes | None = None
+        self.writes = 0
+
+    def run(self, call):
+        return self.runner.run(call)
+
+    def is_stale(self, owner: int) -> bool:
+        return self.fences[owner] != self.highest
+
+    def teardown(self) -> None:
+        for store in self.stores:
+            self.run(store.close())
+        self.runner.close()
+
+    @rule(owner=st.integers(0, 1), minimum=st.integers(0, 10))
+    def acquire(self, owner: int, minimum: int) -> None:
+        fence = self.run(self.stores[owner].acquire_lease(f"router-{owner}", TTL_S, minimum))
+        assert fence > max(self.highest, minimum), "a fence must be above every earlier one"
+        self.fences[owner] = self.highest = fence
+
+    @precondition(lambda self: any(self.fences))
+    @rule(owner=st.integers(0, 1))
+    def renew(self, owner: int) -> None:
+        fence = self.fences[owner]
+        if fence is None:
+            return
+        call = self.stores[owner].renew(f"router-{owner}", fence, TTL_S)
+        if self.is_stale(owner):
+            with pytest.raises(LeaseLostError):
+                self.run(call)
+        else:
+            self.run(call)
+
+    @precondition(lambda self: any(self.fences))
+    @rule(owner=st.integers(0, 1))
+    def save(self, owner: int) -> None:
+        fence = self.fences[owner]
+        if fence is None:
+            return
+        self.writes += 1
+        content = f"{owner}:{self.writes}".encode()
+        call = self.stores[owner].save_snapshot("lengths", content, fence)
+        if self.is_stale(owner):
+            with pytest.raises(LeaseLostError):
+                self.run(call)
+        else:
+            self.run(call)
+            self.saved = content
+
+    @precondition(lambda self: any(self.fences))
+    @rule(owner=st.integers(0, 1))
+    def release(self, owner: int) -> None:
+        fence = self.fences[owner]
+        if fence is not None:
+            self.run(self.stores[owner].release(f"router-{owner}", fence))
+
+    @invariant()
+    def the_newest_owners_last_write_stands(self) -> None:
+        assert self.run(self.stores[0].load_snapshot("lengths")) == self.saved
+
+
+def test_no_history_of_two_owners_lets_a_stale_one_write(server: EmbeddedRedis) -> None:
+    run_state_machine_as_test(
+        lambda: TwoOwners(server.url),
+        settings=settings(
+            max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
+
+
+# --- when Redis is away
+
+
+async def test_a_store_works_again_when_its_server_returns(own_server: EmbeddedRedis, tmp_path: Path) -> None:
+    store = await RedisStore.connect(own_server.url, "tempo")
+    fence = await store.acquire_lease("router", TTL_S)
+    await store.save_snapshot("lengths", b"learnt", fence)
+
+    own_server.stop()
+    with pytest.raises(StoreUnavailableError, match="redis_url"):
+        await store.renew("router", fence, TTL_S)
+    with pytest.raises(StoreUnavailableError):
+        await store.save_snapshot("lengths", b"lost", fence)
+
+    again = start_embedded_redis(tmp_path)
+    try:
+        await store.renew("router", fence, TTL_S)
+        assert await store.load_snapshot("lengths") == b"learnt"
+        await store.save_snapshot("lengths", b"newer", fence)
+        assert await store.acquire_lease("router", TTL_S) == fence + 1
+    finally:
+        await store.close()
+        again.stop()
+
+
+async def test_a_server_that_hangs_is_given_up_after_the_timeout(own_server: EmbeddedRedis) -> None:
+    store = await RedisStore.connect(own_server.url, "tempo", timeout_s=0.2)
+    process = psutil.Process(own_server.pid)
+    process.suspend()
+    try:
+        started_s = time.monotonic()
+        with pytest.raises(StoreUnavailableError):
+            await store.acquire_lease("router", TTL_S)
+        assert time.monotonic() - started_s < 2.0
+    finally:
+        process.resume()
+    assert await store.acquire_lease("router", TTL_S) > 0
+    await store.close()
+
+
+async def test_data_that_redis_lost_is_written_again(own_server: EmbeddedRedis) -> None:
+    """Someone flushed the server: the owner goes on with its own fence, it does not stop."""
+    store = await RedisStore.connect(own_server.url, "tempo")
+    await store.acquire_lease("router-0", TTL_S, minimum=4)
+    fence = await store.acquire_lease("router-1", TTL_S)
+    await store._redis.flushall()
+
+    await store.save_snapshot("lengths", b"again", fence)
+    await store.renew("router-1", fence, TTL_S)
+
+    assert await store.load_snapshot("lengths") == b"again"
+    assert await store.acquire_lease("router-2", TTL_S) == fence + 1
+    await store.close()
+
+
+async def test_nobody_at_the_address_is_said_without_the_password() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        port = unused.getsockname()[1]
+        with pytest.raises(StoreUnavailableError) as error:
+            await RedisStore.connect(f"redis://me:s3cret@127.0.0.1:{port}/3", "tempo")
+    assert f"redis://***@127.0.0.1:{port}/3" in str(error.value)
+    assert "TEMPO_REDIS_URL" in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+async def test_a_wrong_password_is_an_unavailable_store(tmp_path: Path, server: EmbeddedRedis) -> None:
+    with pytest.raises(StoreUnavailableError) as error:
+        await RedisStore.connect(server.url.replace("unix://", "unix://me:s3cret@"), "tempo")
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:6379", "http://localhost", "redis://host:port/0", "redis://h/0?socket_timeout=x"]
+)
+async def test_what_is_no_redis_url_is_a_mistake_in_the_configuration(url: str) -> None:
+    with pytest.raises(ConfigError, match="redis://host:port/db"):
+        await RedisStore.connect(url, "tempo")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:p@h:1/0", "redis://***@h:1/0"),
+        ("rediss://u:p@x@h:1/0", "rediss://***@h:1/0"),
+        ("redis://h:1/0?password=p", "redis://h:1/0"),
+        ("unix://u:p@/run/redis.sock?db=1", "unix://***@/run/redis.sock"),
+    ],
+)
+def test_logs_show_an_address_without_secrets(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+
+
+# --- the embedded server
+
+
+async def test_data_survives_a_stop_and_a_kill(tmp_path: Path) -> None:
+    for expected, content in [(None, b"one"), (b"one", b"two"), (b"two", b"three")]:
+        server = start_embedded_redis(tmp_path)
+        store = await RedisStore.connect(server.url, "tempo")
+        assert await store.load_snapshot("lengths") == expected
+        await store.save_snapshot("lengths", content, await store.acquire_lease("router", TTL_S))
+        await store.close()
+        if content == b"two":
+            os.kill(server.pid, signal.SIGKILL)
+        server.stop()
+        server.stop()  # a second stop changes nothing
+    assert servers_in(tmp_path) == []
+
+
+async def test_a_second_start_uses_the_running_server(own_server: EmbeddedRedis, tmp_path: Path) -> None:
+    second = start_embedded_redis(tmp_path)
+
+    assert (second.url, second.owned, second.pid) == (own_server.url, False, None)
+    assert own_server.owned
+    second.stop()
+    store = await RedisStore.connect(own_server.url, "tempo")  # only its owner ends it
+    await store.close()
+    assert servers_in(tmp_path) == [own_server.pid]
+
+
+def test_many_starts_at_once_make_one_server(tmp_path: Path) -> None:
+    found: list[EmbeddedRedis] = []
+    threads = [threading.Thread(target=lambda: found.append(start_embedded_redis(tmp_path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    try:
+        assert len(found) == 8
+        assert sum(server.owned for server in found) == 1
+        assert len({server.url for server in found}) == 1
+        assert len(servers_in(tmp_path)) == 1
+    finally:
+        for server in found:
+            server.stop()
+
+
+OWNER = """
+import sys, threading
+from cluster.embedded_redis import start_embedded_redis
+server = start_embedded_redis(sys.argv[1])
+print("SERVER", server.pid, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_killed_owner_leaves_no_server_behind_and_no_lock(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root
+    ) as owner:
+        try:
+            assert owner.stdout is not None
+            pid = next(int(line.split()[1]) for line in owner.stdout if line.startswith("SERVER"))
+            assert psutil.Process(pid).name() == "redis-server"
+        finally:
+            owner.kill()
+    wait_until(lambda: servers_in(tmp_path) == [], "the server of a killed owner ends")
+
+    again = start_embedded_redis(tmp_path)
+    assert again.owned
+    again.stop()
+
+
+def test_the_server_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
+    """The kernel ties a child to the thread that made it; ours is made by a thread of its own."""
+    found: list[EmbeddedRedis] = []
+    thread_ids: list[int] = []
+
+    def ask() -> None:
+        thread_ids.append(threading.get_native_id())
+        found.append(start_embedded_redis(tmp_path))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(30)
+    wait_until(lambda: not Path(f"/proc/self/task/{thread_ids[0]}").exists(), "the thread is gone")
+    (server,) = found
+    try:
+        # Commands answered one after the other after the thread's end: a pending SIGKILL would have struck.
+        for _ in range(20):
+            assert not start_embedded_redis(tmp_path).owned
+        assert psutil.Process(server.pid).is_running()
+    finally:
+        server.stop()
+
+
+def test_a_data_folder_with_a_long_name_works(tmp_path: Path) -> None:
+    """A socket's path holds 107 bytes; the data stays in the folder, the socket moves."""
+    folder = tmp_path / ("long-" * 30)
+    server = start_embedded_redis(folder)
+    attached = start_embedded_redis(folder)
+    try:
+        assert str(folder) not in server.url
+        assert attached.url == server.url
+        assert (folder / "redis" / "appendonly.aof").exists()
+    finally:
+        server.stop()
+
+
+def test_broken_data_is_reported_with_the_servers_own_words(tmp_path: Path) -> None:
+    (tmp_path / "redis").mkdir()
+    (tmp_path / "redis" / "appendonly.aof").write_bytes(b"*1\r\nnot what redis wrote\r\n" * 10)
+
+    with pytest.raises(StoreUnavailableError, match=r"(?s)ended at once.*Bad file format reading the append only file"):
+        start_embedded_redis(tmp_path)
+    assert servers_in(tmp_path) == []
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailableError, match=r"cannot keep Redis data in .*file/redis.*choose another data_dir"):
+        start_embedded_redis(tmp_path / "file")
+
+
+def test_a_server_that_hangs_is_not_joined_by_a_second_one(own_server: EmbeddedRedis, tmp_path: Path) -> None:
+    """Two servers on one append-only file would destroy it."""
+    process = psutil.Process(own_server.pid)
+    process.suspend()
+    try:
+        with pytest.raises(StoreUnavailableError, match="belongs to a Redis server that has not answered"):
+            start_embedded_redis(tmp_path, start_timeout_s=0.3)
+    finally:
+        process.resume()
