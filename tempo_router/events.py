@@ -153,13 +153,5 @@ class DrainStarted:
 
 
 Event = (
-    Arrived
-    | Cancelled
-    | ReplicaAttached
-    | ReplicaDraining
-    | ReplicaLost
-    | Progressed
-    | Ticked
-    | Settled
-    | DrainStarted
+    Arrived | Cancelled | ReplicaAttached | ReplicaDraining | ReplicaLost | Progressed | Ticked | Settled | DrainStarted
 )

@@ -1,0 +1,146 @@
+"""What the router knows of each replica: the calls it gave it, the room they take, the speed it works at."""
+
+from tempo_router.events import ReplicaCapacity, ReplicaLoad
+from tempo_router.prediction import Lengths
+from tempo_router.request import DispatchId, ReplicaId, RequestSpec
+from tempo_router.step_time import StepTimeModel
+
+
+class Call:
+    """One dispatched attempt on one replica. Owned by RouterCore.
+
+    new_tokens: tokens that this attempt has produced.
+    expected_tokens: how many it is expected to produce in all; raised when it produces more.
+    is_aborted: its tokens are no longer wanted; it only holds its room until the replica says that it ended.
+    """
+
+    __slots__ = ("dispatch_id", "expected_tokens", "is_aborted", "lengths", "new_tokens", "replica", "spec")
+
+    def __init__(
+        self, dispatch_id: DispatchId, spec: RequestSpec, replica: "Replica", lengths: Lengths, new_tokens: int
+    ) -> None:
+        self.dispatch_id = dispatch_id
+        self.spec = spec
+        self.replica = replica
+        self.lengths = lengths
+        self.new_tokens = new_tokens
+        self.expected_tokens = new_tokens + self._left()
+        self.is_aborted = False
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of the whole answer so far, those of earlier attempts included."""
+        return self.spec.generated_tokens + self.new_tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        """Room set aside for it: its context and all that it is expected to produce."""
+        return self.spec.context_tokens + self.expected_tokens
+
+    def expect_more(self) -> int:
+        """It outgrew what was expected: look again. Returns by how many tokens the expectation rose."""
+        before = self.expected_tokens
+        self.expected_tokens = self.new_tokens + self._left()
+        return self.expected_tokens - before
+
+    def _left(self) -> int:
+        return round(self.lengths.mean_left(self.generated_tokens, self.spec.max_output_tokens))
+
+
+class Replica:
+    """State of one attached replica.
+
+    unstarted: calls of which no token has been seen. committed_kv: room set aside for its calls.
+    left_tokens: output still expected from its calls. unstarted_context: context still to be prefilled.
+    """
+
+    __slots__ = (
+        "calls",
+        "capacity",
+        "committed_kv",
+        "is_draining",
+        "left_tokens",
+        "load",
+        "number",
+        "replica_id",
+        "steps",
+        "unstarted",
+        "unstarted_context",
+    )
+
+    def __init__(self, replica_id: ReplicaId, number: int, capacity: ReplicaCapacity, steps: StepTimeModel) -> None:
+        self.replica_id = replica_id
+        self.number = number
+        self.capacity = capacity
+        self.steps = steps
+        self.load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=capacity.kv_tokens)
+        self.is_draining = False
+        self.calls: dict[DispatchId, Call] = {}
+        self.unstarted = 0
+        self.committed_kv = 0
+        self.left_tokens = 0
+        self.unstarted_context = 0
+
+    @property
+    def free_kv(self) -> int:
+        """Tokens of KV cache that no call has been promised; below zero when answers outgrew the expectation."""
+        return self.capacity.kv_tokens - self.committed_kv
+
+    def is_open(self, queue_depth: int) -> bool:
+        """It takes another call: its slots and the short queue that hides the round trip are not full."""
+        if self.is_draining:
+            return False
+        if not self.calls:
+            return True
+        if len(self.calls) >= self.capacity.max_running + queue_depth:
+            return False
+        return self.load.waiting == 0 or self.unstarted < queue_depth
+
+    def outstanding_s(self) -> float:
+        """Predicted GPU seconds of the work that it has been given."""
+        pace = self.steps.pace()
+        return self.left_tokens * (pace.share_s + pace.decode_s) + self.unstarted_context * pace.prefill_token_s
+
+    def add(self, call: Call) -> None:
+        """Give it a call, or find it running one."""
+        self.calls[call.dispatch_id] = call
+        self.committed_kv += call.kv_tokens
+        self.left_tokens += call.expected_tokens - call.new_tokens
+        if call.new_tokens == 0:
+            self.unstarted += 1
+            self.unstarted_context += call.spec.context_tokens
+
+    def remove(self, call: Call) -> None:
+        """The call left the replica."""
+        del self.calls[call.dispatch_id]
+        self.committed_kv -= call.kv_tokens
+        self.left_tokens -= call.expected_tokens - call.new_tokens
+        if call.new_tokens == 0:
+            self.unstarted -= 1
+            self.unstarted_context -= call.spec.context_tokens
+
+    def progress(self, call: Call, tokens: int) -> None:
+        """The call produced tokens."""
+        if call.new_tokens == 0 and tokens:
+            self.unstarted -= 1
+            self.unstarted_context -= call.spec.context_tokens
+        call.new_tokens += tokens
+        self.left_tokens -= tokens
+        if call.new_tokens >= call.expected_tokens:
+            more = call.expect_more()
+            self.committed_kv += more
+            self.left_tokens += more
+
+    def audit(self) -> None:
+        """Check the sums against the calls. Raises AssertionError."""
+        calls = self.calls.values()
+        sums = {
+            "committed_kv": sum(call.kv_tokens for call in calls),
+            "left_tokens": sum(call.expected_tokens - call.new_tokens for call in calls),
+            "unstarted": sum(call.new_tokens == 0 for call in calls),
+            "unstarted_context": sum(call.spec.context_tokens for call in calls if call.new_tokens == 0),
+        }
+        for name, expected in sums.items():
+            counted = getattr(self, name)
+            assert counted == expected, f"{self.replica_id}: {name} is {counted}, its calls add up to {expected}"
+        assert all(call.replica is self for call in calls), f"{self.replica_id} holds a call of another replica"

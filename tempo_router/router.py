@@ -1,0 +1,739 @@
+"""The scheduling core: events in, actions out. It never waits, never looks at a clock and never touches a network.
+
+The life of a request here: Arrived -> waiting (in the queue, or unplaceable while no replica could hold it)
+-> running (dispatched to a replica) -> gone. A dispatch that nobody wants any longer stays with its replica,
+aborted, until the replica says that it ended, because until then it holds a slot and KV cache.
+"""
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass
+from typing import assert_never, get_args
+
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, RejectReason, Relegate
+from tempo_router.backlog import Backlog, expected_wait_s
+from tempo_router.config import SchedulingConfig
+from tempo_router.errors import InvalidEventError
+from tempo_router.events import (
+    Arrived,
+    CallFinished,
+    Cancelled,
+    DrainStarted,
+    Event,
+    Progressed,
+    ReplicaAttached,
+    ReplicaDraining,
+    ReplicaLost,
+    RunningCall,
+    Settled,
+    Ticked,
+)
+from tempo_router.groups import GroupBook
+from tempo_router.placement import choose, kv_needed
+from tempo_router.policies import Context, build_policy
+from tempo_router.prediction import LengthHistograms
+from tempo_router.replicas import Call, Replica
+from tempo_router.request import (
+    BestEffort,
+    DispatchId,
+    GroupId,
+    Latency,
+    ReplicaId,
+    RequestId,
+    RequestSpec,
+    SloClass,
+    slo_class,
+)
+from tempo_router.slo_queue import SloQueue
+from tempo_router.step_time import StepTimeModel
+from tempo_router.value import cost_s, expected_good, hopeless_at_s
+from tempo_router.waiting import WaitingRequest
+
+_LOOK_AHEAD = 16
+_LOOK_AHEAD_FOR_EMPTY = 256
+"""Requests that may be passed over in one go because there is no room for them; bounds the work per event.
+More of them while a replica stands empty: with replicas of several sizes it may take only small requests."""
+
+_HOLD_AFTER_S = 1.0
+"""How long smaller requests may overtake one that lacks KV cache, before a replica is kept free for it. Guessed."""
+
+_TRICKLE = 16
+"""One dispatch in so many may go to the oldest starving request."""
+
+_TIMERS_PER_EVENT = 256
+_REFRESHED_PER_TICK = 256
+_TIMER_SLACK = 64
+_MIN_RECHECK_S = 0.05
+_MAX_ENDED_EARLY = 1024
+_FIRST_MEAN_LENGTH = 230.0
+_MEAN_LENGTH_SMOOTHING = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """One replica as the router sees it. calls: dispatched and not ended, aborted ones included."""
+
+    replica_id: ReplicaId
+    calls: int
+    running: dict[SloClass, int]
+    unstarted: int
+    engine_waiting: int
+    committed_kv_tokens: int
+    free_kv_tokens: int
+    kv_tokens: int
+    outstanding_s: float
+    tau_s: float
+    step_error: float
+    is_draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSnapshot:
+    """Counts for dashboards. waiting includes unplaceable, requests that no attached replica could hold."""
+
+    waiting: dict[SloClass, int]
+    running: dict[SloClass, int]
+    waiting_tokens: int
+    waiting_cost_s: float
+    unplaceable: int
+    is_settled: bool
+    is_draining: bool
+    replicas: tuple[ReplicaSnapshot, ...]
+
+
+class RouterCore:
+    """Turns events into actions. `handle` is the only way the state changes; equal events give equal actions.
+
+    epoch: number of this router's life; part of every dispatch id. lengths: answer lengths learnt earlier.
+    """
+
+    def __init__(self, config: SchedulingConfig, *, epoch: int = 0, lengths: LengthHistograms | None = None) -> None:
+        self._config = config
+        self._epoch = epoch
+        self._policy = build_policy(config)
+        self._lengths = lengths if lengths is not None else LengthHistograms()
+        self._queue = SloQueue(self._policy)
+        self._waiting: dict[RequestId, WaitingRequest] = {}
+        self._unplaceable: dict[RequestId, WaitingRequest] = {}
+        self._running: dict[RequestId, Call] = {}
+        self._calls: dict[DispatchId, Call] = {}
+        self._replicas: dict[ReplicaId, Replica] = {}
+        self._kv_sizes: list[int] = []
+        self._groups = GroupBook()
+        self._backlog = Backlog()
+        self._steps = StepTimeModel()
+        self._timers: list[tuple[float, int, WaitingRequest]] = []
+        self._ended_early: dict[RequestId, tuple[RequestSpec, int]] = {}
+        self._mean_length = _FIRST_MEAN_LENGTH
+        self._now_s = float("-inf")
+        self._next_ticket = 0
+        self._next_dispatch = 1
+        self._next_replica = 0
+        self._since_trickle = 0
+        self._hold: tuple[WaitingRequest, Replica] | None = None
+        self._blocked_kv: int | None = None
+        self._was_all_blocked = False
+        self._is_settled = False
+        self._is_draining = False
+
+    # ---- the door, and what can be asked ----
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take note of one event and say what to do about it, in order.
+
+        Times may repeat or step back; the core's own time never does. Raises InvalidEventError, with nothing
+        changed, for what cannot have happened.
+        """
+        actions: list[Action] = []
+        if event.at_s > self._now_s:
+            self._now_s = event.at_s
+        match event:
+            case Progressed():
+                self._on_progressed(event, actions)
+            case Arrived(spec=spec):
+                self._on_arrived(spec, actions)
+            case Cancelled(request_id=request_id, is_complete=is_complete):
+                self._on_cancelled(request_id, is_complete, actions)
+            case ReplicaAttached():
+                self._on_attached(event, actions)
+            case ReplicaDraining(replica_id=replica_id):
+                self._on_replica_draining(replica_id)
+            case ReplicaLost(replica_id=replica_id):
+                self._on_replica_lost(replica_id, actions)
+            case Ticked():
+                self._queue.refresh(_REFRESHED_PER_TICK, self._context())
+                self._blocked_kv = None
+            case Settled():
+                self._is_settled = True
+            case DrainStarted():
+                self._is_draining = True
+            case _:
+                assert_never(event)
+        self._fire_timers(actions)
+        self._dispatch_while_possible(actions)
+        return actions
+
+    @property
+    def lengths(self) -> LengthHistograms:
+        """What has been learnt about answer lengths; the shell stores its snapshot."""
+        return self._lengths
+
+    @property
+    def steps(self) -> StepTimeModel:
+        """The step-time model over all replicas."""
+        return self._steps
+
+    def knows(self, request_id: RequestId, attempt: int) -> bool:
+        """Whether this very attempt waits or runs."""
+        spec = self.spec_of(request_id)
+        return spec is not None and spec.attempt == attempt
+
+    def spec_of(self, request_id: RequestId) -> RequestSpec | None:
+        """The spec of a request that waits or runs; None for all others."""
+        live = self._waiting.get(request_id) or self._running.get(request_id)
+        return None if live is None else live.spec
+
+    def snapshot(self) -> RouterSnapshot:
+        """Counts as of the last event. O(running calls)."""
+        running = dict.fromkeys(get_args(SloClass), 0)
+        for call in self._running.values():
+            running[slo_class(call.spec.slo)] += 1
+        return RouterSnapshot(
+            waiting=dict(self._backlog.requests),
+            running=running,
+            waiting_tokens=self._backlog.prompt_tokens,
+            waiting_cost_s=sum(self._backlog.cost_s.values()),
+            unplaceable=len(self._unplaceable),
+            is_settled=self._is_settled,
+            is_draining=self._is_draining,
+            replicas=tuple(_replica_snapshot(replica) for replica in self._replicas.values()),
+        )
+
+    # ---- arrivals ----
+
+    def _on_arrived(self, spec: RequestSpec, actions: list[Action]) -> None:
+        live = self._waiting.get(spec.request_id) or self._running.get(spec.request_id)
+        if live is not None and spec.attempt <= live.spec.attempt:
+            # A resubmission after a router's restart crossed with what the replica told; or late news.
+            actions.append(Admit(spec.request_id, spec.attempt, 0.0, 1.0))
+            return
+        request = self._new_waiting(spec)
+        if spec.attempt == 0:
+            refusal = self._refusal(request)
+            self._groups.note_arrival(spec, refusal)
+            if refusal is not None:
+                actions.append(Reject(spec.request_id, spec.attempt, *refusal))
+                return
+        actions.append(self._admission(request))
+        self._retire(spec.request_id, actions)
+        self._begin_waiting(request)
+
+    def _new_waiting(self, spec: RequestSpec) -> WaitingRequest:
+        lengths = self._lengths.lookup(spec)
+        self._next_ticket += 1
+        return WaitingRequest(spec, self._next_ticket, self._now_s, lengths, cost_s(spec, lengths, self._steps.pace()))
+
+    def _refusal(self, request: WaitingRequest) -> tuple[RejectReason, float | None] | None:
+        """Why a first attempt is not taken, and when to try again; None if it is."""
+        spec = request.spec
+        group = self._groups.find(spec)
+        if group is not None and (group.arrived or group.live):
+            return group.refusal
+        if self._is_draining:
+            return "draining", None
+        if self._kv_sizes and spec.context_tokens + 1 > self._kv_sizes[-1]:
+            return "too_large", None
+        if self._config.hopeless == "refuse" and self._is_hopeless(request):
+            return "deadline_impossible", None
+        config = self._config
+        is_full = (
+            len(self._waiting) + spec.group_size > config.max_waiting_requests
+            or self._backlog.prompt_tokens + spec.group_size * spec.prompt_tokens > config.max_waiting_tokens
+        )
+        return ("queue_full", self._backlog.retry_after_s(len(self._kv_sizes))) if is_full else None
+
+    def _admission(self, request: WaitingRequest) -> Admit:
+        spec = request.spec
+        pace = self._steps.pace()
+        is_class_blind = self._config.policy == "fcfs"
+        ahead_s = self._backlog.ahead_s(slo_class(spec.slo), is_class_blind)
+        takers = [replica for replica in self._replicas.values() if not replica.is_draining]
+        wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
+        if self._is_hopeless(request):
+            return Admit(spec.request_id, spec.attempt, wait_s, 0.0)
+        if isinstance(spec.slo, BestEffort):
+            return Admit(spec.request_id, spec.attempt, wait_s, 1.0)
+        if isinstance(spec.slo, Latency):
+            # The wait is a mean: a target of half of it is met about half the time.
+            left_s = spec.arrival_s + spec.slo.ttft_s + spec.generated_tokens * spec.slo.tbt_s - self._now_s
+            probability = min(1.0, max(0.0, left_s / wait_s))
+        else:
+            _, probability = expected_good(spec, request.lengths, pace, self._now_s + wait_s)
+        return Admit(spec.request_id, spec.attempt, wait_s, probability)
+
+    def _begin_waiting(self, request: WaitingRequest) -> None:
+        spec = request.spec
+        self._waiting[spec.request_id] = request
+        self._backlog.add(request)
+        self._groups.entered(spec)
+        self._queue.push(request, self._context())
+        self._set_timer(request)
+        needed = kv_needed(request, self._kv_sizes)
+        if self._blocked_kv is not None and needed is not None and needed < self._blocked_kv:
+            self._blocked_kv = None
+
+    def _end_waiting(self, request: WaitingRequest) -> None:
+        """The request leaves the waiting ones, wherever among them it is."""
+        del self._waiting[request.spec.request_id]
+        self._backlog.remove(request)
+        self._queue.forget(request)
+        self._unplaceable.pop(request.spec.request_id, None)
+        if self._hold is not None and self._hold[0] is request:
+            self._hold = None
+            self._blocked_kv = None
+
+    def _retire(self, request_id: RequestId, actions: list[Action]) -> None:
+        """The owner gave this request up, or its attempt was overtaken: it neither waits nor runs from now on."""
+        request = self._waiting.get(request_id)
+        if request is not None:
+            self._end_waiting(request)
+            self._groups.left(request.spec)
+        call = self._running.pop(request_id, None)
+        if call is not None:
+            self._groups.left(call.spec)
+            self._abort(call, actions)
+
+    def _abort(self, call: Call, actions: list[Action]) -> None:
+        call.is_aborted = True
+        actions.append(Abort(call.dispatch_id, call.replica.replica_id))
+
+    def _on_cancelled(self, request_id: RequestId, is_complete: bool, actions: list[Action]) -> None:
+        ended_early = self._ended_early.pop(request_id, None)
+        if ended_early is not None:
+            # The replica told first: whether the answer was cut off is known only now.
+            self._learn_length(*ended_early, is_complete=is_complete)
+        request, call = self._waiting.get(request_id), self._running.get(request_id)
+        if request is not None and request.spec.generated_tokens:
+            self._learn_length(request.spec, request.spec.generated_tokens, is_complete=is_complete)
+        if call is not None:
+            self._learn_length(call.spec, call.generated_tokens, is_complete=is_complete)
+        self._retire(request_id, actions)
+
+    # ---- replicas ----
+
+    def _on_attached(self, event: ReplicaAttached, actions: list[Action]) -> None:
+        for reported in event.running:
+            self._check_reported(reported, event.replica_id)
+        replica = self._replicas.get(event.replica_id)
+        if replica is None:
+            self._next_replica += 1
+            prior = self._steps.coefficients if self._steps.observed else None
+            steps = StepTimeModel(prior) if prior is not None else StepTimeModel()
+            replica = Replica(event.replica_id, self._next_replica, event.capacity, steps)
+            self._replicas[event.replica_id] = replica
+        replica.capacity = event.capacity
+        replica.is_draining = replica.is_draining or event.is_draining
+        reported_ids = {reported.dispatch_id for reported in event.running}
+        for call in list(replica.calls.values()):
+            if call.dispatch_id not in reported_ids:
+                self._lose(call, actions)
+        for reported in event.running:
+            self._adopt(reported, replica, actions)
+        self._replicas_changed()
+
+    def _check_reported(self, reported: RunningCall, replica_id: ReplicaId) -> None:
+        self._check_made(reported.dispatch_id)
+        call = self._calls.get(reported.dispatch_id)
+        if call is not None and call.replica.replica_id != replica_id:
+            raise InvalidEventError(
+                f"replica {replica_id!r} reports dispatch {reported.dispatch_id} of {call.spec.attempt_id!r}, "
+                f"which runs on {call.replica.replica_id!r}"
+            )
+
+    def _adopt(self, reported: RunningCall, replica: Replica, actions: list[Action]) -> None:
+        """A replica says that it runs this call. Keep it, take it over, or stop it."""
+        call = self._calls.get(reported.dispatch_id)
+        if call is not None:
+            replica.progress(call, max(0, reported.new_tokens - call.new_tokens))
+            if call.is_aborted:
+                self._abort(call, actions)  # The first word may have been lost with the link.
+            return
+        spec = reported.spec
+        call = Call(reported.dispatch_id, spec, replica, self._lengths.lookup(spec), reported.new_tokens)
+        self._calls[call.dispatch_id] = call
+        replica.add(call)
+        if not self._is_wanted(call):
+            self._abort(call, actions)
+            return
+        self._retire(spec.request_id, actions)
+        self._running[spec.request_id] = call
+        self._groups.entered(spec)
+        self._groups.settle_on(spec, replica.replica_id)
+
+    def _is_wanted(self, newcomer: Call) -> bool:
+        """Whether an unknown call that a replica runs is to go on."""
+        if newcomer.dispatch_id >> 32 == self._epoch:
+            # Made in this life and given up since: evicted, cancelled or ended while the link was down.
+            return False
+        spec = newcomer.spec
+        running, waiting = self._running.get(spec.request_id), self._waiting.get(spec.request_id)
+        if running is not None:
+            return spec.attempt > running.spec.attempt
+        return waiting is None or spec.attempt >= waiting.spec.attempt
+
+    def _on_replica_draining(self, replica_id: ReplicaId) -> None:
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            replica.is_draining = True
+            self._replicas_changed()
+
+    def _on_replica_lost(self, replica_id: ReplicaId, actions: list[Action]) -> None:
+        replica = self._replicas.pop(replica_id, None)
+        if replica is None:
+            return  # Told twice: by its link and by an ingress.
+        for call in list(replica.calls.values()):
+            self._lose(call, actions)
+        self._replicas_changed()
+
+    def _lose(self, call: Call, actions: list[Action]) -> None:
+        """A call is gone without an end. Its owner submits the request again."""
+        self._release(call)
+        if not call.is_aborted:
+            del self._running[call.spec.request_id]
+            self._groups.left(call.spec)
+            actions.append(Evict(call.spec.request_id, call.spec.attempt))
+
+    def _release(self, call: Call) -> None:
+        del self._calls[call.dispatch_id]
+        call.replica.remove(call)
+
+    def _replicas_changed(self) -> None:
+        """The set of replicas that take work, or their capacities, changed."""
+        takers = [replica for replica in self._replicas.values() if not replica.is_draining]
+        self._kv_sizes = sorted(replica.capacity.kv_tokens for replica in takers)
+        self._blocked_kv = None
+        self._hold = None
+        context = self._context()
+        for request in list(self._unplaceable.values()):
+            if kv_needed(request, self._kv_sizes) is not None:
+                del self._unplaceable[request.spec.request_id]
+                self._queue.push_back(request, context)
+
+    # ---- progress ----
+
+    def _on_progressed(self, event: Progressed, actions: list[Action]) -> None:
+        replica = self._replicas.get(event.replica_id)
+        calls = [self._reported(dispatch_id, event.replica_id) for dispatch_id, _ in event.tokens]
+        ended = [self._reported(finished.dispatch_id, event.replica_id) for finished in event.finished]
+        if replica is None:
+            return  # Late news from a replica already given up for lost.
+        replica.load = event.load
+        if event.step is not None:
+            replica.steps.observe(event.step)
+            self._steps.observe(event.step)
+        for call, (_, tokens) in zip(calls, event.tokens, strict=True):
+            if call is not None:
+                replica.progress(call, tokens)
+        for call, finished in zip(ended, event.finished, strict=True):
+            if call is not None and call.dispatch_id in self._calls:
+                self._on_call_finished(call, finished, actions)
+
+    def _reported(self, dispatch_id: DispatchId, replica_id: ReplicaId) -> Call | None:
+        """The call that a replica speaks of; None for one that is over."""
+        call = self._calls.get(dispatch_id)
+        if call is None:
+            self._check_made(dispatch_id)
+        elif call.replica.replica_id != replica_id:
+            raise InvalidEventError(
+                f"replica {replica_id!r} reports on dispatch {dispatch_id} of {call.spec.attempt_id!r}, "
+                f"which runs on {call.replica.replica_id!r}"
+            )
+        return call
+
+    def _check_made(self, dispatch_id: DispatchId) -> None:
+        epoch, number = dispatch_id >> 32, dispatch_id & 0xFFFFFFFF
+        if epoch == self._epoch and not 0 < number < self._next_dispatch:
+            raise InvalidEventError(
+                f"dispatch {dispatch_id} (number {number} of epoch {epoch}) was never made; "
+                f"the last number is {self._next_dispatch - 1}"
+            )
+
+    def _on_call_finished(self, call: Call, finished: CallFinished, actions: list[Action]) -> None:
+        if finished.reason == "lost":
+            self._lose(call, actions)
+            return
+        self._release(call)
+        if call.is_aborted:
+            return
+        spec = call.spec
+        del self._running[spec.request_id]
+        self._groups.left(spec)
+        tokens = spec.generated_tokens + max(finished.output_tokens, call.new_tokens)
+        match finished.reason:
+            case "completed":
+                self._learn_length(spec, tokens, is_complete=True)
+            case "error":
+                self._learn_length(spec, tokens, is_complete=False)
+            case "cancelled":
+                self._remember_ended_early(spec, tokens)
+            case _:
+                assert_never(finished.reason)
+
+    def _remember_ended_early(self, spec: RequestSpec, tokens: int) -> None:
+        """Its ingress stopped it at the replica; whether the answer was complete comes with Cancelled."""
+        self._ended_early[spec.request_id] = (spec, tokens)
+        if len(self._ended_early) > _MAX_ENDED_EARLY:
+            oldest = self._ended_early.pop(next(iter(self._ended_early)))
+            self._learn_length(*oldest, is_complete=False)
+
+    def _learn_length(self, spec: RequestSpec, tokens: int, *, is_complete: bool) -> None:
+        self._lengths.observe(spec, tokens, is_complete=is_complete)
+        if is_complete:
+            self._mean_length += _MEAN_LENGTH_SMOOTHING * (max(tokens, 1) - self._mean_length)
+
+    # ---- hopeless work ----
+
+    def _is_hopeless(self, request: WaitingRequest) -> bool:
+        return self._now_s >= hopeless_at_s(request.spec, request.lengths, self._steps.pace())
+
+    def _set_timer(self, request: WaitingRequest) -> None:
+        if request.is_relegated:
+            return
+        at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
+        if at_s < float("inf"):
+            heapq.heappush(self._timers, (at_s, request.ticket, request))
+        if len(self._timers) > 2 * len(self._waiting) + _TIMER_SLACK:
+            self._timers = [timer for timer in self._timers if self._is_timed(timer[2])]
+            heapq.heapify(self._timers)
+
+    def _is_timed(self, request: WaitingRequest) -> bool:
+        return self._waiting.get(request.spec.request_id) is request and not request.is_relegated
+
+    def _fire_timers(self, actions: list[Action]) -> None:
+        timers = self._timers
+        for _ in range(_TIMERS_PER_EVENT):
+            if not timers or timers[0][0] > self._now_s:
+                return
+            _, ticket, request = heapq.heappop(timers)
+            if not self._is_timed(request):
+                continue
+            # Estimates move on: only what is still beyond help goes.
+            at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
+            if at_s <= self._now_s:
+                self._give_up(request, actions)
+            elif at_s < float("inf"):
+                heapq.heappush(timers, (max(at_s, self._now_s + _MIN_RECHECK_S), ticket, request))
+
+    def _give_up(self, request: WaitingRequest, actions: list[Action]) -> None:
+        """A waiting request can no longer meet its SLO."""
+        spec = request.spec
+        # An answer that has begun is not broken off, whatever the setting: its client already reads it.
+        if self._config.hopeless == "refuse" and not spec.generated_tokens:
+            self._end_waiting(request)
+            self._groups.left(spec)
+            actions.append(Expire(spec.request_id))
+            return
+        request.is_relegated = True
+        actions.append(Relegate(spec.request_id))
+        if request.is_queued:
+            self._queue.rekey(request, self._context())
+
+    # ---- dispatch ----
+
+    def _context(self) -> Context:
+        return Context(self._now_s, self._steps.pace(), self._mean_length)
+
+    def _dispatch_while_possible(self, actions: list[Action]) -> None:
+        if not self._is_settled or not self._waiting:
+            return
+        self._serve_hold(actions)
+        if self._is_worth_looking():
+            self._fill(self._context(), actions)
+
+    def _fill(self, context: Context, actions: list[Action]) -> None:
+        """Give requests to replicas, best first, until no slot or no request is left, or nothing seen has room."""
+        passed_over: list[WaitingRequest] = []
+        lacking: list[int] = []
+        may_trickle = self._since_trickle >= _TRICKLE - 1
+        has_seen_all = has_seen_enough = False
+        while candidates := self._open_replicas():
+            has_seen_enough = len(lacking) >= _look_ahead(candidates)
+            if has_seen_enough:
+                break
+            starving = self._starving() if may_trickle else None
+            may_trickle = False
+            request = starving or self._queue.pop(context)
+            if request is None:
+                has_seen_all = True
+                break
+            if self._turns_out_hopeless(request, context, actions):
+                continue
+            needed = kv_needed(request, self._kv_sizes)
+            if needed is None:
+                self._unplaceable[request.spec.request_id] = request
+                continue
+            replica = choose(self._allowed(request, needed, candidates), needed)
+            if replica is not None:
+                self._start(request, replica, context, actions)
+                self._since_trickle = 0 if starving is not None else self._since_trickle + 1
+                continue
+            passed_over.append(request)
+            lacking.append(needed)
+            self._note_blocked(request, needed, is_urgent=starving is not None)
+        for request in passed_over:
+            self._queue.push_back(request, context)
+        self._blocked_kv = min(lacking) if lacking and (has_seen_all or has_seen_enough) else None
+        self._was_all_blocked = has_seen_all
+
+    def _is_worth_looking(self) -> bool:
+        """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""
+        candidates = self._open_replicas()
+        if not candidates:
+            return False
+        if self._blocked_kv is None:
+            return True
+        if not self._was_all_blocked and not all(replica.calls for replica in candidates):
+            return True
+        return any(replica.free_kv >= self._blocked_kv for replica in candidates)
+
+    def _open_replicas(self) -> list[Replica]:
+        """Replicas that take a call now, in order of attaching; not the one that is kept for a held request."""
+        depth = self._config.replica_queue_depth
+        held = self._hold[1] if self._hold is not None else None
+        return [replica for replica in self._replicas.values() if replica is not held and replica.is_open(depth)]
+
+    def _starving(self) -> WaitingRequest | None:
+        """The oldest request, taken from the queue, if it has waited too long."""
+        request = self._queue.oldest()
+        if request is None or self._now_s - request.since_s < self._config.starvation_s:
+            return None
+        self._queue.take(request)
+        return request
+
+    def _turns_out_hopeless(self, request: WaitingRequest, context: Context, actions: list[Action]) -> bool:
+        if request.is_relegated or not self._is_hopeless(request):
+            return False
+        self._give_up(request, actions)
+        if request.is_in_line:
+            self._queue.push_back(request, context)
+        return True
+
+    def _allowed(self, request: WaitingRequest, needed_kv: int, candidates: list[Replica]) -> list[Replica]:
+        """The candidates, or the one of them that the request's siblings went to."""
+        replica = self._replica_of_siblings(request.spec, needed_kv)
+        if replica is None:
+            return candidates
+        return [replica] if replica in candidates else []
+
+    def _replica_of_siblings(self, spec: RequestSpec, needed_kv: int) -> Replica | None:
+        group = self._groups.find(spec)
+        replica = self._replicas.get(group.replica_id) if group is not None and group.replica_id is not None else None
+        if replica is None or replica.is_draining or replica.capacity.kv_tokens < needed_kv:
+            return None
+        return replica
+
+    def _start(self, request: WaitingRequest, replica: Replica, context: Context, actions: list[Action]) -> None:
+        spec = request.spec
+        priority = self._policy.engine_priority(request, context)
+        self._end_waiting(request)
+        dispatch_id = DispatchId(self._epoch << 32 | self._next_dispatch)
+        self._next_dispatch += 1
+        call = Call(dispatch_id, spec, replica, request.lengths, new_tokens=0)
+        self._calls[dispatch_id] = call
+        self._running[spec.request_id] = call
+        replica.add(call)
+        self._groups.settle_on(spec, replica.replica_id)
+        actions.append(Dispatch(dispatch_id, spec.request_id, spec.attempt, replica.replica_id, priority))
+
+    # ---- keeping a replica free for what is too large to find room by chance ----
+
+    def _note_blocked(self, request: WaitingRequest, needed_kv: int, *, is_urgent: bool) -> None:
+        if request.blocked_since_s is None:
+            request.blocked_since_s = self._now_s
+        has_waited = self._now_s - request.blocked_since_s >= _HOLD_AFTER_S
+        if self._hold is not None or not (is_urgent or has_waited):
+            return
+        replica = self._replica_of_siblings(request.spec, needed_kv)
+        if replica is None:
+            takers = (one for one in self._replicas.values() if not one.is_draining)
+            large = [one for one in takers if one.capacity.kv_tokens >= needed_kv]
+            replica = max(large, key=lambda one: (one.free_kv, -one.number))
+        self._hold = (request, replica)
+
+    def _serve_hold(self, actions: list[Action]) -> None:
+        if self._hold is None:
+            return
+        request, replica = self._hold
+        needed = kv_needed(request, self._kv_sizes)
+        is_room = needed is not None and needed <= replica.free_kv
+        if is_room and replica.is_open(self._config.replica_queue_depth):
+            self._start(request, replica, self._context(), actions)
+
+    # ---- self-check ----
+
+    def audit(self) -> None:
+        """Check all invariants at once, in O(everything). Raises AssertionError with the story."""
+        both = self._waiting.keys() & self._running.keys()
+        assert not both, f"waiting and running at once: {sorted(both)}"
+        self._audit_waiting()
+        self._audit_calls()
+        siblings: Counter[GroupId] = Counter()
+        specs = [request.spec for request in self._waiting.values()] + [call.spec for call in self._running.values()]
+        siblings.update(spec.group_id for spec in specs if spec.group_size > 1)
+        self._groups.audit(dict(siblings))
+        if self._hold is not None:
+            request, replica = self._hold
+            assert self._waiting.get(request.spec.request_id) is request, "a replica is held for nobody"
+            assert self._replicas.get(replica.replica_id) is replica, "a lost replica is held"
+            assert replica.calls, f"{replica.replica_id} is empty and still held for {request.spec.request_id!r}"
+
+    def _audit_waiting(self) -> None:
+        self._queue.audit()
+        queued = sum(request.is_queued for request in self._waiting.values())
+        assert queued == len(self._queue), f"{queued} waiting requests are queued, the queue holds {len(self._queue)}"
+        for request_id, request in self._waiting.items():
+            assert request.is_queued != (request_id in self._unplaceable), f"{request_id!r} is in no place or in two"
+        assert not self._unplaceable.keys() - self._waiting.keys(), "an unplaceable request does not wait"
+        counted = Counter(slo_class(request.spec.slo) for request in self._waiting.values())
+        backlog = {name: count for name, count in self._backlog.requests.items() if count}
+        assert backlog == dict(counted), f"backlog says {backlog}, {dict(counted)} wait"
+        tokens = sum(request.spec.prompt_tokens for request in self._waiting.values())
+        assert tokens == self._backlog.prompt_tokens, f"backlog says {self._backlog.prompt_tokens} tokens, not {tokens}"
+        bound = 2 * len(self._waiting) + _TIMER_SLACK + _TIMERS_PER_EVENT
+        assert len(self._timers) <= bound, f"{len(self._timers)} timers for {len(self._waiting)} waiting requests"
+
+    def _audit_calls(self) -> None:
+        on_replicas = 0
+        for replica in self._replicas.values():
+            replica.audit()
+            on_replicas += len(replica.calls)
+            for dispatch_id, call in replica.calls.items():
+                assert self._calls.get(dispatch_id) is call, f"dispatch {dispatch_id} is unknown to the router"
+        assert on_replicas == len(self._calls), f"{len(self._calls)} calls, {on_replicas} on replicas"
+        wanted = {call.spec.request_id: call for call in self._calls.values() if not call.is_aborted}
+        assert wanted == self._running, f"calls {sorted(wanted)} but running {sorted(self._running)}"
+
+
+def _look_ahead(candidates: list[Replica]) -> int:
+    return _LOOK_AHEAD if all(replica.calls for replica in candidates) else _LOOK_AHEAD_FOR_EMPTY
+
+
+def _replica_snapshot(replica: Replica) -> ReplicaSnapshot:
+    running = dict.fromkeys(get_args(SloClass), 0)
+    for call in replica.calls.values():
+        if not call.is_aborted:
+            running[slo_class(call.spec.slo)] += 1
+    return ReplicaSnapshot(
+        replica_id=replica.replica_id,
+        calls=len(replica.calls),
+        running=running,
+        unstarted=replica.unstarted,
+        engine_waiting=replica.load.waiting,
+        committed_kv_tokens=replica.committed_kv,
+        free_kv_tokens=replica.load.free_kv_tokens,
+        kv_tokens=replica.capacity.kv_tokens,
+        outstanding_s=replica.outstanding_s(),
+        tau_s=replica.steps.tau_s,
+        step_error=replica.steps.relative_error,
+        is_draining=replica.is_draining,
+    )

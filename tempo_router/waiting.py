@@ -1,0 +1,45 @@
+"""A request that waits at the router: its spec, and what has been learnt about it since it came."""
+
+from tempo_router.prediction import Lengths
+from tempo_router.request import RequestSpec
+
+
+class WaitingRequest:
+    """State of one waiting request. Owned by RouterCore and its queue; policies only read it.
+
+    ticket: number in the order of becoming waiting, unique; breaks every tie.
+    since_s: when it began to wait here. lengths: distribution of its answer's length.
+    cost_s: predicted GPU seconds, as counted in the backlog.
+    is_relegated: it can no longer meet its SLO and is ordered as best effort.
+    is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
+    key: where it stands in the queue; an entry of the heap with another key is out of date.
+    blocked_since_s: when it was first found to be next and without room; None while that has not happened.
+    """
+
+    __slots__ = (
+        "blocked_since_s",
+        "cost_s",
+        "is_in_line",
+        "is_queued",
+        "is_relegated",
+        "key",
+        "lengths",
+        "since_s",
+        "spec",
+        "ticket",
+    )
+
+    def __init__(self, spec: RequestSpec, ticket: int, since_s: float, lengths: Lengths, cost_s: float) -> None:
+        self.spec = spec
+        self.ticket = ticket
+        self.since_s = since_s
+        self.lengths = lengths
+        self.cost_s = cost_s
+        self.is_relegated = False
+        self.is_in_line = False
+        self.is_queued = False
+        self.key = 0.0
+        self.blocked_since_s: float | None = None
+
+    def __lt__(self, other: "WaitingRequest") -> bool:
+        return self.ticket < other.ticket
