@@ -4,96 +4,101 @@
 # source: cluster/wire.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 7, 35, 1, "", "cluster/wire.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'cluster/wire.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x12\x63luster/wire.proto\x12\x08tempo.v1"(\n\x07Latency\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\r\n\x05tbt_s\x18\x02 \x01(\x01"\x1a\n\x08\x44\x65\x61\x64line\x12\x0e\n\x06ttlt_s\x18\x01 \x01(\x01"1\n\x0bProgramCall\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x0e\n\x06ttlt_s\x18\x02 \x01(\x01"\x0c\n\nBestEffort"\x9b\x03\n\rRequestHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0b\n\x03\x61pp\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x0c\n\x04tier\x18\x08 \x01(\t\x12$\n\x07latency\x18\t \x01(\x0b\x32\x11.tempo.v1.LatencyH\x00\x12&\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x12.tempo.v1.DeadlineH\x00\x12(\n\x07program\x18\x0b \x01(\x0b\x32\x15.tempo.v1.ProgramCallH\x00\x12+\n\x0b\x62\x65st_effort\x18\x0c \x01(\x0b\x32\x14.tempo.v1.BestEffortH\x00\x12\r\n\x05\x61ge_s\x18\r \x01(\x01\x12\x15\n\rprompt_tokens\x18\x0e \x01(\x04\x12\x19\n\x11max_output_tokens\x18\x0f \x01(\x04\x12\x18\n\x10generated_tokens\x18\x10 \x01(\x04\x42\x05\n\x03slo"\x1a\n\x07Payload\x12\x0f\n\x07\x62uffers\x18\x01 \x03(\x0c"s\n\x0cIngressHello\x12\x12\n\ningress_id\x18\x01 \x01(\t\x12\x12\n\nseen_epoch\x18\x02 \x01(\x04\x12*\n\tstreaming\x18\x03 \x03(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x0f\n\x07waiting\x18\x04 \x03(\t"U\n\x06Submit\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12"\n\x07payload\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload"1\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bis_complete\x18\x02 \x01(\x08"\xaa\x01\n\x0fIngressToRouter\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x05hello\x18\x02 \x01(\x0b\x32\x16.tempo.v1.IngressHello\x12!\n\x07submits\x18\x03 \x03(\x0b\x32\x10.tempo.v1.Submit\x12!\n\x07\x63\x61ncels\x18\x04 \x03(\x0b\x32\x10.tempo.v1.Cancel\x12\x1b\n\x13unreachable_workers\x18\x05 \x03(\t"\x1c\n\x0bRouterHello\x12\r\n\x05\x65poch\x18\x01 \x01(\x04"\xbe\x01\n\x07Verdict\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bis_admitted\x18\x03 \x01(\x08\x12\x17\n\x0f\x65xpected_wait_s\x18\x04 \x01(\x01\x12\x1b\n\x13success_probability\x18\x05 \x01(\x01\x12\x15\n\rreject_reason\x18\x06 \x01(\t\x12\x1a\n\rretry_after_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s"/\n\x08\x45viction\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r"Y\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x15.tempo.v1.EngineFacts"5\n\tWorkerSet\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.tempo.v1.WorkerAddress"\xcd\x01\n\x0fRouterToIngress\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tempo.v1.RouterHello\x12#\n\x08verdicts\x18\x02 \x03(\x0b\x32\x11.tempo.v1.Verdict\x12%\n\tevictions\x18\x03 \x03(\x0b\x32\x12.tempo.v1.Eviction\x12\x11\n\trelegated\x18\x04 \x03(\t\x12\x0f\n\x07\x65xpired\x18\x05 \x03(\t\x12$\n\x07workers\x18\x06 \x01(\x0b\x32\x13.tempo.v1.WorkerSet"\xf4\x01\n\x0b\x45ngineFacts\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\x04\x12\x11\n\tkv_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\x04\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bmax_running\x18\x08 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\t \x01(\x04\x12\x17\n\x0fsupported_tasks\x18\n \x03(\t\x12\x16\n\x0eready_response\x18\x0b \x01(\x0c"s\n\x0bRunningCall\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x12\n\nnew_tokens\x18\x03 \x01(\x04\x12\x12\n\ningress_id\x18\x04 \x01(\t"\xa8\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nseen_epoch\x18\x03 \x01(\x04\x12$\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32\x15.tempo.v1.EngineFacts\x12&\n\x07running\x18\x05 \x03(\x0b\x32\x15.tempo.v1.RunningCall\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08"a\n\nStepReport\x12\x12\n\nduration_s\x18\x01 \x01(\x01\x12\x16\n\x0eprefill_tokens\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65\x63odes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x04"J\n\x0c\x43\x61llFinished\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x04"\x91\x02\n\x08Progress\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0e\x66ree_kv_tokens\x18\x03 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12"\n\x04step\x18\x07 \x01(\x0b\x32\x14.tempo.v1.StepReport\x12\x1a\n\x12token_dispatch_ids\x18\x08 \x03(\x04\x12\x14\n\x0ctoken_counts\x18\t \x03(\x04\x12(\n\x08\x66inished\x18\n \x03(\x0b\x32\x16.tempo.v1.CallFinished"\x80\x01\n\x0eWorkerToRouter\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x15.tempo.v1.WorkerHello\x12$\n\x08progress\x18\x03 \x03(\x0b\x32\x12.tempo.v1.Progress\x12\x13\n\x0bis_draining\x18\x04 \x01(\x08"\x92\x01\n\x08\x44ispatch\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x12\n\ningress_id\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x12\x12"\n\x07payload\x18\x05 \x01(\x0b\x32\x11.tempo.v1.Payload"n\n\x0eRouterToWorker\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tempo.v1.RouterHello\x12&\n\ndispatches\x18\x02 \x03(\x0b\x32\x12.tempo.v1.Dispatch\x12\x0e\n\x06\x61\x62orts\x18\x03 \x03(\x04";\n\rIngressAttach\x12\x12\n\ningress_id\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t"i\n\rPayloadAnswer\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12"\n\x07payload\x18\x03 \x01(\x0b\x32\x11.tempo.v1.Payload\x12\x0f\n\x07is_gone\x18\x04 \x01(\x08",\n\x0bUtilityCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\x0c"\x9f\x01\n\x0fIngressToWorker\x12\'\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x17.tempo.v1.IngressAttach\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\x12)\n\x08payloads\x18\x03 \x03(\x0b\x32\x17.tempo.v1.PayloadAnswer\x12(\n\tutilities\x18\x04 \x03(\x0b\x32\x15.tempo.v1.UtilityCall"_\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t"3\n\x0cPayloadFetch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r"T\n\rUtilityAnswer\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x06result\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t"\xe0\x01\n\x0fWorkerToIngress\x12\'\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.tempo.v1.EngineFacts\x12)\n\x0e\x65ngine_outputs\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload\x12$\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x14.tempo.v1.TokenDelta\x12\'\n\x07\x66\x65tches\x18\x04 \x03(\x0b\x32\x16.tempo.v1.PayloadFetch\x12*\n\tutilities\x18\x05 \x03(\x0b\x32\x17.tempo.v1.UtilityAnswer2\x96\x01\n\rRouterControl\x12\x43\n\x07Ingress\x12\x19.tempo.v1.IngressToRouter\x1a\x19.tempo.v1.RouterToIngress(\x01\x30\x01\x12@\n\x06Worker\x12\x18.tempo.v1.WorkerToRouter\x1a\x18.tempo.v1.RouterToWorker(\x01\x30\x01\x32P\n\nTokenPlane\x12\x42\n\x06\x41ttach\x12\x19.tempo.v1.IngressToWorker\x1a\x19.tempo.v1.WorkerToIngress(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63luster/wire.proto\x12\x08tempo.v1\"(\n\x07Latency\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\r\n\x05tbt_s\x18\x02 \x01(\x01\"\x1a\n\x08\x44\x65\x61\x64line\x12\x0e\n\x06ttlt_s\x18\x01 \x01(\x01\"1\n\x0bProgramCall\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x0e\n\x06ttlt_s\x18\x02 \x01(\x01\"\x0c\n\nBestEffort\"\x9b\x03\n\rRequestHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08group_id\x18\x03 \x01(\t\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0b\n\x03\x61pp\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x0c\n\x04tier\x18\x08 \x01(\t\x12$\n\x07latency\x18\t \x01(\x0b\x32\x11.tempo.v1.LatencyH\x00\x12&\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x12.tempo.v1.DeadlineH\x00\x12(\n\x07program\x18\x0b \x01(\x0b\x32\x15.tempo.v1.ProgramCallH\x00\x12+\n\x0b\x62\x65st_effort\x18\x0c \x01(\x0b\x32\x14.tempo.v1.BestEffortH\x00\x12\r\n\x05\x61ge_s\x18\r \x01(\x01\x12\x15\n\rprompt_tokens\x18\x0e \x01(\x04\x12\x19\n\x11max_output_tokens\x18\x0f \x01(\x04\x12\x18\n\x10generated_tokens\x18\x10 \x01(\x04\x42\x05\n\x03slo\"\x1a\n\x07Payload\x12\x0f\n\x07\x62uffers\x18\x01 \x03(\x0c\"s\n\x0cIngressHello\x12\x12\n\ningress_id\x18\x01 \x01(\t\x12\x12\n\nseen_epoch\x18\x02 \x01(\x04\x12*\n\tstreaming\x18\x03 \x03(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x0f\n\x07waiting\x18\x04 \x03(\t\"U\n\x06Submit\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12\"\n\x07payload\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload\"1\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bis_complete\x18\x02 \x01(\x08\"\xaa\x01\n\x0fIngressToRouter\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x05hello\x18\x02 \x01(\x0b\x32\x16.tempo.v1.IngressHello\x12!\n\x07submits\x18\x03 \x03(\x0b\x32\x10.tempo.v1.Submit\x12!\n\x07\x63\x61ncels\x18\x04 \x03(\x0b\x32\x10.tempo.v1.Cancel\x12\x1b\n\x13unreachable_workers\x18\x05 \x03(\t\"\x1c\n\x0bRouterHello\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\xbe\x01\n\x07Verdict\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bis_admitted\x18\x03 \x01(\x08\x12\x17\n\x0f\x65xpected_wait_s\x18\x04 \x01(\x01\x12\x1b\n\x13success_probability\x18\x05 \x01(\x01\x12\x15\n\rreject_reason\x18\x06 \x01(\t\x12\x1a\n\rretry_after_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"/\n\x08\x45viction\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"Y\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x15.tempo.v1.EngineFacts\"5\n\tWorkerSet\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.tempo.v1.WorkerAddress\"\xcd\x01\n\x0fRouterToIngress\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tempo.v1.RouterHello\x12#\n\x08verdicts\x18\x02 \x03(\x0b\x32\x11.tempo.v1.Verdict\x12%\n\tevictions\x18\x03 \x03(\x0b\x32\x12.tempo.v1.Eviction\x12\x11\n\trelegated\x18\x04 \x03(\t\x12\x0f\n\x07\x65xpired\x18\x05 \x03(\t\x12$\n\x07workers\x18\x06 \x01(\x0b\x32\x13.tempo.v1.WorkerSet\"\xf4\x01\n\x0b\x45ngineFacts\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\x04\x12\x11\n\tkv_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\x04\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bmax_running\x18\x08 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\t \x01(\x04\x12\x17\n\x0fsupported_tasks\x18\n \x03(\t\x12\x16\n\x0eready_response\x18\x0b \x01(\x0c\"s\n\x0bRunningCall\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x12\n\nnew_tokens\x18\x03 \x01(\x04\x12\x12\n\ningress_id\x18\x04 \x01(\t\"\xa8\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nseen_epoch\x18\x03 \x01(\x04\x12$\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32\x15.tempo.v1.EngineFacts\x12&\n\x07running\x18\x05 \x03(\x0b\x32\x15.tempo.v1.RunningCall\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08\"a\n\nStepReport\x12\x12\n\nduration_s\x18\x01 \x01(\x01\x12\x16\n\x0eprefill_tokens\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65\x63odes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x04\"J\n\x0c\x43\x61llFinished\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x04\"\x91\x02\n\x08Progress\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0e\x66ree_kv_tokens\x18\x03 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\"\n\x04step\x18\x07 \x01(\x0b\x32\x14.tempo.v1.StepReport\x12\x1a\n\x12token_dispatch_ids\x18\x08 \x03(\x04\x12\x14\n\x0ctoken_counts\x18\t \x03(\x04\x12(\n\x08\x66inished\x18\n \x03(\x0b\x32\x16.tempo.v1.CallFinished\"\x80\x01\n\x0eWorkerToRouter\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x15.tempo.v1.WorkerHello\x12$\n\x08progress\x18\x03 \x03(\x0b\x32\x12.tempo.v1.Progress\x12\x13\n\x0bis_draining\x18\x04 \x01(\x08\"\x92\x01\n\x08\x44ispatch\x12\x13\n\x0b\x64ispatch_id\x18\x01 \x01(\x04\x12\'\n\x06header\x18\x02 \x01(\x0b\x32\x17.tempo.v1.RequestHeader\x12\x12\n\ningress_id\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x12\x12\"\n\x07payload\x18\x05 \x01(\x0b\x32\x11.tempo.v1.Payload\"n\n\x0eRouterToWorker\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tempo.v1.RouterHello\x12&\n\ndispatches\x18\x02 \x03(\x0b\x32\x12.tempo.v1.Dispatch\x12\x0e\n\x06\x61\x62orts\x18\x03 \x03(\x04\";\n\rIngressAttach\x12\x12\n\ningress_id\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\"i\n\rPayloadAnswer\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\"\n\x07payload\x18\x03 \x01(\x0b\x32\x11.tempo.v1.Payload\x12\x0f\n\x07is_gone\x18\x04 \x01(\x08\",\n\x0bUtilityCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\x0c\"\x9f\x01\n\x0fIngressToWorker\x12\'\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x17.tempo.v1.IngressAttach\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\x12)\n\x08payloads\x18\x03 \x03(\x0b\x32\x17.tempo.v1.PayloadAnswer\x12(\n\tutilities\x18\x04 \x03(\x0b\x32\x15.tempo.v1.UtilityCall\"_\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\"3\n\x0cPayloadFetch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"T\n\rUtilityAnswer\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x06result\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\"\xe0\x01\n\x0fWorkerToIngress\x12\'\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x15.tempo.v1.EngineFacts\x12)\n\x0e\x65ngine_outputs\x18\x02 \x01(\x0b\x32\x11.tempo.v1.Payload\x12$\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x14.tempo.v1.TokenDelta\x12\'\n\x07\x66\x65tches\x18\x04 \x03(\x0b\x32\x16.tempo.v1.PayloadFetch\x12*\n\tutilities\x18\x05 \x03(\x0b\x32\x17.tempo.v1.UtilityAnswer2\x96\x01\n\rRouterControl\x12\x43\n\x07Ingress\x12\x19.tempo.v1.IngressToRouter\x1a\x19.tempo.v1.RouterToIngress(\x01\x30\x01\x12@\n\x06Worker\x12\x18.tempo.v1.WorkerToRouter\x1a\x18.tempo.v1.RouterToWorker(\x01\x30\x01\x32P\n\nTokenPlane\x12\x42\n\x06\x41ttach\x12\x19.tempo.v1.IngressToWorker\x1a\x19.tempo.v1.WorkerToIngress(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "cluster.wire_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.wire_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_LATENCY"]._serialized_start = 32
-    _globals["_LATENCY"]._serialized_end = 72
-    _globals["_DEADLINE"]._serialized_start = 74
-    _globals["_DEADLINE"]._serialized_end = 100
-    _globals["_PROGRAMCALL"]._serialized_start = 102
-    _globals["_PROGRAMCALL"]._serialized_end = 151
-    _globals["_BESTEFFORT"]._serialized_start = 153
-    _globals["_BESTEFFORT"]._serialized_end = 165
-    _globals["_REQUESTHEADER"]._serialized_start = 168
-    _globals["_REQUESTHEADER"]._serialized_end = 579
-    _globals["_PAYLOAD"]._serialized_start = 581
-    _globals["_PAYLOAD"]._serialized_end = 607
-    _globals["_INGRESSHELLO"]._serialized_start = 609
-    _globals["_INGRESSHELLO"]._serialized_end = 724
-    _globals["_SUBMIT"]._serialized_start = 726
-    _globals["_SUBMIT"]._serialized_end = 811
-    _globals["_CANCEL"]._serialized_start = 813
-    _globals["_CANCEL"]._serialized_end = 862
-    _globals["_INGRESSTOROUTER"]._serialized_start = 865
-    _globals["_INGRESSTOROUTER"]._serialized_end = 1035
-    _globals["_ROUTERHELLO"]._serialized_start = 1037
-    _globals["_ROUTERHELLO"]._serialized_end = 1065
-    _globals["_VERDICT"]._serialized_start = 1068
-    _globals["_VERDICT"]._serialized_end = 1258
-    _globals["_EVICTION"]._serialized_start = 1260
-    _globals["_EVICTION"]._serialized_end = 1307
-    _globals["_WORKERADDRESS"]._serialized_start = 1309
-    _globals["_WORKERADDRESS"]._serialized_end = 1398
-    _globals["_WORKERSET"]._serialized_start = 1400
-    _globals["_WORKERSET"]._serialized_end = 1453
-    _globals["_ROUTERTOINGRESS"]._serialized_start = 1456
-    _globals["_ROUTERTOINGRESS"]._serialized_end = 1661
-    _globals["_ENGINEFACTS"]._serialized_start = 1664
-    _globals["_ENGINEFACTS"]._serialized_end = 1908
-    _globals["_RUNNINGCALL"]._serialized_start = 1910
-    _globals["_RUNNINGCALL"]._serialized_end = 2025
-    _globals["_WORKERHELLO"]._serialized_start = 2028
-    _globals["_WORKERHELLO"]._serialized_end = 2196
-    _globals["_STEPREPORT"]._serialized_start = 2198
-    _globals["_STEPREPORT"]._serialized_end = 2295
-    _globals["_CALLFINISHED"]._serialized_start = 2297
-    _globals["_CALLFINISHED"]._serialized_end = 2371
-    _globals["_PROGRESS"]._serialized_start = 2374
-    _globals["_PROGRESS"]._serialized_end = 2647
-    _globals["_WORKERTOROUTER"]._serialized_start = 2650
-    _globals["_WORKERTOROUTER"]._serialized_end = 2778
-    _globals["_DISPATCH"]._serialized_start = 2781
-    _globals["_DISPATCH"]._serialized_end = 2927
-    _globals["_ROUTERTOWORKER"]._serialized_start = 2929
-    _globals["_ROUTERTOWORKER"]._serialized_end = 3039
-    _globals["_INGRESSATTACH"]._serialized_start = 3041
-    _globals["_INGRESSATTACH"]._serialized_end = 3100
-    _globals["_PAYLOADANSWER"]._serialized_start = 3102
-    _globals["_PAYLOADANSWER"]._serialized_end = 3207
-    _globals["_UTILITYCALL"]._serialized_start = 3209
-    _globals["_UTILITYCALL"]._serialized_end = 3253
-    _globals["_INGRESSTOWORKER"]._serialized_start = 3256
-    _globals["_INGRESSTOWORKER"]._serialized_end = 3415
-    _globals["_TOKENDELTA"]._serialized_start = 3417
-    _globals["_TOKENDELTA"]._serialized_end = 3512
-    _globals["_PAYLOADFETCH"]._serialized_start = 3514
-    _globals["_PAYLOADFETCH"]._serialized_end = 3565
-    _globals["_UTILITYANSWER"]._serialized_start = 3567
-    _globals["_UTILITYANSWER"]._serialized_end = 3651
-    _globals["_WORKERTOINGRESS"]._serialized_start = 3654
-    _globals["_WORKERTOINGRESS"]._serialized_end = 3878
-    _globals["_ROUTERCONTROL"]._serialized_start = 3881
-    _globals["_ROUTERCONTROL"]._serialized_end = 4031
-    _globals["_TOKENPLANE"]._serialized_start = 4033
-    _globals["_TOKENPLANE"]._serialized_end = 4113
+  DESCRIPTOR._loaded_options = None
+  _globals['_LATENCY']._serialized_start=32
+  _globals['_LATENCY']._serialized_end=72
+  _globals['_DEADLINE']._serialized_start=74
+  _globals['_DEADLINE']._serialized_end=100
+  _globals['_PROGRAMCALL']._serialized_start=102
+  _globals['_PROGRAMCALL']._serialized_end=151
+  _globals['_BESTEFFORT']._serialized_start=153
+  _globals['_BESTEFFORT']._serialized_end=165
+  _globals['_REQUESTHEADER']._serialized_start=168
+  _globals['_REQUESTHEADER']._serialized_end=579
+  _globals['_PAYLOAD']._serialized_start=581
+  _globals['_PAYLOAD']._serialized_end=607
+  _globals['_INGRESSHELLO']._serialized_start=609
+  _globals['_INGRESSHELLO']._serialized_end=724
+  _globals['_SUBMIT']._serialized_start=726
+  _globals['_SUBMIT']._serialized_end=811
+  _globals['_CANCEL']._serialized_start=813
+  _globals['_CANCEL']._serialized_end=862
+  _globals['_INGRESSTOROUTER']._serialized_start=865
+  _globals['_INGRESSTOROUTER']._serialized_end=1035
+  _globals['_ROUTERHELLO']._serialized_start=1037
+  _globals['_ROUTERHELLO']._serialized_end=1065
+  _globals['_VERDICT']._serialized_start=1068
+  _globals['_VERDICT']._serialized_end=1258
+  _globals['_EVICTION']._serialized_start=1260
+  _globals['_EVICTION']._serialized_end=1307
+  _globals['_WORKERADDRESS']._serialized_start=1309
+  _globals['_WORKERADDRESS']._serialized_end=1398
+  _globals['_WORKERSET']._serialized_start=1400
+  _globals['_WORKERSET']._serialized_end=1453
+  _globals['_ROUTERTOINGRESS']._serialized_start=1456
+  _globals['_ROUTERTOINGRESS']._serialized_end=1661
+  _globals['_ENGINEFACTS']._serialized_start=1664
+  _globals['_ENGINEFACTS']._serialized_end=1908
+  _globals['_RUNNINGCALL']._serialized_start=1910
+  _globals['_RUNNINGCALL']._serialized_end=2025
+  _globals['_WORKERHELLO']._serialized_start=2028
+  _globals['_WORKERHELLO']._serialized_end=2196
+  _globals['_STEPREPORT']._serialized_start=2198
+  _globals['_STEPREPORT']._serialized_end=2295
+  _globals['_CALLFINISHED']._serialized_start=2297
+  _globals['_CALLFINISHED']._serialized_end=2371
+  _globals['_PROGRESS']._serialized_start=2374
+  _globals['_PROGRESS']._serialized_end=2647
+  _globals['_WORKERTOROUTER']._serialized_start=2650
+  _globals['_WORKERTOROUTER']._serialized_end=2778
+  _globals['_DISPATCH']._serialized_start=2781
+  _globals['_DISPATCH']._serialized_end=2927
+  _globals['_ROUTERTOWORKER']._serialized_start=2929
+  _globals['_ROUTERTOWORKER']._serialized_end=3039
+  _globals['_INGRESSATTACH']._serialized_start=3041
+  _globals['_INGRESSATTACH']._serialized_end=3100
+  _globals['_PAYLOADANSWER']._serialized_start=3102
+  _globals['_PAYLOADANSWER']._serialized_end=3207
+  _globals['_UTILITYCALL']._serialized_start=3209
+  _globals['_UTILITYCALL']._serialized_end=3253
+  _globals['_INGRESSTOWORKER']._serialized_start=3256
+  _globals['_INGRESSTOWORKER']._serialized_end=3415
+  _globals['_TOKENDELTA']._serialized_start=3417
+  _globals['_TOKENDELTA']._serialized_end=3512
+  _globals['_PAYLOADFETCH']._serialized_start=3514
+  _globals['_PAYLOADFETCH']._serialized_end=3565
+  _globals['_UTILITYANSWER']._serialized_start=3567
+  _globals['_UTILITYANSWER']._serialized_end=3651
+  _globals['_WORKERTOINGRESS']._serialized_start=3654
+  _globals['_WORKERTOINGRESS']._serialized_end=3878
+  _globals['_ROUTERCONTROL']._serialized_start=3881
+  _globals['_ROUTERCONTROL']._serialized_end=4031
+  _globals['_TOKENPLANE']._serialized_start=4033
+  _globals['_TOKENPLANE']._serialized_end=4113
 # @@protoc_insertion_point(module_scope)
