@@ -71,6 +71,7 @@ class WorkerSession:
     worker_id: ReplicaId
     address: str
     facts: wire.EngineFacts
+    load: ReplicaLoad
     outbox: Outbox[wire.RouterToWorker] = field(default_factory=Outbox)
 
 
@@ -118,7 +119,7 @@ class RouterServer:
         await self._server.stop(grace=0.2)
         try:
             await self._save_lengths()
-            await self._store.release_lease(self._owner, self.epoch)
+            await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, LeaseLostError) as error:
             log.warning("last_snapshot_not_written", problem=str(error))
 
@@ -257,7 +258,7 @@ class RouterServer:
         while True:
             await asyncio.sleep(self._config.transport.lease_s / 3)
             try:
-                await self._store.renew_lease(self._owner, self.epoch, self._config.transport.lease_s)
+                await self._store.renew(self._owner, self.epoch, self._config.transport.lease_s)
                 if is_away:
                     log.warning("redis_back", epoch=self.epoch)
                 is_away = False
@@ -352,7 +353,7 @@ class RouterServer:
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
         self.handle(Arrived(now_s, spec))
-        if self._core.is_running(spec.request_id):
+        if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
@@ -366,9 +367,9 @@ class RouterServer:
             for dispatch_id, (request_id, where) in self._dispatched.items()
             if where == worker_id and self._owners.get(request_id) == session.ingress_id
         ]
-        load = self._core.load_of(worker_id)
-        if lost and load is not None:
-            self._progressed(Progressed(time.monotonic(), worker_id, load, finished=tuple(lost)))
+        worker = self._workers.get(worker_id)
+        if lost and worker is not None:
+            self._progressed(worker, Progressed(time.monotonic(), worker_id, worker.load, finished=tuple(lost)))
 
     def _ingress_away(self, session: IngressSession) -> None:
         session.is_connected = False
@@ -409,7 +410,8 @@ class RouterServer:
 
     def _attach_worker(self, hello: wire.WorkerHello) -> WorkerSession:
         now_s = time.monotonic()
-        worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts)
+        load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=hello.facts.kv_tokens)
+        worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts, load)
         worker.outbox.put(wire.RouterToWorker(hello=wire.RouterHello(epoch=self.epoch)))
         self._workers[worker.worker_id] = worker
         self._forget_dispatches(worker.worker_id)
@@ -441,12 +443,13 @@ class RouterServer:
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
         for progress in message.progress:
-            self._progressed(_progressed(progress, worker.worker_id, now_s))
+            self._progressed(worker, _progressed(progress, worker.worker_id, now_s))
         if message.is_draining:
             log.info("worker_draining", worker_id=worker.worker_id)
             self.handle(ReplicaDraining(now_s, worker.worker_id))
 
-    def _progressed(self, event: Progressed) -> None:
+    def _progressed(self, worker: WorkerSession, event: Progressed) -> None:
+        worker.load = event.load
         self.handle(event)
         for finished in event.finished:
             known = self._dispatched.pop(finished.dispatch_id, None)

@@ -193,6 +193,10 @@ class RouterCore:
         live = self._waiting.get(request_id) or self._running.get(request_id)
         return None if live is None else live.spec
 
+    def is_waiting(self, request_id: RequestId) -> bool:
+        """Whether the request waits, on no replica yet."""
+        return request_id in self._waiting
+
     def snapshot(self) -> RouterSnapshot:
         """Counts as of the last event. O(running calls)."""
         running = dict.fromkeys(get_args(SloClass), 0)

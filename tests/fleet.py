@@ -1,0 +1,166 @@
+"""A router, workers with simulated engines and ingresses in one process, over real gRPC and real Redis."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from cluster import wire_pb2 as wire
+from cluster.embedded_redis import EmbeddedRedis
+from cluster.ingress_link import IngressLink, Verdict
+from cluster.redis_store import RedisStore
+from cluster.router_server import RouterServer
+from tempo_router.config import TempoConfig
+from tempo_router.request import BestEffort, GroupId, RequestId, RequestSpec, Slo
+from workers.simulated_engine import start_simulated_engine
+from workers.worker import Worker
+
+WAIT_S = 20.0
+
+
+async def eventually(holds: Callable[[], bool], what: str) -> None:
+    """Wait until a condition holds, looking again whenever the loop had a chance to move; fail after WAIT_S."""
+    give_up_s = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < give_up_s, f"not within {WAIT_S} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+@dataclass
+class Client:
+    """Plays the engine client: counts tokens, continues lost attempts, remembers how each request ended."""
+
+    link: IngressLink = field(init=False)
+    tokens: dict[RequestId, int] = field(default_factory=dict)
+    ended: dict[RequestId, str] = field(default_factory=dict)
+    resumed: list[RequestId] = field(default_factory=list)
+    relegations: list[RequestId] = field(default_factory=list)
+
+    def frame_received(self, worker_id: str, frame: wire.WorkerToIngress) -> None:
+        for delta in frame.deltas:
+            request_id = self.link.claim(worker_id, delta.request_id)
+            if request_id is None:
+                continue
+            self.tokens[request_id] = self.tokens.get(request_id, 0) + len(delta.token_ids)
+            if delta.finish_reason:
+                assert request_id not in self.ended, f"{request_id} ended twice"
+                self.ended[request_id] = delta.finish_reason
+                self.link.finish(request_id)
+
+    def attempt_lost(self, request_id: RequestId) -> None:
+        spec = self.link.open[request_id].spec
+        self.resumed.append(request_id)
+        again = replace(spec, attempt=spec.attempt + 1, generated_tokens=self.tokens.get(request_id, 0))
+        self.link.resubmit(again, [b"payload"])
+
+    def relegated(self, request_id: RequestId) -> None:
+        self.relegations.append(request_id)
+
+    def expired(self, request_id: RequestId) -> None:
+        self.ended[request_id] = "expired"
+
+
+class Fleet:
+    """Everything that one test needs; `close` ends it."""
+
+    redis: EmbeddedRedis
+
+    def __init__(self, config: TempoConfig, store: RedisStore) -> None:
+        self.config = config
+        self.store = store
+        self.router = RouterServer(config, store, owner="router-1", host="127.0.0.1")
+        self.workers: dict[str, Worker] = {}
+        self.clients: list[Client] = []
+        self._count = 0
+
+    async def start(self, *, workers: int = 1, clients: int = 1) -> None:
+        await self.router.start()
+        for _ in range(workers):
+            await self.add_worker()
+        for _ in range(clients):
+            await self.add_client()
+
+    async def locate(self) -> str:
+        if not self.router.address:
+            raise OSError("no router")
+        return self.router.address
+
+    async def add_worker(self) -> Worker:
+        self._count += 1
+        worker = Worker(
+            f"worker-{self._count}", locate_router=self.locate, host="127.0.0.1", transport=self.config.transport
+        )
+        engine = await start_simulated_engine(self.config.engine, on_step=worker.on_step, on_death=worker.on_death)
+        await worker.start(engine)
+        self.workers[worker.worker_id] = worker
+        return worker
+
+    async def add_client(self) -> Client:
+        client = await self.add_unconnected_client(router_wait_s=WAIT_S)
+        await eventually(lambda: client.link.not_ready_because is None, "the ingress is ready")
+        return client
+
+    async def add_unconnected_client(self, *, router_wait_s: float) -> Client:
+        client = Client()
+        client.link = IngressLink(
+            f"ingress-{len(self.clients) + 1}",
+            locate_router=self.locate,
+            listener=client,
+            transport=self.config.transport,
+            router_wait_s=router_wait_s,
+            engine_version="none",
+        )
+        client.link.start()
+        self.clients.append(client)
+        return client
+
+    async def replace_router(self) -> None:
+        """Kill the router and start another one, as Ray does with the actor."""
+        old, self.router = self.router, RouterServer(self.config, self.store, owner="router-2", host="127.0.0.1")
+        await kill_router(old)
+        await self.router.start()
+
+    async def kill_worker(self, worker_id: str) -> None:
+        """End a worker as SIGKILL would: no drain, no last word."""
+        await self.workers.pop(worker_id).stop()
+
+    def is_empty(self) -> bool:
+        """Whether nothing of any request is left anywhere."""
+        snapshot = self.router.snapshot()
+        return (
+            snapshot["open_requests"] == snapshot["payloads"] == snapshot["dispatched"] == 0
+            and all(worker.live_calls == 0 for worker in self.workers.values())
+            and all(not client.link.open for client in self.clients)
+        )
+
+    async def close(self) -> None:
+        for client in self.clients:
+            await client.link.stop()
+        for worker in self.workers.values():
+            await worker.stop()
+        await self.router.stop()
+
+
+async def kill_router(router: RouterServer) -> None:
+    """Stop a router's tasks and streams without its leave-taking."""
+    for task in router._tasks:
+        task.cancel()
+    await asyncio.gather(*router._tasks, return_exceptions=True)
+    await router._server.stop(grace=None)
+
+
+def call(request_id: str, *, output_tokens: int = 20, prompt_tokens: int = 10, slo: Slo | None = None) -> RequestSpec:
+    """A request that arrives now and, on the simulated engine, ends by its length."""
+    return RequestSpec(
+        request_id=RequestId(request_id),
+        arrival_s=time.monotonic(),
+        slo=slo or BestEffort(),
+        prompt_tokens=prompt_tokens,
+        max_output_tokens=output_tokens,
+        group_id=GroupId(request_id),
+    )
+
+
+async def submit(client: Client, spec: RequestSpec, payload: bytes = b"payload") -> Verdict:
+    """Submit and expect an answer."""
+    return await client.link.submit(spec, [payload])

@@ -1,0 +1,175 @@
+"""Requests through router, workers and ingresses over real gRPC and Redis; engines are simulated, failures are not."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.embedded_redis import start_embedded_redis
+from cluster.redis_store import RedisStore
+from cluster.router_server import RouterServer
+from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
+from tempo_router.errors import LeaseLostError, RouterUnavailableError
+from tempo_router.request import Latency, RequestId
+from tests.fleet import Fleet, call, eventually, submit
+
+CONFIG = TempoConfig(
+    engine=EngineConfig(
+        kind="simulated", engine_kwargs={"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 4096}
+    ),
+    scheduling=SchedulingConfig(settle_s=0.1, tick_s=0.02),
+    transport=TransportConfig(inline_payload_bytes=64, attach_timeout_s=2, lease_s=0.6, snapshot_s=0.1),
+)
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    redis = start_embedded_redis(tmp_path)
+    store = await RedisStore.connect(redis.url, "test")
+    fleet = Fleet(CONFIG, store)
+    fleet.redis = redis
+    yield fleet
+    await fleet.close()
+    await store.close()
+    redis.stop()
+
+
+async def test_a_request_streams_to_its_end_and_leaves_nothing(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    verdict = await submit(client, call("one", output_tokens=20, slo=Latency(5, 0.5)))
+    assert verdict.is_admitted and 0 <= verdict.success_probability <= 1
+    await eventually(lambda: "one" in client.ended, "the answer ends")
+    assert client.tokens[RequestId("one")] <= 20
+    await eventually(fleet.is_empty, "nothing is left of it")
+
+
+async def test_a_large_payload_is_fetched_from_the_ingress(fleet: Fleet) -> None:
+    """It does not pass through the router, whose memory would grow with the prompts that wait."""
+    await fleet.start()
+    client = fleet.clients[0]
+    await submit(client, call("large"), payload=b"x" * 100_000)
+    assert fleet.router.snapshot()["payloads"] == 0
+    await eventually(lambda: "large" in client.ended, "the answer ends")
+    await eventually(fleet.is_empty, "nothing is left of it")
+
+
+async def test_a_cancelled_request_leaves_the_engine_and_every_table(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    for number in range(20):
+        await submit(client, call(f"r{number}", output_tokens=3000))
+    await eventually(lambda: client.tokens.get(RequestId("r0"), 0) > 3, "tokens flow")
+    for number in range(20):
+        client.link.cancel(RequestId(f"r{number}"))
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_streams_of_a_killed_worker_continue_on_another(fleet: Fleet) -> None:
+    """The tokens that were sent are kept: every answer has its full length, none has more."""
+    await fleet.start(workers=2)
+    client = fleet.clients[0]
+    names = [f"r{number}" for number in range(12)]
+    for name in names:
+        await submit(client, call(name, output_tokens=300))
+    await eventually(lambda: len(client.tokens) == len(names), "all stream")
+    victim = max(fleet.workers, key=lambda worker_id: fleet.workers[worker_id].live_calls)
+    await fleet.kill_worker(victim)
+    await eventually(lambda: len(client.ended) == len(names), "all end")
+    assert client.resumed
+    for name in names:
+        length = client.tokens[RequestId(name)]
+        assert length <= 300, name
+        assert length == 300 or client.ended[RequestId(name)] == "stop", name
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_a_killed_router_costs_running_streams_nothing_and_waiting_requests_a_moment(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    names = [f"r{number}" for number in range(30)]
+    for name in names:
+        await submit(client, call(name, output_tokens=200))
+    await eventually(lambda: len(client.tokens) >= 8, "some stream, others wait")
+    old_epoch = fleet.router.epoch
+    await fleet.replace_router()
+    assert fleet.router.epoch > old_epoch
+    await submit(client, call("late", output_tokens=5))
+    await eventually(lambda: len(client.ended) == len(names) + 1, "all end")
+    assert not client.resumed, "no stream had to start again"
+    assert all(client.tokens[RequestId(name)] <= 200 for name in names)
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_requests_of_a_vanished_ingress_are_aborted(fleet: Fleet) -> None:
+    await fleet.start(clients=2)
+    leaving, staying = fleet.clients
+    await submit(leaving, call("gone", output_tokens=3000))
+    await submit(staying, call("stays", output_tokens=50))
+    await eventually(lambda: leaving.tokens.get(RequestId("gone"), 0) > 0, "tokens flow")
+    await leaving.link.stop()
+    leaving.link.open.clear()
+    await eventually(lambda: "stays" in staying.ended, "the other ingress is not disturbed")
+    await eventually(fleet.is_empty, "the aborted request is forgotten everywhere")
+
+
+async def test_an_outdated_router_steps_down_when_a_peer_has_seen_a_newer_one(fleet: Fleet) -> None:
+    await fleet.start()
+    newer = RouterServer(CONFIG, fleet.store, owner="newer", host="127.0.0.1")
+    await newer.start()
+    old, fleet.router = fleet.router, newer
+    for stream in list(fleet.workers.values()):
+        stream._router._ends._epoch = newer.epoch  # it has met the newer router
+    await old._server.stop(grace=None)
+    await eventually(lambda: set(newer.snapshot()["workers"]) == {"worker-1"}, "the worker goes to the newer router")
+    with pytest.raises(LeaseLostError):
+        await fleet.store.renew("router-1", old.epoch, 1.0)
+    await eventually(lambda: isinstance(old.failure(), LeaseLostError), "the old router learns it from Redis")
+    for task in old._tasks:
+        task.cancel()
+
+
+async def test_without_redis_serving_goes_on_and_the_snapshot_is_written_later(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    fleet.redis.stop()
+    await submit(client, call("dark", output_tokens=10))
+    await eventually(lambda: "dark" in client.ended, "served without Redis")
+    assert fleet.router.failure() is None
+
+
+async def test_a_draining_router_refuses_new_requests_and_finishes_old_ones(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    await submit(client, call("old", output_tokens=100))
+    draining = asyncio.ensure_future(fleet.router.drain(20))
+    await asyncio.sleep(0)
+    verdict = await submit(client, call("new"))
+    assert (verdict.is_admitted, verdict.reject_reason) == (False, "draining")
+    assert await draining
+    assert "old" in client.ended
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new(fleet: Fleet) -> None:
+    await fleet.start(workers=2)
+    client = fleet.clients[0]
+    for number in range(8):
+        await submit(client, call(f"r{number}", output_tokens=150))
+    await eventually(lambda: all(worker.live_calls for worker in fleet.workers.values()), "both work")
+    leaving = fleet.workers["worker-1"]
+    assert await leaving.drain(20)
+    assert leaving.live_calls == 0
+    for number in range(4):
+        await submit(client, call(f"s{number}", output_tokens=20))
+    assert leaving.live_calls == 0
+    await eventually(lambda: len(client.ended) == 12, "all end")
+    assert not client.resumed
+
+
+async def test_no_router_is_an_error_in_time_and_the_request_is_forgotten(fleet: Fleet) -> None:
+    client = await fleet.add_unconnected_client(router_wait_s=0.2)
+    with pytest.raises(RouterUnavailableError, match=r"within 0\.2 s"):
+        await submit(client, call("nobody"))
+    assert not client.link.open
