@@ -1,0 +1,213 @@
+"""How long an engine step takes: the clock of the simulated engine.
+
+Two presets come with the project (`step_profiles.json`, which names their sources). A file with measured per-layer
+tables can be given instead; every "model:gpu:tp" in it is then a profile.
+"""
+
+import bisect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tempo_router.errors import ConfigError
+
+_PRESETS = Path(__file__).with_name("step_profiles.json")
+# A profile file knows the memory of the GPU, not how the engine was started; these are vLLM's usual settings.
+_FILE_BLOCK_SIZE = 16
+_FILE_MAX_RUNNING = 256
+_FILE_MAX_STEP_TOKENS = 2048
+_FILE_MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A piece of one prompt computed in a step: `chunk` tokens after `past` that are already in the cache."""
+
+    chunk: int
+    past: int
+
+
+class StepTime(Protocol):
+    """Duration of a step from what it computes."""
+
+    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+        """Seconds. context_tokens: summed context of the `decodes` sequences."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What the engine of a profile can hold."""
+
+    kv_tokens: int
+    block_size: int
+    max_running: int
+    max_step_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """A named engine: its step time and its shape."""
+
+    name: str
+    source: str
+    step_time: StepTime
+    shape: EngineShape
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStepTime:
+    """Five terms; attention over a chunk grows with the tokens before its middle."""
+
+    base_s: float
+    s_per_prefill_token: float
+    s_per_decode: float
+    s_per_context_token: float
+    s_per_prefill_token_x_context: float
+
+    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+        """The sum of the five terms, in seconds."""
+        tokens = sum(prefill.chunk for prefill in prefills)
+        attention = sum(prefill.chunk * (prefill.past + prefill.chunk / 2) for prefill in prefills)
+        return (
+            self.base_s
+            + self.s_per_prefill_token * tokens
+            + self.s_per_decode * decodes
+            + self.s_per_context_token * context_tokens
+            + self.s_per_prefill_token_x_context * attention
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredStepTime:
+    """Host time + layers * (linear parts + attention + all-reduce) + output head, from measured tables.
+
+    linear_tokens, linear_s: time of one layer's linear parts at some token counts; between them it is interpolated,
+    beyond the last it grows in proportion.
+    """
+
+    host_s: float
+    layers: int
+    linear_tokens: tuple[int, ...]
+    linear_s: tuple[float, ...]
+    decode_fixed_s: float
+    decode_s_per_context_token: float
+    prefill_fixed_s: float
+    prefill_s_per_chunk_x_past: float
+    prefill_s_per_chunk_squared: float
+    all_reduces: float
+    all_reduce_fixed_s: float
+    all_reduce_s_per_token: float
+    head_fixed_s: float
+    head_s_per_row: float
+
+    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+        """The sum over host, layers and head, in seconds."""
+        tokens = decodes + sum(prefill.chunk for prefill in prefills)
+        layer = self._linear(tokens) + self._prefill_attention(prefills)
+        if decodes:
+            layer += self.decode_fixed_s + self.decode_s_per_context_token * context_tokens
+        layer += self.all_reduces * (self.all_reduce_fixed_s + self.all_reduce_s_per_token * tokens)
+        head = self.head_fixed_s + self.head_s_per_row * (decodes + len(prefills))
+        return self.host_s + self.layers * layer + head
+
+    def _linear(self, tokens: int) -> float:
+        xs, ys = self.linear_tokens, self.linear_s
+        if tokens >= xs[-1]:
+            return ys[-1] * tokens / xs[-1]
+        right = bisect.bisect_right(xs, tokens)
+        if right == 0:
+            return ys[0]
+        left = right - 1
+        share = (tokens - xs[left]) / (xs[right] - xs[left])
+        return ys[left] + share * (ys[right] - ys[left])
+
+    def _prefill_attention(self, prefills: Sequence[Prefill]) -> float:
+        return sum(
+            self.prefill_fixed_s
+            + self.prefill_s_per_chunk_x_past * prefill.chunk * prefill.past
+            + self.prefill_s_per_chunk_squared * prefill.chunk**2
+            for prefill in prefills
+        )
+
+
+def load_profile(name: str, path: Path | None = None) -> StepProfile:
+    """The profile of that name: one of the presets or, with a path, one of that file.
+
+    Raises ConfigError naming the profiles that exist, or what is wrong with the file.
+    """
+    profiles = preset_profiles() | (file_profiles(path) if path is not None else {})
+    if name not in profiles:
+        raise ConfigError(
+            f"engine.profile={name!r}: no such step-time profile; there are: {', '.join(sorted(profiles))}"
+        )
+    return profiles[name]
+
+
+def preset_profiles() -> dict[str, StepProfile]:
+    """The profiles that come with the project, by name."""
+    entries = json.loads(_PRESETS.read_text(encoding="utf-8"))["profiles"]
+    return {name: _preset(name, entry) for name, entry in entries.items()}
+
+
+def file_profiles(path: Path) -> dict[str, StepProfile]:
+    """Every "model:gpu:tp" of a step-time file (milliseconds, version 1). Raises ConfigError if it cannot be read."""
+    try:
+        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        if content["version"] != 1 or content["unit"] != "ms":
+            raise ConfigError(f"engine.profile_path={str(path)!r}: expected version 1 in ms")
+        host_ms = float(content["cpu_overhead_ms_default"])
+        profiles = [_layered_profile(entry, host_ms) for entry in content["profiles"]]
+    except OSError as e:
+        raise ConfigError(f"engine.profile_path={str(path)!r}: {e}") from e
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise ConfigError(f"engine.profile_path={str(path)!r}: not a step-time file: {type(e).__name__}: {e}") from e
+    return {profile.name: profile for profile in profiles}
+
+
+def _preset(name: str, entry: dict[str, Any]) -> StepProfile:
+    times = {field: float(entry[field]) for field in LinearStepTime.__dataclass_fields__}
+    shape = {field: int(entry[field]) for field in EngineShape.__dataclass_fields__}
+    return StepProfile(name, entry["source"], LinearStepTime(**times), EngineShape(**shape))
+
+
+def _layered_profile(entry: dict[str, Any], host_ms: float) -> StepProfile:
+    name = f"{entry['model']}:{entry['gpu']}:{entry['tp']}"
+    decode, prefill = entry["attn_decode_layer"], entry["attn_prefill_layer"]
+    reduce, head, linear = entry["all_reduce"], entry["lm_head"], entry["lin_layer"]
+    times = LayeredStepTime(
+        host_s=_seconds(host_ms),
+        layers=int(entry["layers"]),
+        linear_tokens=tuple(int(tokens) for tokens in linear["tokens"]),
+        linear_s=tuple(_seconds(ms) for ms in linear["ms"]),
+        decode_fixed_s=_seconds(decode["fixed_ms"]),
+        decode_s_per_context_token=_seconds(decode["ms_per_gb"] * decode["gb_per_ctx_token"]),
+        prefill_fixed_s=_seconds(prefill["fixed_ms"]),
+        prefill_s_per_chunk_x_past=_seconds(prefill["ms_per_chunk_x_past"]),
+        prefill_s_per_chunk_squared=_seconds(prefill["ms_per_chunk_sq"]),
+        all_reduces=float(reduce["per_layer"]),
+        all_reduce_fixed_s=_seconds(reduce["fixed_ms"]),
+        all_reduce_s_per_token=_seconds(reduce["ms_per_mb"] * reduce["mb_per_token"]),
+        head_fixed_s=_seconds(head["fixed_ms"]),
+        head_s_per_row=_seconds(head["ms_per_row"]),
+    )
+    kv_tokens = int(entry["kv_capacity_tokens"]) // _FILE_BLOCK_SIZE * _FILE_BLOCK_SIZE
+    shape = EngineShape(
+        kv_tokens=kv_tokens,
+        block_size=_FILE_BLOCK_SIZE,
+        max_running=_FILE_MAX_RUNNING,
+        max_step_tokens=_FILE_MAX_STEP_TOKENS,
+        max_model_len=min(_FILE_MAX_MODEL_LEN, kv_tokens),
+    )
+    return StepProfile(name, str(linear["source"]), times, shape)
+
+
+def _seconds(milliseconds: float) -> float:
+    seconds = float(milliseconds) / 1000
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{milliseconds!r} is not a duration")
+    return seconds
