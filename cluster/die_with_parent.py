@@ -18,19 +18,19 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def command(program: list[str]) -> list[str]:
+def command(program: list[str], with_signal: signal.Signals = signal.SIGKILL) -> list[str]:
     """Argument list that runs `program` tied to the life of the calling process and thread.
 
-    The signal is SIGKILL, so that a program that hangs or is stopped ends too: use it for programs whose
-    acknowledged writes survive that.
+    with_signal: what the program gets. SIGKILL also ends one that hangs or is stopped: right where acknowledged
+    writes survive that.
     """
     # -I and -S: no user or site packages, so the detour costs 10 ms.
-    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *program]
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(with_signal)), *program]
 
 
-def _become(parent_pid: int, program: list[str]) -> None:
+def _become(parent_pid: int, with_signal: int, program: list[str]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, with_signal, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         sys.exit("the parent ended before the program started")
@@ -38,4 +38,4 @@ def _become(parent_pid: int, program: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _become(int(sys.argv[1]), sys.argv[2:])
+    _become(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
