@@ -10,15 +10,16 @@ class Group:
     """What is known of one group.
 
     refusal: (reason, retry_after_s) if its first sibling was rejected. arrived: siblings seen as attempt 0.
-    live: siblings waiting or running. replica_id: where its siblings go; kept while one of them lives.
+    live: siblings waiting or running. running: those running. replica_id: where its siblings go, while one runs.
     """
 
-    __slots__ = ("arrived", "live", "refusal", "replica_id", "size")
+    __slots__ = ("arrived", "live", "refusal", "replica_id", "running", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.arrived = 0
         self.live = 0
+        self.running = 0
         self.refusal: tuple[RejectReason, float | None] | None = None
         self.replica_id: ReplicaId | None = None
 
@@ -54,20 +55,26 @@ class GroupBook:
         if spec.group_size > 1:
             self._open(spec).live += 1
 
-    def left(self, spec: RequestSpec) -> None:
+    def left(self, spec: RequestSpec, *, was_running: bool) -> None:
         """A sibling neither waits nor runs any longer."""
         group = self.find(spec)
         if group is None:
             return
         group.live -= 1
-        if group.live == 0:
+        if was_running:
+            group.running -= 1
+        if group.running == 0:
+            # The prefix may still be cached there, but nothing is worth waiting for a full replica any more.
             group.replica_id = None
         self._close_if_done(spec, group)
 
-    def settle_on(self, spec: RequestSpec, replica_id: ReplicaId) -> None:
-        """A sibling was dispatched: the others follow it."""
+    def started(self, spec: RequestSpec, replica_id: ReplicaId) -> None:
+        """A sibling runs now: the others follow the first one."""
         group = self.find(spec)
-        if group is not None:
+        if group is None:
+            return
+        group.running += 1
+        if group.replica_id is None:
             group.replica_id = replica_id
 
     def audit(self, live: dict[GroupId, int]) -> None:

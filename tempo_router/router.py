@@ -301,10 +301,10 @@ class RouterCore:
         request = self._waiting.get(request_id)
         if request is not None:
             self._end_waiting(request)
-            self._groups.left(request.spec)
+            self._groups.left(request.spec, was_running=False)
         call = self._running.pop(request_id, None)
         if call is not None:
-            self._groups.left(call.spec)
+            self._groups.left(call.spec, was_running=True)
             self._abort(call, actions)
 
     def _abort(self, call: Call, actions: list[Action]) -> None:
@@ -372,7 +372,7 @@ class RouterCore:
         self._retire(spec.request_id, actions)
         self._running[spec.request_id] = call
         self._groups.entered(spec)
-        self._groups.settle_on(spec, replica.replica_id)
+        self._groups.started(spec, replica.replica_id)
 
     def _is_wanted(self, newcomer: Call) -> bool:
         """Whether an unknown call that a replica runs is to go on."""
@@ -404,7 +404,7 @@ class RouterCore:
         self._release(call)
         if not call.is_aborted:
             del self._running[call.spec.request_id]
-            self._groups.left(call.spec)
+            self._groups.left(call.spec, was_running=True)
             actions.append(Evict(call.spec.request_id, call.spec.attempt))
 
     def _release(self, call: Call) -> None:
@@ -471,7 +471,7 @@ class RouterCore:
             return
         spec = call.spec
         del self._running[spec.request_id]
-        self._groups.left(spec)
+        self._groups.left(spec, was_running=True)
         tokens = spec.generated_tokens + max(finished.output_tokens, call.new_tokens)
         match finished.reason:
             case "completed":
@@ -534,7 +534,7 @@ class RouterCore:
         # An answer that has begun is not broken off, whatever the setting: its client already reads it.
         if self._config.hopeless == "refuse" and not spec.generated_tokens:
             self._end_waiting(request)
-            self._groups.left(spec)
+            self._groups.left(spec, was_running=False)
             actions.append(Expire(spec.request_id))
             return
         request.is_relegated = True
@@ -646,7 +646,7 @@ class RouterCore:
         self._calls[dispatch_id] = call
         self._running[spec.request_id] = call
         replica.add(call)
-        self._groups.settle_on(spec, replica.replica_id)
+        self._groups.started(spec, replica.replica_id)
         actions.append(Dispatch(dispatch_id, spec.request_id, spec.attempt, replica.replica_id, priority))
 
     # ---- keeping a replica free for what is too large to find room by chance ----
