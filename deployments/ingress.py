@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -31,7 +32,7 @@ class IngressReplica:
         from deployments.remote_engine import RemoteEngine
 
         config = self._config = TempoConfig.model_validate_json(config_json)
-        model = await asyncio.to_thread(resolve_model, config.model, config.data_dir)
+        model = await asyncio.to_thread(resolve_model, config.model, Path(config.data_dir))
         vllm_config = await asyncio.to_thread(
             vllm_frontend.build_engine_config, model, config.engine.engine_kwargs, config.model_name
         )
@@ -57,7 +58,7 @@ class IngressReplica:
         app = await vllm_frontend.build_app(
             self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
         )
-        self._edge = HttpEdge(app, config=config, not_ready_because=lambda: self._link.not_ready_because)
+        self._edge = HttpEdge(app, config, not_ready_because=lambda: self._link.not_ready_because)
 
     def __serve_build_asgi_app__(self) -> HttpEdge:
         return self._edge

@@ -1,6 +1,7 @@
 """A worker as a Serve replica. No request ever comes to it through Serve: Serve places it, watches it and stops it."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -39,7 +40,7 @@ class WorkerReplica:
             return await start_simulated_engine(config, on_step=self._worker.on_step, on_death=self._worker.on_death)
         from workers.vllm_engine import start_vllm_engine
 
-        model = await asyncio.to_thread(resolve_model, self._config.model, self._config.data_dir)
+        model = await asyncio.to_thread(resolve_model, self._config.model, Path(self._config.data_dir))
         try:
             return await start_vllm_engine(
                 model, config.engine_kwargs, on_step=self._worker.on_step, on_death=self._worker.on_death
