@@ -15,6 +15,7 @@ Nothing that a client wrote is ever put into a header, but for the names of tier
 import asyncio
 import json
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -91,7 +92,7 @@ _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 class HttpEdge:
     """The outermost ASGI application of an ingress.
 
-    readiness: why no request can be served now, or None. liveness: why this process should be replaced, or None.
+    not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
 
@@ -100,8 +101,8 @@ class HttpEdge:
         app: AsgiApp,
         config: TempoConfig,
         *,
-        readiness: WhyNot,
-        liveness: WhyNot = lambda: None,
+        not_ready_because: WhyNot,
+        not_alive_because: WhyNot = lambda: None,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
@@ -110,8 +111,8 @@ class HttpEdge:
         self._tiers = config.tiers
         self._default_tier = config.default_tier
         self._limits = config.ingress
-        self._readiness = readiness
-        self._liveness = liveness
+        self._not_ready_because = not_ready_because
+        self._not_alive_because = not_alive_because
         self._monotonic_s = monotonic_s
         self._epoch_s = epoch_s
 
@@ -121,9 +122,9 @@ class HttpEdge:
         if path and scope["method"] == "POST":
             await self._post(path, scope, receive, send)
         elif path in _READINESS_PATHS and scope["method"] in ("GET", "HEAD"):
-            await _send_health(send, self._liveness() or self._readiness())
+            await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
-            await _send_health(send, self._liveness())
+            await _send_health(send, self._not_alive_because())
         else:
             await self._app(scope, receive, send)
 
@@ -232,15 +233,24 @@ class _Exchange:
             await self._close_with(openai_errors.rejected(error.verdict))
         except RouterUnavailableError:
             await self._close_with(openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
-        except Exception:
+        except Exception as error:
             if self._is_closed:
                 raise  # vLLM has answered 500 and hands the exception on for the server to log.
-            logger.exception("request_failed", path=self._path)
-            await self._close_with(openai_errors.internal_error())
+            await self._close_with(self._why(error))
         finally:
             self._context.on_verdict = None
             if self._opener is not None:
                 self._opener.cancel()
+
+    def _why(self, error: Exception) -> ApiError:
+        if self._context.rejection is not None:
+            return openai_errors.rejected(self._context.rejection)
+        if self._context.failure is not None:
+            return openai_errors.failed(self._context.failure)
+        # Neither the message nor the frames' variables: both may hold what a client wrote.
+        trace = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("request_failed", path=self._path, error=type(error).__name__, trace=trace)
+        return openai_errors.internal_error()
 
     async def send(self, message: Message) -> None:
         """The application's `send`."""
@@ -484,6 +494,8 @@ def _with_length(scope: Scope, body_bytes: int) -> Scope:
 
 def _decoded(body: bytes) -> _Fields:
     try:
+        if not body.isascii():
+            body.decode()  # the decoder does not look into the text that it skips
         return _fields_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _decoded_leniently(body, str(error))

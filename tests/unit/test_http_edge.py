@@ -107,7 +107,7 @@ async def answer_refused_stream(vllm, scope, receive, send) -> None:
 def edge(answer: Answer = answer_whole, **ingress: Any) -> tuple[HttpEdge, Vllm]:
     vllm = Vllm(answer)
     config = TempoConfig(ingress=IngressConfig(**ingress))
-    return HttpEdge(vllm, config, readiness=lambda: None, epoch_s=lambda: 1_800_000_000.0), vllm
+    return HttpEdge(vllm, config, not_ready_because=lambda: None, epoch_s=lambda: 1_800_000_000.0), vllm
 
 
 async def post(app: HttpEdge, fields: Any, path: str = CHAT, headers=None) -> httpx.Response:
@@ -358,6 +358,7 @@ async def test_an_error_of_vllm_passes_as_it_is():
         (b"[1]", {}, None, "JSON object"),
         (b'"text"', {}, None, "JSON object"),
         (b'{"user": "\xff"}', {}, None, "not valid"),
+        (b'{"text": "\xff"}', {}, None, "not valid"),
         (b"[" * 100_000, {}, None, "not valid"),
         (b'{"a":' * 100_000, {}, None, "not valid"),
         (b'{"stream": true, "slo": {"ttft_ms": NaN}}', {}, "slo.ttft_ms", "nan"),
@@ -536,7 +537,7 @@ async def test_other_paths_pass_untouched():
     ],
 )
 async def test_health_says_what_is_missing(path, ready, alive, status):
-    app = HttpEdge(Vllm(answer_whole), TempoConfig(), readiness=lambda: ready, liveness=lambda: alive)
+    app = HttpEdge(Vllm(answer_whole), TempoConfig(), not_ready_because=lambda: ready, not_alive_because=lambda: alive)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         response = await client.get(path)
     assert response.status_code == status
