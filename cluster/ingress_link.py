@@ -305,8 +305,11 @@ class IngressLink:
         for worker_id in [known for known in self._workers if known not in wanted]:
             self._remove_worker(worker_id)
         for worker_id, worker in wanted.items():
-            if worker_id not in self._workers:
+            known = self._workers.get(worker_id)
+            if known is None:
                 self._workers[worker_id] = _WorkerLink(self, worker)
+            else:
+                known.is_leaving = False
 
     def _remove_worker(self, worker_id: str) -> None:
         """The router no longer knows the worker. Streams that still flow from it go on until they end or break."""

@@ -92,6 +92,7 @@ class RouterServer:
         self._payloads: dict[RequestId, wire.Payload] = {}
         self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
         self._is_settled = False
+        self._is_stopping = False
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
@@ -113,6 +114,7 @@ class RouterServer:
 
     async def stop(self) -> None:
         """Close the streams, write what was learnt, give the lease back."""
+        self._is_stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -244,6 +246,7 @@ class RouterServer:
         await asyncio.sleep(self._config.scheduling.settle_s)
         self._is_settled = True
         self.handle(Settled(time.monotonic()))
+        self._announce_workers()
         for session in self._ingresses.values():
             self._evict_unknown(session)
 
@@ -301,7 +304,7 @@ class RouterServer:
         try:
             await _serve(context, outbox, requests, lambda message: self._ingress_said(session, message))
         finally:
-            if session.outbox is outbox:
+            if session.outbox is outbox and not self._is_stopping:
                 self._ingress_away(session)
 
     def _attach_ingress(self, hello: wire.IngressHello) -> IngressSession:
@@ -313,7 +316,8 @@ class RouterServer:
         session.is_connected = True
         session.streaming = list(hello.streaming)
         session.outbox.put(wire.RouterToIngress(hello=wire.RouterHello(epoch=self.epoch)))
-        session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
+        if self._is_settled:
+            session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for header in hello.streaming:
             self._owners[RequestId(header.request_id)] = session.ingress_id
@@ -390,6 +394,9 @@ class RouterServer:
         )
 
     def _announce_workers(self) -> None:
+        """Tell every ingress the set of workers. Not before all had time to attach: who is missing is dropped."""
+        if not self._is_settled:
+            return
         workers = self._worker_set()
         for session in self._ingresses.values():
             if session.is_connected:
@@ -405,7 +412,7 @@ class RouterServer:
         try:
             await _serve(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
         finally:
-            if self._workers.get(worker.worker_id) is worker:
+            if self._workers.get(worker.worker_id) is worker and not self._is_stopping:
                 self._worker_lost(worker)
 
     def _attach_worker(self, hello: wire.WorkerHello) -> WorkerSession:

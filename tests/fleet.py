@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.ingress_link import IngressLink, Verdict
@@ -51,7 +53,7 @@ class Client:
         spec = self.link.open[request_id].spec
         self.resumed.append(request_id)
         again = replace(spec, attempt=spec.attempt + 1, generated_tokens=self.tokens.get(request_id, 0))
-        self.link.resubmit(again, [b"payload"])
+        self.link.resubmit(again, payload_of(again))
 
     def relegated(self, request_id: RequestId) -> None:
         self.relegations.append(request_id)
@@ -143,6 +145,7 @@ class Fleet:
 
 async def kill_router(router: RouterServer) -> None:
     """Stop a router's tasks and streams without its leave-taking."""
+    router._is_stopping = True
     for task in router._tasks:
         task.cancel()
     await asyncio.gather(*router._tasks, return_exceptions=True)
@@ -161,6 +164,11 @@ def call(request_id: str, *, output_tokens: int = 20, prompt_tokens: int = 10, s
     )
 
 
-async def submit(client: Client, spec: RequestSpec, payload: bytes = b"payload") -> Verdict:
+def payload_of(spec: RequestSpec, padding_tokens: int = 0) -> list[bytes]:
+    """The beginning of vLLM's request, as far as the simulated engine reads it: the answer has its full length."""
+    return [msgspec.msgpack.encode([spec.attempt_id, [0] * padding_tokens, None, {"ignore_eos": True}])]
+
+
+async def submit(client: Client, spec: RequestSpec, padding_tokens: int = 0) -> Verdict:
     """Submit and expect an answer."""
-    return await client.link.submit(spec, [payload])
+    return await client.link.submit(spec, payload_of(spec, padding_tokens))
