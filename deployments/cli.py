@@ -41,6 +41,14 @@ ENVIRONMENT = {
     # theirs at the start. Real shortage is still met by the kernel.
     "RAY_memory_monitor_refresh_ms": "0",
 }
+# Only where Ray is ours and runs on this machine alone.
+LOCAL_ENVIRONMENT = {
+    # Loopback instead of the address of the network card: Ray lets whoever reaches its ports run any code. (Ray's
+    # name for it is what it is: its default on desktop systems.)
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Serve waits this long before it ends an ingress, for load balancers that look every few seconds; ours is told.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
 # HAProxy binds these on all interfaces and shares them silently with any other HAProxy of Ray on the machine.
 HA_PROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 
@@ -122,7 +130,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 def set_environment() -> None:
     """Fill in what the user has not set, for this process and all that it starts."""
-    for name, value in ENVIRONMENT.items():
+    is_local = "RAY_ADDRESS" not in os.environ
+    for name, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if is_local else {})}.items():
         os.environ.setdefault(name, value)
     for name, port in HA_PROXY_PORTS.items():
         if name not in os.environ and not is_free("0.0.0.0", port):

@@ -106,12 +106,7 @@ def _serve(loaded: ConfigFile, run_file: RunFile, stop: threading.Event) -> None
 def _ray() -> Iterator[str]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names. Yields the URL of its dashboard, or ""."""
     address = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {
-        "address": "local",
-        # Neither Ray nor our streams are open to the network.
-        "_node_ip_address": "127.0.0.1",
-        "object_store_memory": _OBJECT_STORE_BYTES,
-    }
+    own: dict[str, Any] = {"address": "local", "object_store_memory": _OBJECT_STORE_BYTES}
     context = ray.init(namespace="serve", logging_level=logging.WARNING, **({"address": address} if address else own))
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""

@@ -15,7 +15,7 @@ from tempo_router.request import BestEffort, Deadline, Latency, SloClass
 class StrictModel(BaseModel):
     """A frozen section of the configuration that names misspelt keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -44,7 +44,7 @@ class TierConfig(StrictModel):
     tbt_ms: float | None = Field(None, gt=0, description="time between tokens, class latency")
     ttlt_ms: float | None = Field(None, gt=0, description="time to last token, class deadline")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -146,11 +146,9 @@ class EngineConfig(StrictModel):
 class WorkersConfig(StrictModel):
     """How many engines, and what each may use."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="number of workers, each with an engine of its own")
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one worker")
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one worker; null: 1 for vLLM's CUDA build, else 0"
-    )
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of one worker; null: 1 for vLLM's CUDA build, else 0")
     drain_timeout_s: float = Field(
         60.0, ge=0, description="longest wait for running answers when a worker is stopped (guessed)"
     )
@@ -160,7 +158,7 @@ class WorkersConfig(StrictModel):
 class IngressConfig(StrictModel):
     """The processes that talk to clients."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="number of ingress processes")
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")
     max_open_requests: int = Field(20_000, gt=0, description="HTTP requests that one ingress holds open at once")
@@ -177,7 +175,7 @@ class TransportConfig(StrictModel):
     inline_payload_bytes: int = Field(
         64 * 1024,
         ge=0,
-        description="requests up to this size travel through the router; the worker fetches larger ones from the ingress",
+        description="requests up to this size go through the router; the worker fetches larger ones from the ingress",
     )
     keepalive_s: float = Field(10.0, gt=0, description="seconds between keepalive pings on an idle stream")
     keepalive_timeout_s: float = Field(5.0, gt=0, description="seconds without an answer after which a stream is dead")
@@ -205,7 +203,9 @@ class TempoConfig(StrictModel):
     redis_url: str | None = Field(
         None, description="null: TEMPO_REDIS_URL if it is set, else an embedded server in data_dir"
     )
-    tiers: dict[str, TierConfig] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
+    tiers: dict[str, TierConfig] = Field(
+        default_factory=lambda: dict(DEFAULT_TIERS), description="targets by name; these replace all default tiers"
+    )
     default_tier: str = Field(DEFAULT_TIER, description="tier of requests that name none")
     scheduling: SchedulingConfig = SchedulingConfig()
     engine: EngineConfig = EngineConfig()
