@@ -190,6 +190,8 @@ class SimulatedEngine:
 
     async def call_utility(self, call: bytes) -> tuple[bytes, ...]:
         """Answer an administrative call in vLLM's codec (its UtilityOutput), for the few that mean something here."""
+        if self._is_stopped:
+            raise TempoError("the engine has stopped")
         try:
             method, _ = msgspec.msgpack.decode(call, type=tuple[str, list[Any]])
         except msgspec.DecodeError as e:
