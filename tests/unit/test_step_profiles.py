@@ -1,0 +1,117 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo_router.errors import ConfigError
+from workers.step_profiles import (
+    LayeredStepTime,
+    LinearStepTime,
+    Prefill,
+    file_profiles,
+    load_profile,
+    preset_profiles,
+)
+
+ENTRY = {
+    "model": "m",
+    "gpu": "g",
+    "tp": 2,
+    "layers": 10,
+    "lin_layer": {"tokens": [1, 10, 20], "ms": [1.0, 1.9, 3.9], "source": "made up"},
+    "attn_decode_layer": {"fixed_ms": 0.5, "ms_per_gb": 2.0, "gb_per_ctx_token": 0.001},
+    "attn_prefill_layer": {"fixed_ms": 0.25, "ms_per_chunk_x_past": 0.01, "ms_per_chunk_sq": 0.02},
+    "all_reduce": {"per_layer": 2, "fixed_ms": 0.1, "ms_per_mb": 0.5, "mb_per_token": 0.01},
+    "lm_head": {"fixed_ms": 3.0, "ms_per_row": 0.1},
+    "kv_capacity_tokens": 100_007,
+}
+CONTENT = {"version": 1, "unit": "ms", "cpu_overhead_ms_default": 1.5, "profiles": [ENTRY]}
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    path = tmp_path / "step_time.json"
+    path.write_text(json.dumps(CONTENT))
+    return path
+
+
+def test_the_presets_say_where_they_come_from():
+    presets = preset_profiles()
+    assert set(presets) == {"toy-cpu", "llama-3-8b:h100-80g:1"}
+    assert all(profile.source for profile in presets.values())
+
+
+def test_the_linear_formula_term_by_term():
+    times = LinearStepTime(1.0, 0.1, 0.01, 0.001, 0.0001)
+    # 1 + 0.1 * 12 + 0.01 * 3 + 0.001 * 50 + 0.0001 * (10 * (4 + 5) + 2 * (0 + 1))
+    assert times.duration_s([Prefill(10, 4), Prefill(2, 0)], 3, 50) == pytest.approx(2.2892)
+
+
+def test_the_layered_formula_term_by_term(profile_file):
+    """10 tokens: 6 decodes of 100 context tokens in all, and a chunk of 4 after 3."""
+    times = file_profiles(profile_file)["m:g:2"].step_time
+    linear, decode = 1.9, 0.5 + 2.0 * 0.001 * 100
+    prefill = 0.25 + 0.01 * 4 * 3 + 0.02 * 16
+    reduce = 2 * (0.1 + 0.5 * 0.01 * 10)
+    head = 3.0 + 0.1 * 7
+    expected_ms = 1.5 + 10 * (linear + decode + prefill + reduce) + head
+    assert times.duration_s([Prefill(4, 3)], 6, 100) == pytest.approx(expected_ms / 1000)
+
+
+@pytest.mark.parametrize(("tokens", "linear_ms"), [(1, 1.0), (4, 1.3), (10, 1.9), (15, 2.9), (20, 3.9), (40, 7.8)])
+def test_linear_parts_are_interpolated_and_grow_in_proportion_beyond(profile_file, tokens, linear_ms):
+    times = file_profiles(profile_file)["m:g:2"].step_time
+    assert isinstance(times, LayeredStepTime)
+    assert times._linear(tokens) == pytest.approx(linear_ms / 1000)
+
+
+def test_a_file_gives_its_engines_a_shape(profile_file):
+    profile = load_profile("m:g:2", profile_file)
+    assert profile.shape.kv_tokens == 100_000 // 16 * 16
+    assert profile.shape.max_model_len <= profile.shape.kv_tokens
+
+
+def test_presets_remain_beside_a_file(profile_file):
+    assert load_profile("toy-cpu", profile_file).name == "toy-cpu"
+
+
+def test_an_unknown_name_lists_those_that_exist(profile_file):
+    with pytest.raises(ConfigError, match=r"'llama'.*llama-3-8b:h100-80g:1, m:g:2, toy-cpu"):
+        load_profile("llama", profile_file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no json",
+        "[]",
+        json.dumps({**CONTENT, "version": 2}),
+        json.dumps({**CONTENT, "profiles": [{**ENTRY, "lm_head": {}}]}),
+        json.dumps({**CONTENT, "profiles": [{**ENTRY, "lm_head": {"fixed_ms": -1, "ms_per_row": 0}}]}),
+    ],
+)
+def test_a_file_that_is_something_else_is_named(tmp_path, content):
+    path = tmp_path / "odd.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"odd\.json"):
+        file_profiles(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.json"):
+        load_profile("toy-cpu", tmp_path / "nothing.json")
+
+
+chunks = st.builds(Prefill, st.integers(1, 4096), st.integers(0, 8192))
+
+
+@given(
+    st.sampled_from(sorted(preset_profiles())), st.lists(chunks, max_size=4), st.integers(0, 512), st.integers(0, 10**6)
+)
+def test_more_work_never_takes_less_time(name, prefills, decodes, context_tokens):
+    times = preset_profiles()[name].step_time
+    duration_s = times.duration_s(prefills, decodes, context_tokens)
+    assert math.isfinite(duration_s)
+    assert 0 < duration_s <= times.duration_s([*prefills, Prefill(1, 0)], decodes + 1, context_tokens + 10)
