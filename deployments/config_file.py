@@ -146,10 +146,11 @@ def _nested_model(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 def _serve_problems(deploy: dict[str, Any]) -> list[str]:
     try:
-        ServeDeploySchema.model_validate(deploy)
+        schema = ServeDeploySchema.model_validate(deploy)
     except ValidationError as e:
         return _readable(e, "")
-    return []
+    port = schema.http_options.port
+    return [] if 0 < port < 65536 else [f"http_options.port: a port is a number from 1 to 65535, got {port}"]
 
 
 def _our_application(path: Path, deploy: dict[str, Any]) -> tuple[int, dict[str, Any]]:
