@@ -59,8 +59,7 @@ async def drive(base_url: str, model: str, load: Load, processes: Sequence[psuti
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
 
         async def client() -> None:
-            for number in waiting:
-                timings.append(await one_stream(session, base_url, model, load, number))
+            timings.extend([await one_stream(session, base_url, model, load, number) for number in waiting])
 
         await asyncio.gather(*(client() for _ in range(load.streams)))
     return _result(load, timings, time.perf_counter() - started_s, cpu_seconds(processes) - cpu_before_s)

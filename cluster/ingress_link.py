@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import grpc.aio
 import structlog
 
 from cluster import wire_pb2 as wire
@@ -93,7 +92,7 @@ class IngressLink:
         self.engine_version = engine_version
         self.open: dict[RequestId, OpenRequest] = {}
         self._listener = listener
-        self._transport = transport
+        self.transport = transport
         self._router_wait_s = router_wait_s
         self._epoch = 0
         self._router: Link[wire.IngressToRouter, wire.RouterToIngress] = Link(
@@ -231,7 +230,7 @@ class IngressLink:
     def _send_submit(self, request: OpenRequest) -> None:
         header = header_from_spec(request.spec, time.monotonic())
         submit = wire.Submit(header=header)
-        if sum(map(len, request.payload)) <= self._transport.inline_payload_bytes:
+        if sum(map(len, request.payload)) <= self.transport.inline_payload_bytes:
             submit.payload.buffers.extend(request.payload)
         self._to_router(wire.IngressToRouter(submits=[submit]))
 
@@ -404,7 +403,7 @@ class _WorkerLink:
             locate=self._locate,
             open_stream=lambda channel: wire_pb2_grpc.TokenPlaneStub(channel).Attach,
             ends=self,
-            transport=self.owner._transport,
+            transport=self.owner.transport,
         )
         self.task = asyncio.create_task(self.link.run(), name=f"token stream from {self.worker_id}")
 

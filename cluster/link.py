@@ -17,6 +17,8 @@ log = structlog.get_logger()
 
 SendT = TypeVar("SendT", bound=Message)
 RecvT = TypeVar("RecvT", bound=Message)
+HelloT = TypeVar("HelloT", bound=Message, covariant=True)
+HeardT = TypeVar("HeardT", bound=Message, contravariant=True)
 
 FIRST_RETRY_S = 0.02
 LAST_RETRY_S = 1.0
@@ -47,14 +49,14 @@ class RefusedError(TempoError):
     """The peer, or we, refuse to work together (another version, an older epoch); trying again cannot help soon."""
 
 
-class LinkEnds(Protocol[SendT, RecvT]):
+class LinkEnds(Protocol[HelloT, HeardT]):
     """What the owner of a link provides. All methods are called on the event loop and do not block it."""
 
-    def hello(self) -> SendT:
+    def hello(self) -> HelloT:
         """The first message of each new stream."""
         ...
 
-    def opened(self, answer: RecvT) -> None:
+    def opened(self, answer: HeardT) -> None:
         """Judge the peer's first message. Raises RefusedError to give the stream up."""
         ...
 
@@ -62,7 +64,7 @@ class LinkEnds(Protocol[SendT, RecvT]):
         """The stream was accepted and the outbox is live."""
         ...
 
-    def received(self, message: RecvT) -> None:
+    def received(self, message: HeardT) -> None:
         """Any later message."""
         ...
 

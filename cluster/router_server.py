@@ -466,7 +466,7 @@ class RouterServer:
     async def _check_epoch(self, seen_epoch: int, context: Any) -> None:
         """A peer that met a newer router tells us that we are not the one any more."""
         if seen_epoch > self.epoch:
-            error = LeaseLostError(f"a peer has seen epoch {seen_epoch}, this router has {self.epoch}: it must step down")
+            error = LeaseLostError(f"a peer has seen epoch {seen_epoch}, this router has {self.epoch}")
             self._tasks.append(asyncio.create_task(_fail(error), name="epoch check"))
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
@@ -475,10 +475,15 @@ class _Control(wire_pb2_grpc.RouterControlServicer):
     def __init__(self, server: RouterServer) -> None:
         self._server = server
 
-    async def Ingress(self, requests: AsyncIterator[wire.IngressToRouter], context: Any) -> None:  # noqa: N802
+    # The stubs know only handlers that yield; gRPC also takes ones that write.
+    async def Ingress(  # type: ignore[override]  # noqa: N802
+        self, requests: AsyncIterator[wire.IngressToRouter], context: Any
+    ) -> None:
         await self._server.serve_ingress(requests, context)
 
-    async def Worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:  # noqa: N802
+    async def Worker(  # type: ignore[override]  # noqa: N802
+        self, requests: AsyncIterator[wire.WorkerToRouter], context: Any
+    ) -> None:
         await self._server.serve_worker(requests, context)
 
 

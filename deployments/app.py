@@ -34,7 +34,8 @@ def build(args: TempoConfig) -> Application:
         )
     config_json = config.model_dump_json(by_alias=True)
     worker = worker_deployment(config, gpus_per_worker(config)).bind(config_json)
-    return ingress_deployment(config).bind(config_json, worker)
+    application: Application = ingress_deployment(config).bind(config_json, worker)
+    return application
 
 
 def resolve_surroundings(config: TempoConfig) -> TempoConfig:

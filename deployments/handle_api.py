@@ -1,10 +1,10 @@
 """Types of the Python handle: what a caller sends to the ingress and gets back. Light to import: no vLLM, no Ray.
 
-    handle = serve.get_app_handle("tempo")
-    answer = await handle.generate.remote(GenerateRequest(prompt="Hi", slo=Deadline(ttlt_s=5)))
-    async for part in handle.options(stream=True).stream.remote(GenerateRequest(messages=[...], slo=Latency(1, 0.1))):
-        print(part.text, end="")
-    await handle.cancel.remote(request_id)
+handle = serve.get_app_handle("tempo")
+answer = await handle.generate.remote(GenerateRequest(prompt="Hi", slo=Deadline(ttlt_s=5)))
+async for part in handle.options(stream=True).stream.remote(GenerateRequest(messages=[...], slo=Latency(1, 0.1))):
+    print(part.text, end="")
+await handle.cancel.remote(request_id)
 """
 
 from dataclasses import dataclass, field

@@ -11,8 +11,9 @@ import structlog
 from ray import serve
 
 from cluster.ingress_link import IngressLink
-from deployments.handle_api import Generation, GenerateRequest, GenerationPart
+from deployments.handle_api import GenerateRequest, Generation, GenerationPart
 from deployments.http_edge import HttpEdge
+from deployments.logs import configure_logging
 from deployments.request_context import RequestContext, bound_request
 from deployments.router_actor import RouterFinder
 from tempo_router.config import TempoConfig
@@ -26,12 +27,15 @@ log = structlog.get_logger()
 class IngressReplica:
     """Serves HTTP and handle calls. Its constructor waits for the first worker, whose limits vLLM must know."""
 
-    async def __init__(self, config_json: str, _worker: Any = None) -> None:
+    # Serve awaits constructors. _worker ties the two deployments together; requests do not go through it.
+    async def __init__(self, config_json: str, _worker: Any = None) -> None:  # type: ignore[misc]
         # Imports take 20 s: Serve starts workers meanwhile, in their own processes.
         from deployments import vllm_frontend
         from deployments.remote_engine import RemoteEngine
 
         config = self._config = TempoConfig.model_validate_json(config_json)
+        configure_logging()
+        self._router = RouterFinder(config)
         model = await asyncio.to_thread(resolve_model, config.model, Path(config.data_dir))
         vllm_config = await asyncio.to_thread(
             vllm_frontend.build_engine_config, model, config.engine.engine_kwargs, config.model_name
@@ -43,7 +47,7 @@ class IngressReplica:
         )
         self._link = IngressLink(
             serve.get_replica_context().replica_id.unique_id,
-            locate_router=RouterFinder(config).locate,
+            locate_router=self._router.locate,
             listener=engine,
             transport=config.transport,
             router_wait_s=config.ingress.router_wait_s,
@@ -54,7 +58,7 @@ class IngressReplica:
         vllm_frontend.apply_facts(vllm_config, facts)
         engine.attach(self._link, facts)
         self._engine = engine
-        self._llm = vllm_frontend.make_async_llm(vllm_config, engine)
+        self._llm = vllm_frontend.make_async_llm(vllm_config, engine, config.engine.engine_kwargs)
         app = await vllm_frontend.build_app(
             self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
         )
@@ -72,8 +76,9 @@ class IngressReplica:
             raise RuntimeError("vLLM's output handler ended; no stream of this ingress can go on")
 
     async def snapshot(self) -> dict[str, Any]:
-        """Counts for status pages and tests; all are zero when nothing is open."""
+        """Counts for status pages and tests; the ingress's own are zero when nothing is open."""
         return {
+            "router": await self._router.snapshot(),
             "open_http_requests": self._edge.open_requests,
             "open_calls": self._engine.open_calls,
             "open_link_requests": len(self._link.open),
@@ -117,7 +122,9 @@ class IngressReplica:
         """Stop a request that `stream` or `generate` began; unknown ids are ignored."""
         await self._llm.abort(request_id)
 
-    async def _begin(self, request: GenerateRequest, *, is_streaming: bool) -> tuple[RequestContext, AsyncIterator[Any]]:
+    async def _begin(
+        self, request: GenerateRequest, *, is_streaming: bool
+    ) -> tuple[RequestContext, AsyncIterator[Any]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -179,7 +186,8 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 def ingress_deployment(config: TempoConfig) -> Any:
     """The Serve deployment of the ingress."""
-    return serve.deployment(serve.ingress()(IngressReplica)).options(
+    deployment: Any = serve.deployment(serve.ingress()(IngressReplica))
+    return deployment.options(
         name="ingress",
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": config.ingress.num_cpus, "num_gpus": 0},

@@ -58,7 +58,7 @@ class _Resources:
     engine_dead: bool = False
 
 
-class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
+class RemoteEngine(AsyncMPClient):
     """The engine client of one ingress; also the listener of its IngressLink.
 
     The base class lends its administrative methods, which all end in `call_utility_async` or
@@ -102,9 +102,11 @@ class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
     # ---- called by AsyncLLM ----
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        """What the first worker's engine said of itself."""
         return self._supported_tasks
 
     async def get_output_async(self) -> EngineCoreOutputs:
+        """Wait for the outputs of the next engine step of any worker."""
         return await self._outputs.get()
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
@@ -155,6 +157,7 @@ class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
         """Nothing to stop here: the link belongs to the ingress."""
 
     def get_kv_event_sources(self) -> dict[int, Any]:
+        """None: which worker caches what is the router's business."""
         return {}
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
@@ -166,6 +169,7 @@ class RemoteEngine(AsyncMPClient):  # type: ignore[misc]
         return [self._utility_result(method, answer) for answer in answers]
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Run it on every worker, all the same; the first answer stands for all."""
         return (await self.call_utility_all_async(method, *args))[0]
 
     def _utility_result(self, method: str, answer: Sequence[bytes]) -> Any:

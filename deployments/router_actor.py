@@ -17,8 +17,9 @@ from ray.exceptions import RayError
 from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
+from deployments.logs import configure_logging
 from tempo_router.config import TempoConfig
-from tempo_router.errors import RouterUnavailableError
+from tempo_router.errors import RouterUnavailableError, StoreUnavailableError
 
 log = structlog.get_logger()
 
@@ -39,6 +40,7 @@ class RouterActor:
     """Runs one RouterServer at a time. A changed configuration replaces it, as a restart would."""
 
     def __init__(self, config_json: str) -> None:
+        configure_logging()
         self._config = TempoConfig.model_validate_json(config_json)
         self._owner = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._redis: EmbeddedRedis | None = None
@@ -89,19 +91,28 @@ class RouterActor:
 
     async def _start(self) -> None:
         if self._store is None:
-            self._store = await RedisStore.connect(self._redis_url(), self._config.name)
-        server = RouterServer(self._config, self._store, owner=self._owner, host=ray.util.get_node_ip_address())
+            self._store = await RedisStore.connect(await self._redis_url(), self._config.name)
+        server = RouterServer(self._config, self._store, owner=self._owner, host=own_address(self._config))
         await server.start()
         self._server = server
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch(), name="router watch")
 
-    def _redis_url(self) -> str:
-        """The shared Redis, or our own. The embedded server is started on this thread, whose death would end it."""
+    async def _redis_url(self) -> str:
+        """The shared Redis, or our own."""
         if self._config.redis_url is not None:
             return self._config.redis_url
-        self._redis = start_embedded_redis(Path(self._config.data_dir))
+        self._redis = await asyncio.to_thread(start_embedded_redis, Path(self._config.data_dir))
         return self._redis.url
+
+    async def _keep_redis(self) -> None:
+        """An embedded server that we only attached to ends with its owner, a router before us: then start our own."""
+        if self._redis is None or self._redis.owned:
+            return
+        try:
+            self._redis = await asyncio.to_thread(start_embedded_redis, Path(self._config.data_dir))
+        except StoreUnavailableError as error:
+            log.warning("embedded_redis_not_restarted", problem=str(error))
 
     async def _watch(self) -> None:
         """End the process when a background task died (Ray starts a new one), or when nobody needs a router."""
@@ -110,6 +121,7 @@ class RouterActor:
             await asyncio.sleep(WATCH_S)
             if self._server is None:
                 continue
+            await self._keep_redis()
             failure = self._server.failure()
             if failure is not None:
                 log.error("router_failed", problem=str(failure), effect="the process ends and Ray starts a new router")
@@ -119,6 +131,11 @@ class RouterActor:
                 log.info("router_idle", idle_s=idle_s, effect="the actor ends")
                 await self.stop()
                 await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def own_address(config: TempoConfig) -> str:
+    """Where the other processes reach this one: what is configured, else this node's address in its Ray cluster."""
+    return config.transport.host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class RouterFinder:
@@ -147,6 +164,14 @@ class RouterFinder:
             raise RouterUnavailableError(f"router {self._name!r} does not answer: {_first_line(error)}") from error
         except TimeoutError as error:
             raise RouterUnavailableError(f"router {self._name!r} gave no address in {ADDRESS_TIMEOUT_S} s") from error
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The router's counts. Raises RouterUnavailableError."""
+        await self.locate()
+        try:
+            return dict(await self._handle.snapshot.remote())
+        except RayError as error:
+            raise RouterUnavailableError(f"router {self._name!r} does not answer: {_first_line(error)}") from error
 
     def _get_or_create(self) -> Any:
         return (

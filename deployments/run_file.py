@@ -17,11 +17,15 @@ from tempo_router.errors import TempoError
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A running `tempo serve`. pid: the process to signal. url, dashboard_url: "" until they are known."""
+    """A running `tempo serve`. pid: the process to signal. The others are "" until they are known.
+
+    ray_address: host:port for `ray.init(address=...)`, for programs that use the Python handle.
+    """
 
     pid: int
     url: str = ""
     dashboard_url: str = ""
+    ray_address: str = ""
 
 
 class RunFile:

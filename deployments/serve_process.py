@@ -90,9 +90,9 @@ async def _check_redis(url: str, name: str) -> None:
 def _serve(loaded: ConfigFile, run_file: RunFile, stop: threading.Event) -> None:
     url = f"http://{_reachable(loaded.host)}:{loaded.port}{loaded.route_prefix}"
     print(f"tempo: starting; model {loaded.config.model_name}", flush=True)
-    with _ray() as dashboard_url:
+    with _ray() as (ray_address, dashboard_url):
         _on_sigterm(stop)  # ray.init has put its own handler there
-        run_file.write(Run(pid=os.getppid(), url=url, dashboard_url=dashboard_url))
+        run_file.write(Run(os.getppid(), url, dashboard_url, ray_address))
         try:
             _deploy(loaded.deploy)
             if _wait_until_ready(loaded.config.name, url, stop):
@@ -103,13 +103,14 @@ def _serve(loaded: ConfigFile, run_file: RunFile, stop: threading.Event) -> None
 
 
 @contextmanager
-def _ray() -> Iterator[str]:
-    """A Ray of our own, or the cluster that RAY_ADDRESS names. Yields the URL of its dashboard, or ""."""
+def _ray() -> Iterator[tuple[str, str]]:
+    """A Ray of our own, or the cluster that RAY_ADDRESS names. Yields its address and its dashboard's URL, or ""."""
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {"address": "local", "object_store_memory": _OBJECT_STORE_BYTES}
     context = ray.init(namespace="serve", logging_level=logging.WARNING, **({"address": address} if address else own))
     try:
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        yield str(context.address_info["gcs_address"]), dashboard_url
     finally:
         ray.shutdown()
 

@@ -4,11 +4,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import ray
 import structlog
 from ray import serve
 
-from deployments.router_actor import RouterFinder
+from deployments.logs import configure_logging
+from deployments.router_actor import RouterFinder, own_address
 from tempo_router.config import TempoConfig
 from tempo_router.errors import EngineStartError, TempoError
 from workers.default_model import resolve_model
@@ -21,12 +21,14 @@ log = structlog.get_logger()
 class WorkerReplica:
     """Starts the engine, then the streams. A failure to start is raised, so that `serve status` shows the reason."""
 
-    async def __init__(self, config_json: str) -> None:
+    # Serve awaits constructors.
+    async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        configure_logging()
         self._config = TempoConfig.model_validate_json(config_json)
         self._worker = Worker(
             serve.get_replica_context().replica_id.unique_id,
             locate_router=RouterFinder(self._config).locate,
-            host=ray.util.get_node_ip_address(),
+            host=own_address(self._config),
             transport=self._config.transport,
         )
         engine = await self._start_engine()
@@ -69,7 +71,8 @@ class WorkerReplica:
 
 def worker_deployment(config: TempoConfig, num_gpus: float) -> Any:
     """The Serve deployment of the workers."""
-    return serve.deployment(WorkerReplica).options(
+    deployment: Any = serve.deployment(WorkerReplica)
+    return deployment.options(
         name="worker",
         num_replicas=config.workers.replicas,
         ray_actor_options={

@@ -171,6 +171,10 @@ class IngressConfig(StrictModel):
 class TransportConfig(StrictModel):
     """The gRPC streams between router, ingress and workers."""
 
+    host: str | None = Field(
+        None,
+        description="address at which this node's processes reach each other; null: the node's address in its Ray cluster",
+    )
     max_message_bytes: int = Field(64 * 1024 * 1024, gt=0, description="limit of one gRPC message, both ways")
     inline_payload_bytes: int = Field(
         64 * 1024,

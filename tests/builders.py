@@ -75,9 +75,8 @@ def waiting(
     spec: RequestSpec, ticket: int = 1, lengths: Lengths | None = None, *, is_relegated: bool = False
 ) -> WaitingRequest:
     """A waiting request with the lengths of a fresh router."""
-    one = WaitingRequest(
-        spec, ticket, spec.arrival_s, lengths if lengths is not None else LengthHistograms().lookup(spec), 0.1
-    )
+    known = lengths if lengths is not None else LengthHistograms().lookup(spec)
+    one = WaitingRequest(spec, ticket, spec.arrival_s, known, cost_s=0.1, hopeless_at_s=float("inf"))
     one.is_relegated = is_relegated
     return one
 

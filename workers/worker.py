@@ -409,7 +409,10 @@ class _TokenPlane(wire_pb2_grpc.TokenPlaneServicer):
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    async def Attach(self, requests: AsyncIterator[wire.IngressToWorker], context: Any) -> None:  # noqa: N802
+    # The stubs know only handlers that yield; gRPC also takes ones that write.
+    async def Attach(  # type: ignore[override]  # noqa: N802
+        self, requests: AsyncIterator[wire.IngressToWorker], context: Any
+    ) -> None:
         await self._worker.serve_ingress(requests, context)
 
 

@@ -85,8 +85,10 @@ async def test_the_handle_generates_streams_and_cancels(handle: Any) -> None:
     answer = await handle.generate.remote(
         GenerateRequest(prompt="Hello", slo=Deadline(ttlt_s=60), sampling={"max_tokens": 7, "ignore_eos": True})
     )
-    assert len(answer.token_ids) == 7 and answer.finish_reason == "length"
-    assert answer.outcome.slo_class == "deadline" and answer.outcome.is_met
+    assert len(answer.token_ids) == 7
+    assert answer.finish_reason == "length"
+    assert answer.outcome.slo_class == "deadline"
+    assert answer.outcome.is_met
 
     chat = GenerateRequest(
         messages=[{"role": "user", "content": "Hi"}],
@@ -95,7 +97,8 @@ async def test_the_handle_generates_streams_and_cancels(handle: Any) -> None:
     )
     parts = [part async for part in handle.options(stream=True).stream.remote(chat)]
     assert sum(len(part.token_ids) for part in parts) == 9
-    assert parts[-1].outcome is not None and parts[-1].outcome.is_met
+    assert parts[-1].outcome is not None
+    assert parts[-1].outcome.is_met
 
     endless = GenerateRequest(prompt="x", request_id="mine", sampling={"max_tokens": 3500, "ignore_eos": True})
     received = 0

@@ -26,7 +26,8 @@ async def test_a_chat_streams_with_usage_and_meets_its_slo(client: openai.AsyncO
     chunks = [chunk async for chunk in stream]
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 20
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 20
     assert chunks[-2].choices[0].finish_reason == "length"
 
 
@@ -38,10 +39,13 @@ async def test_the_stream_is_exact_sse_and_ends_with_what_became_of_the_slo(serv
     assert (response.headers["x-tempo-class"], response.headers["x-tempo-tier"]) == ("latency", "chat")
     assert response.headers["x-tempo-ttft-ms"] == "2000"
     events = response.text.split("\n\n")
-    assert events[-1] == "" and events[-2] == "data: [DONE]"
+    assert events[-1] == ""
+    assert events[-2] == "data: [DONE]"
     assert events[-3].startswith(": tempo ")
     outcome = json.loads(events[-3].removeprefix(": tempo "))
-    assert outcome["class"] == "latency" and outcome["output_tokens"] <= 5 and outcome["is_met"] in (True, False)
+    assert outcome["class"] == "latency"
+    assert outcome["output_tokens"] <= 5
+    assert outcome["is_met"] in (True, False)
     for event in events[:-3]:
         json.loads(event.removeprefix("data: "))
 
@@ -61,7 +65,8 @@ async def test_a_forced_tool_call_has_valid_arguments(client: openai.AsyncOpenAI
         tool_choice={"type": "function", "function": {"name": "weather"}},
     )
     [call] = answer.choices[0].message.tool_calls or []
-    assert call.type == "function" and call.function.name == "weather"
+    assert call.type == "function"
+    assert call.function.name == "weather"
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
 
 
@@ -79,7 +84,8 @@ async def test_an_answer_follows_a_json_schema(client: openai.AsyncOpenAI) -> No
         response_format={"type": "json_schema", "json_schema": {"name": "choice", "schema": schema, "strict": True}},
     )
     document = json.loads(answer.choices[0].message.content or "")
-    assert document["colour"] in ("red", "blue") and isinstance(document["sure"], bool)
+    assert document["colour"] in ("red", "blue")
+    assert isinstance(document["sure"], bool)
 
 
 async def test_two_choices_with_logprobs(client: openai.AsyncOpenAI) -> None:
@@ -95,10 +101,12 @@ async def test_two_choices_with_logprobs(client: openai.AsyncOpenAI) -> None:
     )
     assert [choice.index for choice in answer.choices] == [0, 1]
     for choice in answer.choices:
-        assert choice.logprobs is not None and choice.logprobs.content is not None
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
         assert len(choice.logprobs.content) == 8
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
-    assert answer.usage is not None and answer.usage.completion_tokens == 16
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
 
 
 async def test_completions_take_a_list_of_prompts_and_stop_strings(client: openai.AsyncOpenAI) -> None:
@@ -110,14 +118,17 @@ async def test_completions_take_a_list_of_prompts_and_stop_strings(client: opena
 
 async def test_the_responses_api_answers_and_streams(client: openai.AsyncOpenAI) -> None:
     answer = await client.responses.create(model=MODEL, input="Hello", max_output_tokens=10)
-    assert answer.usage is not None and answer.usage.output_tokens <= 10
+    assert answer.usage is not None
+    assert answer.usage.output_tokens <= 10
     kinds = [event.type async for event in await client.responses.create(model=MODEL, input="Hello", stream=True)]
-    assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
+    assert kinds[0] == "response.created"
+    assert kinds[-1] in ("response.completed", "response.incomplete")
 
 
 async def test_a_long_prompt_is_served_through_the_fetch_path(client: openai.AsyncOpenAI) -> None:
     answer = await client.completions.create(model=MODEL, prompt="word " * 600, max_tokens=3)
-    assert answer.usage is not None and answer.usage.prompt_tokens > 2000
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 2000
 
 
 async def test_models_lists_the_served_model(client: openai.AsyncOpenAI) -> None:
@@ -158,15 +169,19 @@ async def test_bad_input_gets_an_error_in_openai_shape(
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert mentions in error["message"]
-    assert error["type"] and "code" in error and "param" in error
+    assert error["type"]
+    assert "code" in error
+    assert "param" in error
 
 
 async def test_malformed_and_oversized_bodies_are_refused(server: Served) -> None:
     async with httpx.AsyncClient(timeout=60) as http:
         broken = await http.post(f"{server.url}/v1/completions", content=b'{"model": ')
-        assert broken.status_code == 400 and "error" in broken.json()
+        assert broken.status_code == 400
+        assert "error" in broken.json()
         huge = await http.post(f"{server.url}/v1/completions", content=b'{"prompt":"' + b"x" * 10_000_000 + b'"}')
-        assert huge.status_code == 413 and "error" in huge.json()
+        assert huge.status_code == 413
+        assert "error" in huge.json()
 
 
 async def test_a_header_cannot_be_smuggled_into_the_response(server: Served) -> None:

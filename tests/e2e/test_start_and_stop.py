@@ -1,7 +1,8 @@
-"""Start, refuse to start, overload, stop: `tempo serve` as a process. The engine is simulated where it is not the point."""
+"""`tempo serve` as a process: overload, stop, refuse to start. Engines are simulated where they are not the point."""
 
 import asyncio
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ SIMULATED: dict[str, Any] = {
 
 def body(tokens: int, **more: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, **more}
+
+
+async def health_until(http: httpx.AsyncClient, holds: Callable[[int], bool]) -> httpx.Response:
+    """Ask /health until its status is as wanted; fail after a minute."""
+    async with asyncio.timeout(60):
+        while True:
+            response = await http.get("/health")
+            if holds(response.status_code):
+                return response
+            await asyncio.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +63,23 @@ async def test_health_tells_readiness_from_liveness(overloaded: Served) -> None:
         assert (await http.get("/health")).status_code == 200
         for worker in overloaded.processes("ServeReplica:tempo:worker"):
             worker.kill()
-        while (not_ready := await http.get("/health")).status_code == 200:
-            await asyncio.sleep(0.05)
+        not_ready = await health_until(http, lambda status: status != 200)
         assert "worker" in not_ready.text
         assert (await http.get("/liveness")).status_code == 200
-        while (await http.get("/health")).status_code != 200:
-            await asyncio.sleep(0.1)
+        await health_until(http, lambda status: status == 200)
 
 
 async def test_ctrl_c_lets_streams_end_and_leaves_no_process(overloaded: Served) -> None:
     """Runs last in this module: it ends the server."""
     everything = psutil.Process(overloaded.process.pid).children(recursive=True)
-    async with httpx.AsyncClient(timeout=120, base_url=overloaded.url) as http:
-        async with http.stream("POST", "/v1/completions", json=body(100, stream=True)) as response:
-            lines = response.aiter_lines()
-            await anext(lines)
-            overloaded.process.send_signal(signal.SIGINT)
-            rest = [line async for line in lines]
+    async with (
+        httpx.AsyncClient(timeout=120, base_url=overloaded.url) as http,
+        http.stream("POST", "/v1/completions", json=body(100, stream=True)) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        overloaded.process.send_signal(signal.SIGINT)
+        rest = [line async for line in lines]
     assert rest[-1] == "" or rest[-1] == "data: [DONE]"
     assert "data: [DONE]" in rest
     assert await asyncio.to_thread(overloaded.process.wait, 120) == 0, overloaded.log
@@ -91,10 +102,12 @@ def test_a_model_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
     server = launch(tmp_path, {"scheduling": {"polcy": "edf"}})
     assert server.process.wait(timeout=60) == 2
-    assert "polcy" in server.log and "'policy'" in server.log
+    assert "polcy" in server.log
+    assert "'policy'" in server.log
 
 
 def test_redis_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     server = launch(tmp_path, {"redis_url": "redis://127.0.0.1:1/0"})
     assert server.process.wait(timeout=60) != 0
-    assert "127.0.0.1:1" in server.log and "Redis" in server.log
+    assert "127.0.0.1:1" in server.log
+    assert "Redis" in server.log

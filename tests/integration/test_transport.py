@@ -39,7 +39,8 @@ async def test_a_request_streams_to_its_end_and_leaves_nothing(fleet: Fleet) -> 
     await fleet.start()
     client = fleet.clients[0]
     verdict = await submit(client, call("one", output_tokens=20, slo=Latency(5, 0.5)))
-    assert verdict.is_admitted and 0 <= verdict.success_probability <= 1
+    assert verdict.is_admitted
+    assert 0 <= verdict.success_probability <= 1
     await eventually(lambda: "one" in client.ended, "the answer ends")
     assert client.tokens[RequestId("one")] == 20
     await eventually(fleet.is_empty, "nothing is left of it")
