@@ -17,8 +17,8 @@ log = structlog.get_logger()
 
 SendT = TypeVar("SendT", bound=Message)
 RecvT = TypeVar("RecvT", bound=Message)
-HelloT = TypeVar("HelloT", bound=Message, covariant=True)
-HeardT = TypeVar("HeardT", bound=Message, contravariant=True)
+HelloT_co = TypeVar("HelloT_co", bound=Message, covariant=True)
+HeardT_contra = TypeVar("HeardT_contra", bound=Message, contravariant=True)
 
 FIRST_RETRY_S = 0.02
 LAST_RETRY_S = 1.0
@@ -49,14 +49,14 @@ class RefusedError(TempoError):
     """The peer, or we, refuse to work together (another version, an older epoch); trying again cannot help soon."""
 
 
-class LinkEnds(Protocol[HelloT, HeardT]):
+class LinkEnds(Protocol[HelloT_co, HeardT_contra]):
     """What the owner of a link provides. All methods are called on the event loop and do not block it."""
 
-    def hello(self) -> HelloT:
+    def hello(self) -> HelloT_co:
         """The first message of each new stream."""
         ...
 
-    def opened(self, answer: HeardT) -> None:
+    def opened(self, answer: HeardT_contra) -> None:
         """Judge the peer's first message. Raises RefusedError to give the stream up."""
         ...
 
@@ -64,7 +64,7 @@ class LinkEnds(Protocol[HelloT, HeardT]):
         """The stream was accepted and the outbox is live."""
         ...
 
-    def received(self, message: HeardT) -> None:
+    def received(self, message: HeardT_contra) -> None:
         """Any later message."""
         ...
 

@@ -110,7 +110,7 @@ def _ray() -> Iterator[tuple[str, str]]:
     context = ray.init(namespace="serve", logging_level=logging.WARNING, **({"address": address} if address else own))
     try:
         dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
-        yield str(context.address_info["gcs_address"]), dashboard_url
+        yield str(ray.get_runtime_context().gcs_address), dashboard_url
     finally:
         ray.shutdown()
 
