@@ -7,6 +7,7 @@ other, ends everything that was started. The other (serve_process) talks to Ray.
 import argparse
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -247,12 +248,14 @@ def _down(options: argparse.Namespace) -> int:
     if run is None:
         print("nothing to stop: not served from this data_dir")
         return 0
-    process = psutil.Process(run.pid)
-    process.terminate()
+    # Readable when the process has ended, also while nobody has collected its exit status.
+    handle = os.pidfd_open(run.pid)
+    signal.pidfd_send_signal(handle, signal.SIGTERM)
     if options.now:
         # Another signal: two of one kind may arrive as one.
-        process.send_signal(signal.SIGINT)
-    process.wait()
+        signal.pidfd_send_signal(handle, signal.SIGINT)
+    select.select([handle], [], [])
+    os.close(handle)
     print(f"stopped process {run.pid}")
     return 0
 

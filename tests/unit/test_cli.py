@@ -224,8 +224,8 @@ LEAVES_ALL_BEHIND = """
 import signal, subprocess, sys, threading
 stubborn = "import signal, sys, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('UP', flush=True);"
 stubborn += "threading.Event().wait()"
-orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import threading; threading.Event().wait()'],"
-orphan += "start_new_session=True)"
+orphan = "import subprocess, sys; wait = 'import threading; threading.Event().wait()';"
+orphan += "subprocess.Popen([sys.executable, '-c', wait], start_new_session=True)"
 child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True)
 child.stdout.readline()
 subprocess.run([sys.executable, "-c", orphan], check=True)
