@@ -122,7 +122,7 @@ class IngressLink:
 
     def failure(self) -> BaseException | None:
         """Why a background task ended, or None while all run."""
-        for task in self._tasks:
+        for task in (*self._tasks, *(worker.task for worker in self._workers.values())):
             if task.done() and not task.cancelled():
                 return task.exception() or RuntimeError(f"{task.get_name()} ended")
         return None
@@ -200,6 +200,7 @@ class IngressLink:
             if request.worker_id is None:
                 request.worker_id = worker_id
                 request.payload = ()
+                _admit(request)
             if request.worker_id == worker_id:
                 return request.spec.request_id
         self._abort_at(worker_id, attempt_id)
@@ -361,6 +362,12 @@ class IngressLink:
     def _spawn(self, work: Any, name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
         self._tasks.add(task)
+
+
+def _admit(request: OpenRequest) -> None:
+    """Tokens are an admission. They come on another stream and may overtake the verdict, or outlive its router."""
+    if not request.verdict.done():
+        request.verdict.set_result(Verdict(is_admitted=True))
 
 
 class _RouterEnds:

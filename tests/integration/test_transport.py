@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
@@ -44,6 +45,38 @@ async def test_a_request_streams_to_its_end_and_leaves_nothing(fleet: Fleet) -> 
     await eventually(lambda: "one" in client.ended, "the answer ends")
     assert client.tokens[RequestId("one")] == 20
     await eventually(fleet.is_empty, "nothing is left of it")
+
+
+async def test_tokens_that_overtake_the_verdict_admit_the_request(fleet: Fleet) -> None:
+    """They come on another stream; a short answer may end before its verdict is read, or the router may be gone."""
+    await fleet.start()
+    client = fleet.clients[0]
+    hear = client.link.router_said
+
+    def hear_no_verdict(message: wire.RouterToIngress) -> None:
+        message.ClearField("verdicts")
+        hear(message)
+
+    client.link.router_said = hear_no_verdict  # type: ignore[method-assign]
+    async with asyncio.timeout(10):
+        verdict = await submit(client, call("short", output_tokens=1))
+    assert verdict.is_admitted
+    assert client.ended == {"short": "length"}
+    await eventually(fleet.is_empty, "nothing is left of it")
+
+
+async def test_a_token_stream_that_cannot_go_on_is_a_failure_of_the_ingress(fleet: Fleet) -> None:
+    """It would not be opened again, and all its requests would hang."""
+    await fleet.start()
+    client = fleet.clients[0]
+
+    def fail(worker_id: str, frame: wire.WorkerToIngress) -> None:
+        raise ValueError(f"cannot read {len(frame.deltas)} deltas from {worker_id}")
+
+    client.frame_received = fail  # type: ignore[method-assign]
+    assert client.link.failure() is None
+    await submit(client, call("unreadable", output_tokens=1000))
+    await eventually(lambda: isinstance(client.link.failure(), ValueError), "health tells")
 
 
 async def test_a_large_payload_is_fetched_from_the_ingress(fleet: Fleet) -> None:
