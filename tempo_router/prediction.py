@@ -297,9 +297,10 @@ class LengthHistograms:
     def _is_stale(self, histogram: _Histogram) -> bool:
         if histogram.lengths is None:
             return True
-        # Redrawing costs about 0.2 ms: after every 16th part of new weight, or when the parents have moved on.
-        is_due = histogram.fresh * 16 > min(histogram.weight(), 512.0) if histogram.fresh else False
-        return is_due or self._observed - histogram.drawn_at > 512
+        # Redrawing costs about 0.2 ms: when an eighth of the weight is new, or when the parents have moved on.
+        if histogram.fresh > 8:
+            return histogram.fresh - 8 > histogram.weight() / 8
+        return self._observed - histogram.drawn_at > 1024
 
     def _draw(self, key: _Key, histogram: _Histogram) -> None:
         parent = self._parent_masses(key)

@@ -1,5 +1,7 @@
 """What the router knows of each replica: the calls it gave it, the room they take, the speed it works at."""
 
+from collections.abc import Iterable
+
 from tempo_router.events import ReplicaCapacity, ReplicaLoad
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, ReplicaId, RequestSpec
@@ -119,17 +121,20 @@ class Replica:
             self.unstarted -= 1
             self.unstarted_context -= call.spec.context_tokens
 
-    def progress(self, call: Call, tokens: int) -> None:
-        """The call produced tokens."""
-        if call.new_tokens == 0 and tokens:
-            self.unstarted -= 1
-            self.unstarted_context -= call.spec.context_tokens
-        call.new_tokens += tokens
-        self.left_tokens -= tokens
-        if call.new_tokens >= call.expected_tokens:
-            more = call.expect_more()
-            self.committed_kv += more
-            self.left_tokens += more
+    def progress(self, news: Iterable[tuple[Call, int]]) -> None:
+        """Calls of this replica produced tokens. The innermost loop of the router: one turn for every token."""
+        produced = 0
+        for call, tokens in news:
+            if call.new_tokens == 0 and tokens:
+                self.unstarted -= 1
+                self.unstarted_context -= call.spec.context_tokens
+            call.new_tokens += tokens
+            produced += tokens
+            if call.new_tokens >= call.expected_tokens:
+                more = call.expect_more()
+                self.committed_kv += more
+                self.left_tokens += more
+        self.left_tokens -= produced
 
     def audit(self) -> None:
         """Check the sums against the calls. Raises AssertionError."""

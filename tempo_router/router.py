@@ -60,8 +60,8 @@ _HOLD_AFTER_S = 1.0
 _TRICKLE = 16
 """One dispatch in so many may go to the oldest starving request."""
 
-_TIMERS_PER_EVENT = 256
-_REFRESHED_PER_TICK = 256
+_TIMERS_PER_EVENT = 64
+_REFRESHED_PER_TICK = 64
 _TIMER_SLACK = 64
 _MIN_RECHECK_S = 0.05
 _MAX_ENDED_EARLY = 1024
@@ -235,7 +235,9 @@ class RouterCore:
     def _new_waiting(self, spec: RequestSpec) -> WaitingRequest:
         lengths = self._lengths.lookup(spec)
         self._next_ticket += 1
-        return WaitingRequest(spec, self._next_ticket, self._now_s, lengths, cost_s(spec, lengths, self._steps.pace()))
+        pace = self._steps.pace()
+        hopeless_s = hopeless_at_s(spec, lengths, pace)
+        return WaitingRequest(spec, self._next_ticket, self._now_s, lengths, cost_s(spec, lengths, pace), hopeless_s)
 
     def _refusal(self, request: WaitingRequest) -> tuple[RejectReason, float | None] | None:
         """Why a first attempt is not taken, and when to try again; None if it is."""
@@ -247,7 +249,7 @@ class RouterCore:
             return "draining", None
         if self._kv_sizes and spec.context_tokens + 1 > self._kv_sizes[-1]:
             return "too_large", None
-        if self._config.hopeless == "refuse" and self._is_hopeless(request):
+        if self._config.hopeless == "refuse" and request.hopeless_at_s <= self._now_s:
             return "deadline_impossible", None
         config = self._config
         is_full = (
@@ -263,7 +265,7 @@ class RouterCore:
         ahead_s = self._backlog.ahead_s(slo_class(spec.slo), is_class_blind)
         takers = [replica for replica in self._replicas.values() if not replica.is_draining]
         wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
-        if self._is_hopeless(request):
+        if request.hopeless_at_s <= self._now_s:
             return Admit(spec.request_id, spec.attempt, wait_s, 0.0)
         if isinstance(spec.slo, BestEffort):
             return Admit(spec.request_id, spec.attempt, wait_s, 1.0)
@@ -358,7 +360,7 @@ class RouterCore:
         """A replica says that it runs this call. Keep it, take it over, or stop it."""
         call = self._calls.get(reported.dispatch_id)
         if call is not None:
-            replica.progress(call, max(0, reported.new_tokens - call.new_tokens))
+            replica.progress([(call, max(0, reported.new_tokens - call.new_tokens))])
             if call.is_aborted:
                 self._abort(call, actions)  # The first word may have been lost with the link.
             return
@@ -427,32 +429,34 @@ class RouterCore:
 
     def _on_progressed(self, event: Progressed, actions: list[Action]) -> None:
         replica = self._replicas.get(event.replica_id)
-        calls = [self._reported(dispatch_id, event.replica_id) for dispatch_id, _ in event.tokens]
-        ended = [self._reported(finished.dispatch_id, event.replica_id) for finished in event.finished]
+        on_replica = replica.calls if replica is not None else {}
+        calls = [on_replica.get(dispatch_id) for dispatch_id, _ in event.tokens]
+        ended = [on_replica.get(finished.dispatch_id) for finished in event.finished]
+        if None in calls or None in ended:
+            self._check_over(event)
         if replica is None:
             return  # Late news from a replica already given up for lost.
         replica.load = event.load
         if event.step is not None:
             replica.steps.observe(event.step)
             self._steps.observe(event.step)
-        for call, (_, tokens) in zip(calls, event.tokens, strict=True):
-            if call is not None:
-                replica.progress(call, tokens)
+        replica.progress((call, news[1]) for call, news in zip(calls, event.tokens, strict=True) if call is not None)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._calls:
                 self._on_call_finished(call, finished, actions)
 
-    def _reported(self, dispatch_id: DispatchId, replica_id: ReplicaId) -> Call | None:
-        """The call that a replica speaks of; None for one that is over."""
-        call = self._calls.get(dispatch_id)
-        if call is None:
-            self._check_made(dispatch_id)
-        elif call.replica.replica_id != replica_id:
-            raise InvalidEventError(
-                f"replica {replica_id!r} reports on dispatch {dispatch_id} of {call.spec.attempt_id!r}, "
-                f"which runs on {call.replica.replica_id!r}"
-            )
-        return call
+    def _check_over(self, event: Progressed) -> None:
+        """Dispatches that the replica does not have may be over; they cannot be another's, or never made."""
+        reported = [dispatch_id for dispatch_id, _ in event.tokens]
+        for dispatch_id in (*reported, *(finished.dispatch_id for finished in event.finished)):
+            call = self._calls.get(dispatch_id)
+            if call is None:
+                self._check_made(dispatch_id)
+            elif call.replica.replica_id != event.replica_id:
+                raise InvalidEventError(
+                    f"replica {event.replica_id!r} reports on dispatch {dispatch_id} of {call.spec.attempt_id!r}, "
+                    f"which runs on {call.replica.replica_id!r}"
+                )
 
     def _check_made(self, dispatch_id: DispatchId) -> None:
         epoch, number = dispatch_id >> 32, dispatch_id & 0xFFFFFFFF
@@ -501,11 +505,8 @@ class RouterCore:
         return self._now_s >= hopeless_at_s(request.spec, request.lengths, self._steps.pace())
 
     def _set_timer(self, request: WaitingRequest) -> None:
-        if request.is_relegated:
-            return
-        at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
-        if at_s < float("inf"):
-            heapq.heappush(self._timers, (at_s, request.ticket, request))
+        if request.hopeless_at_s < float("inf"):
+            heapq.heappush(self._timers, (request.hopeless_at_s, request.ticket, request))
         if len(self._timers) > 2 * len(self._waiting) + _TIMER_SLACK:
             self._timers = [timer for timer in self._timers if self._is_timed(timer[2])]
             heapq.heapify(self._timers)

@@ -89,9 +89,11 @@ class SloQueue:
             self._refresh_at = 0
         for request in islice(self._by_age, self._refresh_at, self._refresh_at + count):
             if request.is_queued:
-                self.rekey(request, context)
+                key = self._policy.key(request, context)
+                # One that rose is found when its turn comes: an entry now would only be one more to skip.
+                if key < request.key:
+                    self._enter(request, key)
         self._refresh_at += count
-        self._sweep()
 
     def audit(self) -> None:
         """Check that every live request can be found, and that memory is bounded. Raises AssertionError."""

@@ -69,7 +69,7 @@ class StepTimeModel:
 
     def __init__(self, prior: Coefficients = _PRIOR) -> None:
         self._coefficients = prior
-        self._scaled_prior = tuple(c * s for c, s in zip(prior, _SCALES, strict=True))
+        self._scaled_prior = [c * s for c, s in zip(prior, _SCALES, strict=True)]
         # Upper triangle of X'X, and X'y, both decayed.
         self._xx = [0.0] * 10
         self._xy = [0.0] * 4
@@ -190,14 +190,20 @@ class StepTimeModel:
         x2 = step.decodes * scale / _SCALES[2]
         x3 = step.context_tokens * scale / _SCALES[3]
         y = duration_s * scale
-        xx, xy = self._xx, self._xy
-        products = (
-            scale * scale, scale * x1, scale * x2, scale * x3,
-            x1 * x1, x1 * x2, x1 * x3,
-            x2 * x2, x2 * x3,
-            x3 * x3,
-        )  # fmt: skip
-        self._xx = [_DECAY * old + new for old, new in zip(xx, products, strict=True)]
+        xx = self._xx
+        self._xx = [
+            _DECAY * xx[0] + scale * scale,
+            _DECAY * xx[1] + scale * x1,
+            _DECAY * xx[2] + scale * x2,
+            _DECAY * xx[3] + scale * x3,
+            _DECAY * xx[4] + x1 * x1,
+            _DECAY * xx[5] + x1 * x2,
+            _DECAY * xx[6] + x1 * x3,
+            _DECAY * xx[7] + x2 * x2,
+            _DECAY * xx[8] + x2 * x3,
+            _DECAY * xx[9] + x3 * x3,
+        ]
+        xy = self._xy
         self._xy = [
             _DECAY * xy[0] + scale * y,
             _DECAY * xy[1] + x1 * y,
@@ -207,14 +213,16 @@ class StepTimeModel:
 
     def _refit(self) -> None:
         """Non-negative least squares by coordinate descent, from the last solution, drawn weakly to the prior."""
-        a, b, c, d, e, f, g, h, i, j = self._xx
-        rows = ((a, b, c, d), (b, e, f, g), (c, f, h, i), (d, g, i, j))
-        solution = [k * s for k, s in zip(self._coefficients, _SCALES, strict=True)]
-        ridge = [_RIDGE / max(p, 1e-9) ** 2 for p in self._scaled_prior]
+        ff, fp, fd, fc, pp, pd, pc, dd, dc, cc = self._xx
+        fy, py, dy, cy = self._xy
+        f0, p0, d0, c0 = self._scaled_prior
+        fr, pr, dr, cr = (_RIDGE / max(prior, 1e-9) ** 2 for prior in self._scaled_prior)
+        f, p, d, c = (value * s for value, s in zip(self._coefficients, _SCALES, strict=True))
+        # Written out: this runs in the router's event loop, and a loop over rows takes ten times as long.
         for _ in range(_SWEEPS):
-            for k, row in enumerate(rows):
-                others = sum(row[m] * solution[m] for m in range(4) if m != k)
-                wanted = self._xy[k] - others + ridge[k] * self._scaled_prior[k]
-                solution[k] = max(0.0, wanted / (row[k] + ridge[k]))
-        fixed, prefill, decode, context = (value / s for value, s in zip(solution, _SCALES, strict=True))
+            f = max(0.0, (fy - fp * p - fd * d - fc * c + fr * f0) / (ff + fr))
+            p = max(0.0, (py - fp * f - pd * d - pc * c + pr * p0) / (pp + pr))
+            d = max(0.0, (dy - fd * f - pd * p - dc * c + dr * d0) / (dd + dr))
+            c = max(0.0, (cy - fc * f - pc * p - dc * d + cr * c0) / (cc + cr))
+        fixed, prefill, decode, context = (value / s for value, s in zip((f, p, d, c), _SCALES, strict=True))
         self._coefficients = (fixed, prefill, decode, context)

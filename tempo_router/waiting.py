@@ -9,7 +9,8 @@ class WaitingRequest:
 
     ticket: number in the order of becoming waiting, unique; breaks every tie.
     since_s: when it began to wait here. lengths: distribution of its answer's length.
-    cost_s: predicted GPU seconds, as counted in the backlog.
+    cost_s: predicted GPU seconds, as counted in the backlog. hopeless_at_s: when it is beyond help, as predicted
+        when it came.
     is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key: where it stands in the queue; an entry of the heap with another key is out of date.
@@ -19,6 +20,7 @@ class WaitingRequest:
     __slots__ = (
         "blocked_since_s",
         "cost_s",
+        "hopeless_at_s",
         "is_in_line",
         "is_queued",
         "is_relegated",
@@ -29,12 +31,21 @@ class WaitingRequest:
         "ticket",
     )
 
-    def __init__(self, spec: RequestSpec, ticket: int, since_s: float, lengths: Lengths, cost_s: float) -> None:
+    def __init__(
+        self,
+        spec: RequestSpec,
+        ticket: int,
+        since_s: float,
+        lengths: Lengths,
+        cost_s: float,
+        hopeless_at_s: float,
+    ) -> None:
         self.spec = spec
         self.ticket = ticket
         self.since_s = since_s
         self.lengths = lengths
         self.cost_s = cost_s
+        self.hopeless_at_s = hopeless_at_s
         self.is_relegated = False
         self.is_in_line = False
         self.is_queued = False
