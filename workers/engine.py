@@ -107,7 +107,11 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Stop these; unknown ids are ignored. Each live one is reported as finished, reason cancelled."""
+        """Stop these; unknown ids are ignored. Each live one is reported as finished, reason cancelled.
+
+        Its client gets no output for it: whoever aborts knows. What an engine cancels by itself (a shutdown) it may
+        tell the client.
+        """
         ...
 
     async def call_utility(self, call: bytes) -> tuple[bytes, ...]:

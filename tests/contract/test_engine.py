@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tempo_router.config import EngineConfig
-from tempo_router.errors import ConfigError, EngineStartError, TempoError
+from tempo_router.errors import ConfigError, EngineStartError, EngineVersionError, TempoError
 from workers.default_model import EOS_ID, ensure_default_model
 from workers.engine import ClientOutputs, Engine, EngineCall, EngineStep
 from workers.simulated_engine import start_simulated_engine
@@ -445,6 +445,22 @@ async def test_an_engine_that_cannot_start_says_why(rig, tmp_path):
         with pytest.raises(EngineStartError, match=str(tmp_path)):
             await start_vllm_engine(str(tmp_path), {}, on_step=listener.on_step, on_death=listener.on_death)
     assert (listener.steps, listener.deaths) == ([], [])
+
+
+@only_vllm
+async def test_a_vllm_that_differs_is_refused_by_name(rig, monkeypatch):
+    from workers import vllm_engine
+
+    vllm_engine.check_vllm()
+    monkeypatch.setattr(vllm_engine.vllm, "__version__", "0.31.0+cpu")
+    monkeypatch.delattr(vllm_engine.EngineCore, "preprocess_add_request")
+    monkeypatch.setattr(vllm_engine.Scheduler, "schedule", lambda self, everything: None)
+    with pytest.raises(EngineVersionError) as caught:
+        vllm_engine.check_vllm()
+    problem = str(caught.value)
+    assert "0.31.0+cpu" in problem
+    assert "EngineCore.preprocess_add_request does not exist" in problem
+    assert "Scheduler.schedule takes (self, everything), not (self, throttle_prefills)" in problem
 
 
 async def test_shutdown_cancels_what_runs_and_leaves_no_process(rig):

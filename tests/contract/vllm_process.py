@@ -1,4 +1,4 @@
-"""A process of its own that starts vLLM and does what it is told; see test_vllm_process.py. Prints one JSON per line."""
+"""A process of its own that starts vLLM, for test_vllm_process.py. Prints what happens, one JSON per line."""
 
 import asyncio
 import json
