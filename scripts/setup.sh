@@ -52,13 +52,21 @@ quietly() {
     }
 }
 
+# Whether .venv can be used as it is; a setup that was interrupted may have left half of one.
+has_venv() {
+    suits $VENV/bin/python && { [ -x $VENV/bin/uv ] || $VENV/bin/python -c 'import pip' 2>/dev/null; }
+}
+
 make_venv() {
-    [ -x $VENV/bin/python ] && suits $VENV/bin/python && return
+    mkdir -p $VENV
+    has_venv && return
+    rm -rf $VENV
+    mkdir $VENV
     base=$(python)
     if "$base" -c 'import ensurepip, venv' 2>/dev/null; then
-        quietly "$base" -m venv --clear $VENV
+        quietly "$base" -m venv $VENV
     elif "$base" -c 'import venv, pip' 2>/dev/null; then
-        quietly "$base" -m venv --clear --without-pip $VENV
+        quietly "$base" -m venv --without-pip $VENV
     else
         version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         fail "$base cannot make virtual environments; install its venv module (on Debian and Ubuntu: apt install python$version-venv)"
@@ -104,7 +112,6 @@ fingerprint() {
 }
 
 DEVICE=$(device)
-mkdir -p $VENV
 # One setup at a time: `make serve` and `make test` may be started together.
 exec 9>$VENV.lock
 if command -v flock >/dev/null; then flock 9; fi
@@ -117,7 +124,6 @@ if [ -e $STAMP ] && ! grep -qx "device $DEVICE" $STAMP; then
 fi
 echo "Setting up $VENV for $DEVICE; the first time takes some minutes."
 make_venv
-: >"$LOG"
 install_uv
 uv_settings
 install_lock
