@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -145,11 +146,17 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
             continue
         messages = [f"{key}: {each.message}" for key, each in status.deployments.items() if each.message]
         if status.status == ApplicationStatus.DEPLOY_FAILED:
-            raise TempoError("\n".join([f"{name} could not start. {status.message}", *messages]))
+            raise TempoError(_why_failed(f"{name} could not start. {status.message}", messages))
         if status.status == ApplicationStatus.RUNNING and reason not in ("", said):
             said = reason
             print(f"tempo: not ready yet: {reason}", flush=True)
     return False
+
+
+def _why_failed(summary: str, messages: list[str]) -> str:
+    """All that Serve says, tracebacks included, and at the end, where one looks first, the error itself."""
+    errors = re.findall(r"^\S*(?:Error|Exception): .+$", "\n".join(messages), flags=re.MULTILINE)
+    return "\n".join([summary, *messages, *([f"\ntempo: could not start: {errors[-1]}"] if errors else [])])
 
 
 def _health(url: str) -> tuple[bool, str]:
