@@ -173,7 +173,7 @@ class TransportConfig(StrictModel):
 
     host: str | None = Field(
         None,
-        description="address at which this node's processes reach each other; null: the node's address in its Ray cluster",
+        description="address at which this node's processes reach each other; null: its address in Ray",
     )
     max_message_bytes: int = Field(64 * 1024 * 1024, gt=0, description="limit of one gRPC message, both ways")
     inline_payload_bytes: int = Field(
