@@ -224,9 +224,7 @@ class IngressLink:
     # ---- to the peers ----
 
     def _to_router(self, message: wire.IngressToRouter) -> None:
-        if self._router.is_open:
-            message.epoch = self._epoch
-            self._router.outbox.merge(message)
+        self._router.send(message)
 
     def _send_submit(self, request: OpenRequest) -> None:
         header = header_from_spec(request.spec, time.monotonic())
@@ -241,8 +239,8 @@ class IngressLink:
 
     def _abort_at(self, worker_id: str, attempt_id: str) -> None:
         worker = self._workers.get(worker_id)
-        if worker is not None and worker.link.is_open:
-            worker.link.outbox.merge(wire.IngressToWorker(aborts=[attempt_id]))
+        if worker is not None:
+            worker.link.send(wire.IngressToWorker(aborts=[attempt_id]))
 
     # ---- from the router ----
 
@@ -329,7 +327,7 @@ class IngressLink:
     def worker_said(self, worker: "_WorkerLink", frame: wire.WorkerToIngress) -> None:
         """Pass outputs on; answer requests for payloads."""
         for fetch in frame.fetches:
-            worker.link.outbox.merge(wire.IngressToWorker(payloads=[self._payload_answer(fetch)]))
+            worker.link.send(wire.IngressToWorker(payloads=[self._payload_answer(fetch)]))
         for answer in frame.utilities:
             worker.answered(answer)
         if frame.HasField("engine_outputs") or frame.deltas:
@@ -452,7 +450,7 @@ class _WorkerLink:
     async def call(self, call_id: int, call: bytes) -> tuple[bytes, ...]:
         future: asyncio.Future[tuple[bytes, ...]] = asyncio.get_running_loop().create_future()
         self.calls[call_id] = future
-        self.link.outbox.merge(wire.IngressToWorker(utilities=[wire.UtilityCall(call_id=call_id, call=call)]))
+        self.link.send(wire.IngressToWorker(utilities=[wire.UtilityCall(call_id=call_id, call=call)]))
         return await future
 
     def answered(self, answer: wire.UtilityAnswer) -> None:

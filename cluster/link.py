@@ -61,7 +61,7 @@ class LinkEnds(Protocol[HelloT_co, HeardT_contra]):
         ...
 
     def ready(self) -> None:
-        """The stream was accepted and the outbox is live."""
+        """The stream was accepted."""
         ...
 
     def received(self, message: HeardT_contra) -> None:
@@ -69,12 +69,16 @@ class LinkEnds(Protocol[HelloT_co, HeardT_contra]):
         ...
 
     def closed(self) -> None:
-        """The stream, once opened, is gone. What waited in the outbox is forgotten."""
+        """The stream, once opened, is gone, and with it what was not sent."""
         ...
 
 
 class Link(Generic[SendT, RecvT]):
-    """Keeps one stream up. `outbox` belongs to the current stream: it is emptied when that breaks.
+    """Keeps one stream up.
+
+    is_live: the hello of the current stream has been composed, so all that happens from now on must follow it.
+    is_open: the peer has answered. Messages belong to one stream: what it did not carry is forgotten when it breaks,
+    and the next hello has to say it.
 
     locate: asks for the peer's host:port before every attempt; may raise, which counts as a failed attempt.
     open_stream: the stub's method for a channel.
@@ -90,8 +94,9 @@ class Link(Generic[SendT, RecvT]):
         transport: TransportConfig,
     ) -> None:
         self.name = name
-        self.outbox: Outbox[SendT] = Outbox()
+        self.is_live = False
         self.is_open = False
+        self._outbox: Outbox[SendT] = Outbox()
         self._locate = locate
         self._open_stream = open_stream
         self._ends = ends
@@ -113,10 +118,17 @@ class Link(Generic[SendT, RecvT]):
             log.log(30 if was_open else 10, "link_down", link=self.name, problem=problem, retry_s=retry_s)
             await asyncio.sleep(retry_s)
 
+    def send(self, message: SendT) -> None:
+        """Send on the current stream, merged with what waits; without a stream the next hello has to say it."""
+        if self.is_live:
+            self._outbox.merge(message)
+
     async def _serve(self, address: str) -> bool:
-        self.outbox.clear()
         async with grpc.aio.insecure_channel(address, options=channel_options(self._transport)) as channel:
             call = self._open_stream(channel)()
+            self._outbox.clear()
+            self._outbox.put(self._ends.hello())
+            self.is_live = True
             writer = asyncio.create_task(self._write(call))
             try:
                 await self._read(call)
@@ -138,13 +150,13 @@ class Link(Generic[SendT, RecvT]):
             self._ends.received(message)
 
     async def _write(self, call: Any) -> None:
-        await call.write(self._ends.hello())
         while True:
-            await call.write(await self.outbox.take())
+            await call.write(await self._outbox.take())
 
     def _close(self) -> bool:
         was_open, self.is_open = self.is_open, False
-        self.outbox.clear()
+        self.is_live = False
+        self._outbox.clear()
         if was_open:
             self._ends.closed()
         return was_open

@@ -29,10 +29,12 @@ class Outbox(Generic[M]):
         self._sizes: deque[int] = deque()
         self._bytes = 0
         self._limit_bytes = limit_bytes
+        self._can_grow = False
         self._has_some = asyncio.Event()
 
     def put(self, message: M) -> None:
-        """Queue a message by itself. Raises OutboxFullError at the bound."""
+        """Queue a message by itself: nothing is merged into it. Raises OutboxFullError at the bound."""
+        self._can_grow = False
         if self._limit_bytes is not None:
             size = message.ByteSize()
             if self._bytes + size > self._limit_bytes:
@@ -43,11 +45,12 @@ class Outbox(Generic[M]):
         self._has_some.set()
 
     def merge(self, message: M) -> None:
-        """Join the message with the last waiting one, or queue it. For messages made of repeated fields only."""
-        if self._waiting and self._limit_bytes is None:
+        """Join the message with the last waiting one, if that was merged too. For messages of repeated fields only."""
+        if self._waiting and self._can_grow and self._limit_bytes is None:
             self._waiting[-1].MergeFrom(message)
         else:
             self.put(message)
+            self._can_grow = True
 
     async def take(self) -> M:
         """The oldest message; waits for one."""

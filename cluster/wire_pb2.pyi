@@ -281,12 +281,10 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 class IngressToRouter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    EPOCH_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMITS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_WORKERS_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
     @_builtins.property
     def hello(self) -> Global___IngressHello:
         """first message of a stream, alone"""
@@ -300,7 +298,6 @@ class IngressToRouter(_message.Message):
     def __init__(
         self,
         *,
-        epoch: _builtins.int = ...,
         hello: Global___IngressHello | None = ...,
         submits: _abc.Iterable[Global___Submit] | None = ...,
         cancels: _abc.Iterable[Global___Cancel] | None = ...,
@@ -308,7 +305,7 @@ class IngressToRouter(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "epoch", b"epoch", "hello", b"hello", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -721,11 +718,9 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 class WorkerToRouter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    EPOCH_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
     is_draining: _builtins.bool
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
@@ -736,14 +731,13 @@ class WorkerToRouter(_message.Message):
     def __init__(
         self,
         *,
-        epoch: _builtins.int = ...,
         hello: Global___WorkerHello | None = ...,
         progress: _abc.Iterable[Global___Progress] | None = ...,
         is_draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "hello", b"hello", "is_draining", b"is_draining", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "is_draining", b"is_draining", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,6 +143,29 @@ class Fleet:
         await self.router.stop()
 
 
+async def break_control_stream(peer: Worker | IngressLink) -> None:
+    """Cut one peer's stream to the router as a network failure would; both processes live on."""
+    if isinstance(peer, Worker):
+        assert peer._router_task is not None
+        tasks = [peer._router_task]
+    else:
+        tasks = [task for task in peer._tasks if not task.done()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    peer._router._close()
+    if isinstance(peer, Worker):
+        peer._router_task = asyncio.create_task(peer._router.run())
+    else:
+        peer._spawn(peer._router.run(), "router link")
+
+
+def break_token_streams(worker: Worker) -> None:
+    """Cut a worker's streams to all ingresses; both ends live on."""
+    for session in worker._sessions.values():
+        session.broken.set()
+
+
 async def kill_router(router: RouterServer) -> None:
     """Stop a router's tasks and streams without its leave-taking."""
     router._is_stopping = True

@@ -101,8 +101,7 @@ class Worker:
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new and wait until all that runs has ended. Returns whether it has, within timeout_s."""
         self.is_draining = True
-        if self._router.is_open:
-            self._router.outbox.merge(wire.WorkerToRouter(epoch=self._epoch, is_draining=True))
+        self._router.send(wire.WorkerToRouter(is_draining=True))
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -244,11 +243,11 @@ class Worker:
         return call
 
     def _report_finished(self, dispatch_id: int, reason: FinishReason, output_tokens: int) -> None:
-        if self._router.is_open:
+        if self._router.is_live:
             finished = wire.CallFinished(dispatch_id=dispatch_id, reason=reason, output_tokens=output_tokens)
             progress = _load_message(self._load)
             progress.finished.append(finished)
-            self._router.outbox.merge(wire.WorkerToRouter(epoch=self._epoch, progress=[progress]))
+            self._router.send(wire.WorkerToRouter(progress=[progress]))
 
     # ---- the engine's end ----
 
@@ -267,8 +266,8 @@ class Worker:
             progress.step.context_tokens = step.step.context_tokens
         self._count_tokens(step, progress)
         self._count_finished(step, progress)
-        if self._router.is_open:
-            self._router.outbox.merge(wire.WorkerToRouter(epoch=self._epoch, progress=[progress]))
+        if self._router.is_live:
+            self._router.send(wire.WorkerToRouter(progress=[progress]))
 
     def _count_tokens(self, step: EngineStep, progress: wire.Progress) -> None:
         dispatch_ids, counts = [], []
