@@ -104,7 +104,7 @@ class Link(Generic[SendT, RecvT]):
 
     async def run(self) -> None:
         """Connect, serve, and connect again, until cancelled."""
-        retry_s = FIRST_RETRY_S
+        retry_s, last_problem = FIRST_RETRY_S, ""
         while True:
             try:
                 address = await self._locate()
@@ -115,7 +115,9 @@ class Link(Generic[SendT, RecvT]):
             except (TempoError, OSError, TimeoutError) as error:
                 was_open, problem = self._close(), str(error)
             retry_s = FIRST_RETRY_S if was_open else min(LAST_RETRY_S, retry_s * 2)
-            log.log(30 if was_open else 10, "link_down", link=self.name, problem=problem, retry_s=retry_s)
+            if was_open or problem != last_problem:
+                log.warning("link_down", link=self.name, problem=problem, effect="it is opened again until it holds")
+            last_problem = problem
             await asyncio.sleep(retry_s)
 
     def send(self, message: SendT) -> None:

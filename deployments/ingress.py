@@ -36,6 +36,7 @@ class IngressReplica:
         config = self._config = TempoConfig.model_validate_json(config_json)
         configure_logging()
         self._router = RouterFinder(config)
+        await self._router.first_contact()
         model = await asyncio.to_thread(resolve_model, config.model, Path(config.data_dir))
         vllm_config = await asyncio.to_thread(
             vllm_frontend.build_engine_config, model, config.engine.engine_kwargs, config.model_name

@@ -6,6 +6,7 @@ when nobody has been connected for a while, because deleting a Serve application
 
 import asyncio
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SCHEMA_VERSION = 1
 IDLE_EXIT_S = 60.0
 WATCH_S = 0.5
 ADDRESS_TIMEOUT_S = 10.0
+FIRST_CONTACT_S = 15.0
 
 
 def actor_name(app_name: str) -> str:
@@ -164,6 +166,22 @@ class RouterFinder:
             raise RouterUnavailableError(f"router {self._name!r} does not answer: {_first_line(error)}") from error
         except TimeoutError as error:
             raise RouterUnavailableError(f"router {self._name!r} gave no address in {ADDRESS_TIMEOUT_S} s") from error
+
+    async def first_contact(self) -> None:
+        """Make sure that there is a router before anything is built on it. Raises RouterUnavailableError, why it ended.
+
+        A constructor that raises shows its reason in `serve status`; one that waits shows nothing.
+        """
+        give_up_s = time.monotonic() + FIRST_CONTACT_S
+        while True:
+            try:
+                await self.locate()
+            except RouterUnavailableError:
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(WATCH_S)
+            else:
+                return
 
     async def snapshot(self) -> dict[str, Any]:
         """The router's counts. Raises RouterUnavailableError."""

@@ -25,9 +25,11 @@ class WorkerReplica:
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         configure_logging()
         self._config = TempoConfig.model_validate_json(config_json)
+        router = RouterFinder(self._config)
+        await router.first_contact()
         self._worker = Worker(
             serve.get_replica_context().replica_id.unique_id,
-            locate_router=RouterFinder(self._config).locate,
+            locate_router=router.locate,
             host=own_address(self._config),
             transport=self._config.transport,
         )
