@@ -1,7 +1,6 @@
 """A whole served application, started as a user starts it: `tempo serve` on a configuration file."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -33,11 +32,6 @@ class Served:
     def log(self) -> str:
         """All that it printed so far."""
         return (self.folder / "serve.log").read_text(errors="replace")
-
-    @property
-    def ray_address(self) -> str:
-        """host:port of its Ray, for drivers."""
-        return str(json.loads((self.folder / "data" / "serve.json").read_text())["ray_address"])
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Its processes whose title holds this text, such as "ServeReplica:tempo:worker"."""

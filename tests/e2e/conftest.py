@@ -6,8 +6,8 @@ from typing import Any
 import openai
 import pytest
 import ray
-from ray import serve
 
+from deployments.client import connect
 from tests.served import Served, served
 
 WORKERS = 2
@@ -41,6 +41,5 @@ async def client(server: Served) -> Any:
 @pytest.fixture(scope="session")
 def handle(server: Served) -> Iterator[Any]:
     """The Python handle, in a driver connected to the application's Ray."""
-    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False, logging_level="ERROR")
-    yield serve.get_app_handle("tempo")
+    yield connect(server.folder / "data")
     ray.shutdown()

@@ -61,7 +61,7 @@ async def test_a_forced_tool_call_has_valid_arguments(client: openai.AsyncOpenAI
         model=MODEL,
         messages=HELLO,
         max_tokens=200,
-        tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters, "strict": True}}],
         tool_choice={"type": "function", "function": {"name": "weather"}},
     )
     [call] = answer.choices[0].message.tool_calls or []

@@ -1,0 +1,7 @@
+"""What every test needs before anything is imported."""
+
+import os
+
+# Ray reads these at its import: no token file, and loopback addresses, as `tempo serve` has them.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
