@@ -1,6 +1,6 @@
 """What the router knows of each replica: the calls it gave it, the room they take, the speed it works at."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from tempo_router.events import ReplicaCapacity, ReplicaLoad
 from tempo_router.prediction import Lengths
@@ -121,11 +121,16 @@ class Replica:
             self.unstarted -= 1
             self.unstarted_context -= call.spec.context_tokens
 
-    def progress(self, news: Iterable[tuple[Call, int]]) -> None:
-        """Calls of this replica produced tokens. The innermost loop of the router: one turn for every token."""
+    def progress(self, calls: Sequence[Call | None], news: Sequence[tuple[DispatchId, int]]) -> None:
+        """The calls produced tokens, as `news` says in the same order; None stands for a call that is over.
+
+        The innermost loop of the router: one turn for every token that is served.
+        """
         produced = 0
-        for call, tokens in news:
-            if call.new_tokens == 0 and tokens:
+        for call, (_, tokens) in zip(calls, news, strict=True):
+            if call is None:
+                continue
+            if not call.new_tokens and tokens:
                 self.unstarted -= 1
                 self.unstarted_context -= call.spec.context_tokens
             call.new_tokens += tokens

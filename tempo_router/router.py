@@ -360,7 +360,8 @@ class RouterCore:
         """A replica says that it runs this call. Keep it, take it over, or stop it."""
         call = self._calls.get(reported.dispatch_id)
         if call is not None:
-            replica.progress([(call, max(0, reported.new_tokens - call.new_tokens))])
+            unheard = max(0, reported.new_tokens - call.new_tokens)
+            replica.progress([call], [(call.dispatch_id, unheard)])
             if call.is_aborted:
                 self._abort(call, actions)  # The first word may have been lost with the link.
             return
@@ -432,7 +433,7 @@ class RouterCore:
         on_replica = replica.calls if replica is not None else {}
         calls = [on_replica.get(dispatch_id) for dispatch_id, _ in event.tokens]
         ended = [on_replica.get(finished.dispatch_id) for finished in event.finished]
-        if None in calls or None in ended:
+        if not (all(calls) and all(ended)):
             self._check_over(event)
         if replica is None:
             return  # Late news from a replica already given up for lost.
@@ -440,7 +441,7 @@ class RouterCore:
         if event.step is not None:
             replica.steps.observe(event.step)
             self._steps.observe(event.step)
-        replica.progress((call, news[1]) for call, news in zip(calls, event.tokens, strict=True) if call is not None)
+        replica.progress(calls, event.tokens)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._calls:
                 self._on_call_finished(call, finished, actions)
