@@ -140,6 +140,7 @@ class SimulatedEngine:
         self._step: _Step | None = None
         self._timer: asyncio.Handle | None = None
         self._ready_s = 0.0
+        self._last_end_s = 0.0
         self._news: list[tuple[EngineFinished, tuple[str, TokenDelta] | None]] = []
         self._news_handle: asyncio.Handle | None = None
         self._is_stopped = False
@@ -385,8 +386,11 @@ class SimulatedEngine:
             sequence.computed += 1
         answering = [sequence for sequence, _ in step.prefills if not sequence.is_prefilling]
         tokens, finished, outputs = self._produce(itertools.chain(step.decodes, answering))
+        # Measured as one would measure a real engine: from the end of the step before, if that came late.
+        now_s = self._loop.time()
+        began_s, self._last_end_s = max(step.began_s, self._last_end_s), now_s
         report = StepReport(
-            duration_s=self._loop.time() - step.began_s,
+            duration_s=now_s - began_s,
             prefill_tokens=sum(chunk for _, chunk in step.prefills),
             decodes=len(step.decodes),
             context_tokens=step.context_tokens,
