@@ -3,6 +3,7 @@
 In a cluster that was not started by `tempo serve`, `serve.get_app_handle` is all that is needed.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,5 +36,5 @@ def connect(data_dir: Path | str = ".tempo", *, name: str = "tempo") -> Any:
     import ray
     from ray import serve
 
-    ray.init(address=run.ray_address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+    ray.init(address=run.ray_address, namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
     return serve.get_app_handle(name)
