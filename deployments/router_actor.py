@@ -82,7 +82,8 @@ class RouterActor:
 
     async def stop(self) -> None:
         """Close the streams, store what was learnt, end the embedded Redis."""
-        if self._watcher is not None:
+        # The watch itself calls this when nobody needs a router: cancelled, it would stop halfway.
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
         if self._server is not None:
             await self._server.stop()
@@ -132,7 +133,10 @@ class RouterActor:
             if idle_s >= IDLE_EXIT_S:
                 log.info("router_idle", idle_s=idle_s, effect="the actor ends")
                 await self.stop()
-                await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor, no_restart=True)
+                await self._end_actor()
+
+    async def _end_actor(self) -> None:
+        await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor, no_restart=True)
 
 
 def own_address(config: TempoConfig) -> str:
