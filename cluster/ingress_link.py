@@ -286,7 +286,10 @@ class IngressLink:
 
     def _on_verdict(self, verdict: wire.Verdict) -> None:
         request = self.open.get(RequestId(verdict.request_id))
-        if request is None or request.verdict.done():
+        if request is None:
+            return
+        if request.verdict.done():
+            self._on_second_verdict(request, verdict)
             return
         request.verdict.set_result(
             Verdict(
@@ -297,6 +300,12 @@ class IngressLink:
                 retry_after_s=verdict.retry_after_s if verdict.HasField("retry_after_s") else None,
             )
         )
+
+    def _on_second_verdict(self, request: OpenRequest, verdict: wire.Verdict) -> None:
+        """A router that does not know of the admission may refuse what it is told again; a higher attempt it takes."""
+        is_refused = not verdict.is_admitted and verdict.attempt == request.spec.attempt
+        if is_refused and request.worker_id is None:
+            self._listener.attempt_lost(request.spec.request_id)
 
     def _set_workers(self, workers: wire.WorkerSet) -> None:
         wanted = {worker.worker_id: worker for worker in workers.workers}

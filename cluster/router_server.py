@@ -150,6 +150,11 @@ class RouterServer:
         """Whether any ingress or worker is connected."""
         return bool(self._workers) or any(session.is_connected for session in self._ingresses.values())
 
+    @property
+    def lengths(self) -> LengthHistograms:
+        """What was learnt about the lengths of answers."""
+        return self._core.lengths
+
     def snapshot(self) -> dict[str, Any]:
         """Counts for logs, status pages and tests."""
         return {
@@ -343,13 +348,15 @@ class RouterServer:
         session.streaming = []
 
     def _ingress_said(self, session: IngressSession, message: wire.IngressToRouter) -> None:
+        # One message may hold what was sent as several. A worker is reported lost before its requests are submitted
+        # again, and a request is cancelled after it was submitted: this order keeps both.
         now_s = time.monotonic()
+        for worker_id in message.unreachable_workers:
+            self._unreachable(session, ReplicaId(worker_id))
         for submit in message.submits:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
-        for worker_id in message.unreachable_workers:
-            self._unreachable(session, ReplicaId(worker_id))
 
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = spec_from_header(submit.header, now_s)

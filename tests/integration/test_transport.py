@@ -135,6 +135,22 @@ async def test_a_killed_router_costs_running_streams_nothing_and_waiting_request
     await eventually(fleet.is_empty, "nothing is left")
 
 
+async def test_an_admitted_request_that_a_new_router_refuses_goes_on(fleet: Fleet) -> None:
+    """What waits is told again to a new router, whose queue may be full or which may find the deadline impossible."""
+    await fleet.start()
+    client = fleet.clients[0]
+    names = [f"r{number}" for number in range(30)]
+    for name in names:
+        await submit(client, call(name, output_tokens=200))
+    fleet.config = CONFIG.model_copy(
+        update={"scheduling": CONFIG.scheduling.model_copy(update={"max_waiting_requests": 2})}
+    )
+    await fleet.replace_router()
+    await eventually(lambda: len(client.ended) == len(names), "all end")
+    assert all(client.tokens[RequestId(name)] == 200 for name in names)
+    await eventually(fleet.is_empty, "nothing is left")
+
+
 async def test_requests_of_a_vanished_ingress_are_aborted(fleet: Fleet) -> None:
     await fleet.start(clients=2)
     leaving, staying = fleet.clients
@@ -206,3 +222,44 @@ async def test_no_router_is_an_error_in_time_and_the_request_is_forgotten(fleet:
     with pytest.raises(RouterUnavailableError, match=r"within 0\.2 s"):
         await submit(client, call("nobody"))
     assert not client.link.open
+
+
+async def test_learnt_lengths_survive_the_router(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    await submit(client, call("one", output_tokens=7))
+    await eventually(lambda: "one" in client.ended, "the answer ends")
+    await eventually(lambda: len(fleet.router.lengths) > 0, "its length is learnt")
+    learnt = fleet.router.lengths.snapshot()
+    await fleet.until_stored()
+    await fleet.replace_router()
+    assert fleet.router.lengths.snapshot() == learnt
+
+
+async def test_an_ingress_that_does_not_read_is_cut_off_and_the_others_go_on(fleet: Fleet) -> None:
+    """Its frames are bounded; beyond the bound its stream is dropped, and what it still wants it submits again."""
+    await fleet.start(clients=2)
+    slow, quick = fleet.clients
+    await submit(slow, call("slow", output_tokens=500))
+    await submit(quick, call("quick", output_tokens=200))
+    await eventually(lambda: slow.tokens.get(RequestId("slow"), 0) > 0, "tokens flow")
+    worker = fleet.workers["worker-1"]
+    session = worker._sessions["ingress-1"]
+    session.outbox._limit_bytes = 0
+    await eventually(lambda: worker._sessions.get("ingress-1") is not session, "the stream is dropped")
+    await eventually(lambda: len(slow.ended) == len(quick.ended) == 1, "both end")
+    assert slow.resumed == ["slow"]
+    assert slow.tokens[RequestId("slow")] == 500
+    assert not quick.resumed
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_a_background_task_that_died_is_a_failure_of_its_owner(fleet: Fleet) -> None:
+    await fleet.start()
+    client, worker = fleet.clients[0], fleet.workers["worker-1"]
+    assert client.link.failure() is None
+    assert worker.failure() is None
+    assert fleet.router.failure() is None
+    worker.on_death("out of memory")
+    assert "out of memory" in str(worker.failure())
+    await eventually(lambda: client.link.not_ready_because == "no worker is attached", "the ingress is not ready")
