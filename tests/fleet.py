@@ -1,7 +1,6 @@
 """A router, workers with simulated engines and ingresses in one process, over real gRPC and real Redis."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from cluster import wire_pb2 as wire
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.ingress_link import IngressLink, Verdict
 from cluster.redis_store import RedisStore
-from cluster.router_server import LENGTHS_SNAPSHOT, RouterServer
+from cluster.router_server import RouterServer
 from tempo_router.config import TempoConfig
 from tempo_router.request import BestEffort, GroupId, RequestId, RequestSpec, Slo
 from workers.simulated_engine import start_simulated_engine
@@ -126,13 +125,6 @@ class Fleet:
     async def kill_worker(self, worker_id: str) -> None:
         """End a worker as SIGKILL would: no drain, no last word."""
         await self.workers.pop(worker_id).stop()
-
-    async def until_stored(self) -> None:
-        """Wait until Redis holds what the router has learnt by now."""
-        learnt = json.dumps(self.router.lengths.snapshot()).encode()
-        async with asyncio.timeout(WAIT_S):
-            while await self.store.load_snapshot(LENGTHS_SNAPSHOT) != learnt:
-                await asyncio.sleep(0.01)
 
     def is_empty(self) -> bool:
         """Whether nothing of any request is left anywhere."""

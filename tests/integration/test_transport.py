@@ -231,7 +231,7 @@ async def test_learnt_lengths_survive_the_router(fleet: Fleet) -> None:
     await eventually(lambda: "one" in client.ended, "the answer ends")
     await eventually(lambda: len(fleet.router.lengths) > 0, "its length is learnt")
     learnt = fleet.router.lengths.snapshot()
-    await fleet.until_stored()
+    await fleet.router._save_lengths()
     await fleet.replace_router()
     assert fleet.router.lengths.snapshot() == learnt
 
