@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deployments import router_actor
@@ -39,8 +40,8 @@ async def test_an_idle_router_stops_entirely_and_ends_its_actor(
     host, port = (await actor.address()).split(":")
     async with asyncio.timeout(15):
         await actor.has_ended.wait()
-    with pytest.raises(OSError, match="refused|failed"):
+    with pytest.raises(OSError, match=r"refused|failed"):
         await asyncio.open_connection(host, int(port))
     assert actor._redis is not None
     assert actor._redis.pid is not None
-    assert not Path(f"/proc/{actor._redis.pid}").exists()
+    assert not psutil.pid_exists(actor._redis.pid)
