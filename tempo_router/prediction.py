@@ -33,17 +33,21 @@ class Lengths:
 
     atoms: tuple[float, ...]
     sums: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    mean: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sums = [0.0]
         for atom in self.atoms:
             sums.append(sums[-1] + atom)
         object.__setattr__(self, "sums", tuple(sums))
+        object.__setattr__(self, "mean", max(1.0, sums[-1] / len(self.atoms)))
 
     def mean_left(self, generated: int, limit: int) -> float:
         """Expected tokens still to come, at least 1."""
         atoms = self.atoms
-        first = bisect_right(atoms, generated) if generated else 0
+        if not generated and atoms[-1] <= limit:
+            return self.mean
+        first = bisect_right(atoms, generated)
         left = len(atoms) - first
         if limit <= generated:
             return 1.0

@@ -61,7 +61,7 @@ _TRICKLE = 16
 """One dispatch in so many may go to the oldest starving request."""
 
 _TIMERS_PER_EVENT = 64
-_REFRESHED_PER_TICK = 64
+_REFRESHED_PER_TICK = 32
 _TIMER_SLACK = 64
 _MIN_RECHECK_S = 0.05
 _MAX_ENDED_EARLY = 1024

@@ -22,7 +22,7 @@ class SloQueue:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._heap: list[tuple[float, int, WaitingRequest]] = []
+        self._heap: list[tuple[float, int, int, WaitingRequest]] = []
         self._by_age: list[WaitingRequest] = []
         self._oldest_at = 0
         self._refresh_at = 0
@@ -97,12 +97,12 @@ class SloQueue:
 
     def audit(self) -> None:
         """Check that every live request can be found, and that memory is bounded. Raises AssertionError."""
-        entries = {(ticket, key) for key, ticket, request in self._heap if request.is_queued}
+        entries = {(ticket, entry): key for key, ticket, entry, request in self._heap if request.is_queued}
         live = [request for request in self._by_age if request.is_queued]
         assert len(live) == self._live, f"{len(live)} requests are queued by age but {self._live} are counted"
         for request in live:
-            where = (request.ticket, request.key)
-            assert where in entries, f"{request.spec.request_id!r} has no entry for its key {request.key}"
+            key = entries.get((request.ticket, request.entry))
+            assert key == request.key, f"{request.spec.request_id!r} has key {request.key}, its entry says {key}"
         in_line = sum(request.is_in_line for request in self._by_age)
         assert in_line == self._in_line, f"{in_line} requests are in line but {self._in_line} are counted"
         bound = 2 * self._in_line + _SLACK
@@ -113,34 +113,33 @@ class SloQueue:
         heap = self._heap
         looks = 0
         while heap:
-            key, ticket, request = heap[0]
-            if not request.is_queued or request.key != key:
+            key, ticket, entry, request = heap[0]
+            if not request.is_queued or request.entry != entry:
                 heapq.heappop(heap)
                 continue
             if self._policy.is_static or looks >= _RESCORES_PER_POP:
                 heapq.heappop(heap)
                 return request
             new_key = self._policy.key(request, context)
+            request.key = new_key
             if new_key <= key:
                 heapq.heappop(heap)
-                request.key = new_key
                 return request
-            request.key = new_key
-            heapq.heapreplace(heap, (new_key, ticket, request))
+            heapq.heapreplace(heap, (new_key, ticket, entry, request))
             looks += 1
         return None
 
     def _enter(self, request: WaitingRequest, key: float) -> None:
         request.key = key
-        heapq.heappush(self._heap, (key, request.ticket, request))
+        request.entry += 1
+        heapq.heappush(self._heap, (key, request.ticket, request.entry, request))
         self._sweep()
 
     def _sweep(self) -> None:
         """Drop dead entries where they outnumber the live ones: O(1) amortised per push."""
         limit = 2 * self._in_line + _SLACK
         if len(self._heap) > limit:
-            kept = {r.ticket: (key, ticket, r) for key, ticket, r in self._heap if r.is_queued and r.key == key}
-            self._heap = list(kept.values())
+            self._heap = [entry for entry in self._heap if entry[3].is_queued and entry[3].entry == entry[2]]
             heapq.heapify(self._heap)
         if len(self._by_age) > limit:
             self._by_age = [request for request in self._by_age if request.is_in_line]

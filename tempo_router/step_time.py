@@ -54,11 +54,6 @@ class Pace:
         """GPU seconds to bring `tokens` missing tokens of context in (`c_pre` of scheduler.md section 3)."""
         return self.prefill_token_s * tokens
 
-    def decoding_s(self, tokens: float, context_tokens: float) -> float:
-        """GPU seconds for `tokens` more tokens after context_tokens (`rem · c_tok` of scheduler.md section 3)."""
-        per_token_s = self.share_s + self.decode_s + self.context_token_s * (context_tokens + tokens / 2)
-        return tokens * per_token_s
-
 
 class StepTimeModel:
     """Online fit of the step time by decayed, relative least squares with coefficients that are never negative.

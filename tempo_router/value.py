@@ -19,7 +19,8 @@ def cost_s(spec: RequestSpec, lengths: Lengths, pace: Pace) -> float:
     """GPU seconds still needed: prefill of the whole context, then the expected rest of the answer. Above zero."""
     context = spec.prompt_tokens + spec.generated_tokens
     left = lengths.mean_left(spec.generated_tokens, spec.max_output_tokens)
-    return pace.prefill_s(context) + pace.decoding_s(left, context)
+    per_token_s = pace.share_s + pace.decode_s + pace.context_token_s * (context + left / 2)
+    return pace.prefill_token_s * context + left * per_token_s
 
 
 def expected_good(spec: RequestSpec, lengths: Lengths, pace: Pace, now_s: float) -> tuple[float, float]:

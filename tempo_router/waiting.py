@@ -13,13 +13,14 @@ class WaitingRequest:
         when it came.
     is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
-    key: where it stands in the queue; an entry of the heap with another key is out of date.
+    key, entry: where it stands in the queue, and which of its entries there is the valid one.
     blocked_since_s: when it was first found to be next and without room; None while that has not happened.
     """
 
     __slots__ = (
         "blocked_since_s",
         "cost_s",
+        "entry",
         "hopeless_at_s",
         "is_in_line",
         "is_queued",
@@ -50,7 +51,5 @@ class WaitingRequest:
         self.is_in_line = False
         self.is_queued = False
         self.key = 0.0
+        self.entry = 0
         self.blocked_since_s: float | None = None
-
-    def __lt__(self, other: "WaitingRequest") -> bool:
-        return self.ticket < other.ticket
