@@ -17,7 +17,8 @@ _PRIOR = (6e-3, 2e-5, 4e-5, 1e-7)
 """Seconds per unit, between a laptop's toy model and a data-centre GPU. Guessed; the first steps outweigh it."""
 
 _RIDGE = 0.02
-"""Weight of the prior in the fit, in observations: enough to settle a direction that no step has shown yet."""
+"""Weight of the last coefficients in the next fit, in observations: enough to hold still a direction that no recent
+step has shown, too little to bias the others."""
 
 _DECAY = 0.995
 _REFIT_EVERY = 16
@@ -25,6 +26,7 @@ _SWEEPS = 30
 _WARM_UP = 16
 _OUTLIER_RATIO = 5.0
 _MAX_REJECTED_IN_A_ROW = 8
+"""So many slow steps in a row are no stall: the machine is slower now. The next _WARM_UP steps are believed."""
 _UPPER_SHARE = 0.9
 _MIN_DECODES = 8.0
 
@@ -64,13 +66,14 @@ class StepTimeModel:
 
     def __init__(self, prior: Coefficients = _PRIOR) -> None:
         self._coefficients = prior
-        self._scaled_prior = [c * s for c, s in zip(prior, _SCALES, strict=True)]
+        self._ridge = [_RIDGE / (value * s) ** 2 for value, s in zip(_PRIOR, _SCALES, strict=True)]
         # Upper triangle of X'X, and X'y, both decayed.
         self._xx = [0.0] * 10
         self._xy = [0.0] * 4
         self._observed = 0
         self._rejected = 0
         self._rejected_in_a_row = 0
+        self._lenient = _WARM_UP
         self._relative_error = 0.0
         self._upper_ratio = 1.5
         self._decodes = _MIN_DECODES
@@ -150,8 +153,11 @@ class StepTimeModel:
         if self._is_outlier(duration_s, estimated_s):
             self._rejected += 1
             self._rejected_in_a_row += 1
+            if self._rejected_in_a_row == _MAX_REJECTED_IN_A_ROW:
+                self._start_afresh()
             return
         self._rejected_in_a_row = 0
+        self._lenient = max(0, self._lenient - 1)
         self._observed += 1
         self._follow_means(step)
         self._follow_errors(duration_s, estimated_s)
@@ -160,10 +166,14 @@ class StepTimeModel:
             self._refit()
         self._pace = None
 
+    def _start_afresh(self) -> None:
+        """What was measured before says little now: keep a hundredth of its weight."""
+        self._lenient = _WARM_UP
+        self._xx = [value / 100 for value in self._xx]
+        self._xy = [value / 100 for value in self._xy]
+
     def _is_outlier(self, duration_s: float, estimated_s: float) -> bool:
-        if self._observed < _WARM_UP or self._rejected_in_a_row >= _MAX_REJECTED_IN_A_ROW:
-            return False
-        return duration_s > _OUTLIER_RATIO * max(self._upper_ratio, 1.0) * estimated_s
+        return not self._lenient and duration_s > _OUTLIER_RATIO * max(self._upper_ratio, 1.0) * estimated_s
 
     def _follow_means(self, step: StepReport) -> None:
         self._tau_s += 0.05 * (step.duration_s - self._tau_s)
@@ -207,12 +217,12 @@ class StepTimeModel:
         ]
 
     def _refit(self) -> None:
-        """Non-negative least squares by coordinate descent, from the last solution, drawn weakly to the prior."""
+        """Non-negative least squares by coordinate descent, from the last solution and weakly drawn to it."""
         ff, fp, fd, fc, pp, pd, pc, dd, dc, cc = self._xx
         fy, py, dy, cy = self._xy
-        f0, p0, d0, c0 = self._scaled_prior
-        fr, pr, dr, cr = (_RIDGE / max(prior, 1e-9) ** 2 for prior in self._scaled_prior)
-        f, p, d, c = (value * s for value, s in zip(self._coefficients, _SCALES, strict=True))
+        f0, p0, d0, c0 = (value * s for value, s in zip(self._coefficients, _SCALES, strict=True))
+        fr, pr, dr, cr = self._ridge
+        f, p, d, c = f0, p0, d0, c0
         # Written out: this runs in the router's event loop, and a loop over rows takes ten times as long.
         for _ in range(_SWEEPS):
             f = max(0.0, (fy - fp * p - fd * d - fc * c + fr * f0) / (ff + fr))
