@@ -89,14 +89,20 @@ class Replica:
         return self.capacity.kv_tokens - self.committed_kv
 
     def is_open(self, queue_depth: int) -> bool:
-        """It takes another call: its slots and the short queue that hides the round trip are not full."""
+        """It takes another call: its slots and the short queue that hides the round trip are not full.
+
+        Where calls wait in the engine although it has slots, its steps are full of prompts. It then gets what fills
+        the step that runs and the one after, unless its KV cache is what lacks.
+        """
         if self.is_draining:
             return False
         if not self.calls:
             return True
         if len(self.calls) >= self.capacity.max_running + queue_depth:
             return False
-        return self.load.waiting == 0 or self.unstarted < queue_depth
+        if self.load.waiting == 0 or self.unstarted < queue_depth:
+            return True
+        return self.unstarted_context < min(2 * self.capacity.max_step_tokens, self.load.free_kv_tokens)
 
     def outstanding_s(self) -> float:
         """Predicted GPU seconds of the work that it has been given."""

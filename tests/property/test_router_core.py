@@ -37,6 +37,8 @@ from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, request
 
 EPOCH = 7
 OTHER_EPOCH = 6
+FREE_KV_TOKENS = 100
+"""What every engine of the world reports."""
 SLOS = (CHAT, TOOL, AGENT, BACKGROUND)
 POLICIES = ("fcfs", "edf", "class_priority", "density")
 
@@ -241,7 +243,7 @@ class RouterMachine(RuleBasedStateMachine):
         over = sorted(self.seen_dispatches - live)
         old = data.draw(st.sampled_from([*over, DispatchId(5 << 32 | 99)]))
         replica_id = min(self.replicas)
-        load = ReplicaLoad(0, self.replicas[replica_id].engine_waiting, 100)
+        load = ReplicaLoad(0, self.replicas[replica_id].engine_waiting, FREE_KV_TOKENS)
         finished = (CallFinished(old, "completed", 3),)
         self.tell(Progressed(self.now_s, replica_id, load, None, ((old, 3),), finished))
 
@@ -379,7 +381,7 @@ class RouterMachine(RuleBasedStateMachine):
                 del self.running[call.spec.request_id]
         replica.engine_waiting = engine_waiting
         step = StepReport(duration_s, 10, len(tokens), 100)
-        load = ReplicaLoad(len(replica.calls), engine_waiting, 100)
+        load = ReplicaLoad(len(replica.calls), engine_waiting, FREE_KV_TOKENS)
         self.tell(Progressed(self.now_s, replica_id, load, step, tuple(tokens), tuple(finished)))
 
     def tell(self, event: Event) -> list[Action]:
@@ -433,7 +435,9 @@ class RouterMachine(RuleBasedStateMachine):
         depth = self.config.replica_queue_depth
         unstarted = sum(call.tokens == 0 for call in replica.calls.values())
         if replica.calls and replica.engine_waiting:
-            assert unstarted < depth, "sent more to an engine that has calls waiting"
+            prompts = sum(call.spec.context_tokens for call in replica.calls.values() if call.tokens == 0)
+            fills_steps = prompts < min(2 * replica.capacity.max_step_tokens, FREE_KV_TOKENS)
+            assert unstarted < depth or fills_steps, "sent more than two steps' worth to an engine with calls waiting"
         replica.calls[dispatch.dispatch_id] = WorldCall(spec)
         assert len(replica.calls) <= replica.capacity.max_running + depth, "more calls than slots and queue"
         held = sum(call.spec.context_tokens + max(call.tokens, 1) for call in replica.calls.values())
