@@ -169,13 +169,22 @@ class RedisStore:
 
     @asynccontextmanager
     async def _translated_errors(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        cancels = task.cancelling()
         # redis-py limits each read and write; the limit around the whole call also covers its retry and resolving.
         try:
             async with asyncio.timeout(2 * self._timeout_s):
                 yield
         except (RedisError, OSError, TimeoutError) as e:
+            if task.cancelling() > cancels:
+                raise asyncio.CancelledError from e
             reason = str(e) or f"no answer within {self._timeout_s:g} s"
             raise StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}") from e
+        # Before Python 3.12 a cancellation is lost when it meets the answer in asyncio.wait_for, which redis-py uses;
+        # a background task would then outlive its owner's stop, which waits for it.
+        if task.cancelling() > cancels:
+            raise asyncio.CancelledError
 
 
 def redacted(url: str) -> str:

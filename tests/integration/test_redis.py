@@ -1,6 +1,7 @@
 """The embedded server and the store on it: everything here is a real Redis."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -264,6 +265,21 @@ async def test_a_store_works_again_when_its_server_returns(own_server: EmbeddedR
     finally:
         await store.close()
         again.stop()
+
+
+async def test_a_call_can_be_cancelled_at_any_moment(store: RedisStore) -> None:
+    """A background task that missed its cancellation would keep its owner from stopping."""
+    fence = await store.acquire_lease("a", TTL_S)
+    for moments in itertools.count():
+        renewal = asyncio.create_task(store.renew("a", fence, TTL_S))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        if not renewal.cancel():
+            break
+        with pytest.raises(asyncio.CancelledError):
+            await renewal
+    await renewal
+    assert moments > 1
 
 
 async def test_a_server_that_hangs_is_given_up_after_the_timeout(own_server: EmbeddedRedis) -> None:
