@@ -24,7 +24,7 @@ from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate
 from tempo_router.config import TempoConfig
-from tempo_router.errors import LeaseLostError, StoreUnavailableError
+from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -93,6 +93,7 @@ class RouterServer:
         self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
         self._is_settled = False
         self._is_stopping = False
+        self._failure: Exception | None = None
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
@@ -139,9 +140,11 @@ class RouterServer:
         return True
 
     def failure(self) -> BaseException | None:
-        """Why a background task ended, or None while all run."""
+        """Why this router can no longer be relied on: a background task ended, or an event failed halfway; or None."""
+        if self._failure is not None:
+            return self._failure
         for task in self._tasks:
-            if task.done() and task is not self._tasks[0] and not task.cancelled():
+            if task.done() and not task.cancelled() and (task is not self._tasks[0] or task.exception() is not None):
                 return task.exception() or RuntimeError(f"the router's {task.get_name()} ended")
         return None
 
@@ -170,9 +173,19 @@ class RouterServer:
     # ---- the core ----
 
     def handle(self, event: Event) -> None:
-        """Give the core one event and carry out what it decides."""
-        for action in self._core.handle(event):
-            self._carry_out(action)
+        """Give the core one event and carry out what it decides.
+
+        Raises InvalidEventError, with nothing changed. Any other error leaves an event half done, a request perhaps
+        nowhere: the router has failed, and a new one learns from its peers what is true.
+        """
+        try:
+            for action in self._core.handle(event):
+                self._carry_out(action)
+        except InvalidEventError:
+            raise
+        except Exception as error:
+            self._failure = error
+            raise
 
     def _carry_out(self, action: Action) -> None:
         match action:

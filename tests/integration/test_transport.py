@@ -1,6 +1,7 @@
 """Requests through router, workers and ingresses over real gRPC and Redis; engines are simulated, failures are not."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
+from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
-from tempo_router.errors import LeaseLostError, RouterUnavailableError
-from tempo_router.request import Latency, RequestId
-from tests.fleet import Fleet, call, eventually, submit
+from tempo_router.errors import InvalidEventError, LeaseLostError, RouterUnavailableError
+from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
+from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
+from tempo_router.router import RouterCore
+from tests.fleet import WAIT_S, Fleet, call, eventually, submit
 
 CONFIG = TempoConfig(
     engine=EngineConfig(
@@ -177,6 +181,42 @@ async def test_an_outdated_router_steps_down_when_a_peer_has_seen_a_newer_one(fl
     await eventually(lambda: isinstance(old.failure(), LeaseLostError), "the old router learns it from Redis")
     for task in old._tasks:
         task.cancel()
+
+
+@pytest.mark.parametrize("event_type", [Settled, Arrived])
+async def test_a_router_whose_core_fails_on_an_event_tells_so(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, event_type: type
+) -> None:
+    """An event half done may leave a request nowhere, or everything waiting; only a new router mends that."""
+    handle = RouterCore.handle
+
+    def fail(core: RouterCore, event: Event) -> list[Action]:
+        if isinstance(event, event_type):
+            raise KeyError("a mistake in the core")
+        return handle(core, event)
+
+    monkeypatch.setattr(RouterCore, "handle", fail)
+    client = await fleet.add_unconnected_client(router_wait_s=WAIT_S)
+    await fleet.start(clients=0)
+    submission = asyncio.ensure_future(submit(client, call("unlucky")))
+    await eventually(lambda: isinstance(fleet.router.failure(), KeyError), "the router knows that it failed")
+    submission.cancel()
+    await asyncio.gather(submission, return_exceptions=True)
+
+
+async def test_an_event_that_cannot_have_happened_does_not_end_the_router(fleet: Fleet) -> None:
+    """It changed nothing: a peer's mistake costs that peer its stream."""
+    await fleet.start()
+    with pytest.raises(InvalidEventError):
+        fleet.router.handle(
+            Progressed(
+                time.monotonic(),
+                ReplicaId("worker-1"),
+                ReplicaLoad(0, 0, 0),
+                tokens=((DispatchId(fleet.router.epoch << 32 | 77), 1),),
+            )
+        )
+    assert fleet.router.failure() is None
 
 
 async def test_without_redis_serving_goes_on_and_the_snapshot_is_written_later(fleet: Fleet) -> None:
