@@ -297,6 +297,11 @@ class Worker:
         log.error("engine_died", worker_id=self.worker_id, reason=reason)
         if self._router_task is not None:
             self._router_task.cancel()
+        # The engine will report no end any more, and may not be called: nothing is left to wait for or to abort.
+        self._calls.clear()
+        self._by_dispatch.clear()
+        self._lost.clear()
+        self._idle.set()
         for session in self._sessions.values():
             session.broken.set()
 

@@ -122,6 +122,27 @@ async def test_streams_of_a_killed_worker_continue_on_another(fleet: Fleet) -> N
     await eventually(fleet.is_empty, "nothing is left")
 
 
+async def test_streams_of_a_worker_whose_engine_died_continue_on_another(fleet: Fleet) -> None:
+    """And it can be stopped at once: nobody is left to drain for, and its engine is not asked for anything."""
+    await fleet.start(workers=2)
+    client = fleet.clients[0]
+    names = [f"r{number}" for number in range(12)]
+    for name in names:
+        await submit(client, call(name, output_tokens=300))
+    await eventually(lambda: len(client.tokens) == len(names), "all stream")
+    victim = fleet.workers.pop(max(fleet.workers, key=lambda worker_id: fleet.workers[worker_id].live_calls))
+    aborted: list[str] = []
+    victim._live_engine.abort = aborted.extend  # type: ignore[method-assign]
+    victim.on_death("out of memory")
+    assert await victim.drain(WAIT_S / 2)
+    await eventually(lambda: len(client.ended) == len(names), "all end")
+    assert client.resumed
+    assert all(client.tokens[RequestId(name)] == 300 for name in names)
+    assert not aborted
+    await victim.stop()
+    await eventually(fleet.is_empty, "nothing is left")
+
+
 async def test_a_killed_router_costs_running_streams_nothing_and_waiting_requests_a_moment(fleet: Fleet) -> None:
     await fleet.start()
     client = fleet.clients[0]
