@@ -79,7 +79,10 @@ async def test_ctrl_c_lets_streams_end_and_leaves_no_process(overloaded: Served)
         lines = response.aiter_lines()
         await anext(lines)
         overloaded.process.send_signal(signal.SIGINT)
-        rest = [line async for line in lines]
+        try:
+            rest = [line async for line in lines]
+        except httpx.HTTPError as error:
+            raise AssertionError(f"the stream was cut: {error!r}\n{overloaded.log[-8000:]}") from error
     assert rest[-1] == "" or rest[-1] == "data: [DONE]"
     assert "data: [DONE]" in rest
     assert await asyncio.to_thread(overloaded.process.wait, 120) == 0, overloaded.log
