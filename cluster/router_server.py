@@ -8,7 +8,7 @@ a worker. All of it comes back from the peers' hellos when the router is new.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
@@ -22,6 +22,7 @@ from cluster.codec import capacity_from_facts, header_from_spec, spec_from_heade
 from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
+from cluster.served_stream import first_message, until_first_ends
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
@@ -315,7 +316,7 @@ class RouterServer:
 
     async def serve_ingress(self, requests: AsyncIterator[wire.IngressToRouter], context: Any) -> None:
         """One ingress's control stream, from hello to the end."""
-        hello = await _first(requests, "hello", context)
+        hello = await first_message(requests, "hello", context)
         await self._check_epoch(hello.hello.seen_epoch, context)
         session = self._attach_ingress(hello.hello)
         outbox = session.outbox
@@ -426,7 +427,7 @@ class RouterServer:
 
     async def serve_worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:
         """One worker's control stream, from hello to the end."""
-        first = await _first(requests, "hello", context)
+        first = await first_message(requests, "hello", context)
         await self._check_epoch(first.hello.seen_epoch, context)
         worker = self._attach_worker(first.hello)
         try:
@@ -511,13 +512,6 @@ async def _fail(error: Exception) -> None:
     raise error
 
 
-async def _first(requests: AsyncIterator[Any], wanted: str, context: Any) -> Any:
-    first = await anext(aiter(requests), None)
-    if first is None or not first.HasField(wanted):
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the first message must be `{wanted}`")
-    return first
-
-
 async def _serve(
     context: Any, outbox: Outbox[Any], requests: AsyncIterator[Any], on_message: Callable[[Any], None]
 ) -> None:
@@ -531,22 +525,7 @@ async def _serve(
         async for message in requests:
             on_message(message)
 
-    await _until_first(write(), read())
-
-
-async def _until_first(*work: Coroutine[Any, Any, None]) -> None:
-    tasks = [asyncio.create_task(each) for each in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            error = task.exception()
-            if error is not None and not isinstance(error, grpc.aio.AioRpcError | grpc.aio.UsageError):
-                log.error("control_stream_failed", exc_info=error)
-                raise error
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await until_first_ends(write(), read())
 
 
 def _progressed(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> Progressed:

@@ -20,6 +20,7 @@ from cluster import wire_pb2_grpc
 from cluster.codec import header_from_spec, spec_from_header
 from cluster.link import Link, RefusedError, channel_options
 from cluster.outbox import Outbox, OutboxFullError
+from cluster.served_stream import first_message, until_first_ends
 from tempo_router.config import TransportConfig
 from tempo_router.errors import TempoError
 from tempo_router.events import FinishReason, ReplicaLoad
@@ -333,25 +334,19 @@ class Worker:
 
     async def serve_ingress(self, requests: AsyncIterator[wire.IngressToWorker], context: Any) -> None:
         """One token stream, from attach to the end."""
-        first = await anext(aiter(requests), None)
-        if first is None or not first.HasField("attach"):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be `attach`")
-            return
+        first = await first_message(requests, "attach", context)
         await self._check_version(first.attach, context)
-        session = self._adopt(first.attach.ingress_id)
-        await context.write(wire.WorkerToIngress(attached=self.facts))
-        tasks = [
-            asyncio.create_task(self._write_frames(session, context)),
-            asyncio.create_task(self._read_ingress(first.attach.ingress_id, session, requests)),
-            asyncio.create_task(session.broken.wait()),
-        ]
+        ingress_id = first.attach.ingress_id
+        session = self._adopt(ingress_id)
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await context.write(wire.WorkerToIngress(attached=self.facts))
+            await until_first_ends(
+                self._write_frames(session, context),
+                self._read_ingress(ingress_id, session, requests),
+                session.broken.wait(),
+            )
         finally:
-            for task in tasks:
-                task.cancel()
-            self._ingress_gone(first.attach.ingress_id, session)
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._ingress_gone(ingress_id, session)
 
     async def _check_version(self, attach: wire.IngressAttach, context: Any) -> None:
         facts = self._live_engine.facts

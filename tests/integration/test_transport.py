@@ -5,7 +5,9 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc.aio
 import pytest
+import structlog
 
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
@@ -324,3 +326,40 @@ async def test_a_background_task_that_died_is_a_failure_of_its_owner(fleet: Flee
     worker.on_death("out of memory")
     assert "out of memory" in str(worker.failure())
     await eventually(lambda: client.link.not_ready_because == "no worker is attached", "the ingress is not ready")
+
+
+class GoneIngress:
+    """The server's end of a token stream whose ingress left right after it had introduced itself."""
+
+    async def write(self, message: wire.WorkerToIngress) -> None:
+        raise grpc.aio.UsageError("RPC already finished.")
+
+
+async def test_an_ingress_that_leaves_while_it_attaches_is_forgotten(fleet: Fleet) -> None:
+    """Or its calls would run for nobody, and their frames wait for ever."""
+    await fleet.start()
+    worker = fleet.workers["worker-1"]
+    attach = wire.IngressToWorker(attach=wire.IngressAttach(ingress_id="brief", engine_version="none"))
+
+    async def messages() -> AsyncIterator[wire.IngressToWorker]:
+        yield attach
+
+    with pytest.raises(grpc.aio.UsageError):
+        await worker.serve_ingress(messages(), GoneIngress())
+    assert "brief" not in worker._sessions
+
+
+async def test_a_mistake_in_a_token_stream_is_logged(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is opened again, so the log is the only trace."""
+    await fleet.start()
+    worker, client = fleet.workers["worker-1"], fleet.clients[0]
+
+    def fail(*_: object) -> None:
+        raise KeyError("a mistake in the worker")
+
+    monkeypatch.setattr(worker, "_on_payload", fail)
+    with structlog.testing.capture_logs() as logs:
+        await submit(client, call("large"), padding_tokens=1000)
+        await eventually(lambda: any(entry["event"] == "stream_failed" for entry in logs), "it is logged")
+    client.link.cancel(RequestId("large"))
+    await eventually(fleet.is_empty, "nothing is left")
