@@ -329,7 +329,9 @@ class IngressLink:
 
     def forget_worker(self, worker_id: str) -> None:
         """Close the stream for good."""
-        self._workers.pop(worker_id).task.cancel()
+        worker = self._workers.pop(worker_id)
+        worker.task.cancel()
+        worker.fail_calls()
 
     # ---- from the workers ----
 
@@ -448,13 +450,17 @@ class _WorkerLink:
         self.owner.worker_said(self, message)
 
     def closed(self) -> None:
+        self.fail_calls()
+        if self.is_leaving:
+            self.owner.forget_worker(self.worker_id)
+        self.owner.worker_lost(self.worker_id)
+
+    def fail_calls(self) -> None:
+        """No answer to an administrative call will come any more."""
         for future in self.calls.values():
             if not future.done():
                 future.set_exception(TempoError(f"worker {self.worker_id} was lost during an administrative call"))
         self.calls.clear()
-        if self.is_leaving:
-            self.owner.forget_worker(self.worker_id)
-        self.owner.worker_lost(self.worker_id)
 
     async def call(self, call_id: int, call: bytes) -> tuple[bytes, ...]:
         future: asyncio.Future[tuple[bytes, ...]] = asyncio.get_running_loop().create_future()

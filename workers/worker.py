@@ -319,6 +319,8 @@ class Worker:
         return session
 
     def _to_ingress(self, ingress_id: str, session: TokenSession, frame: wire.WorkerToIngress) -> None:
+        if session.broken.is_set():
+            return  # A frame after one that was dropped would make a hole in the answer.
         try:
             session.outbox.put(frame)
         except OutboxFullError as error:
@@ -401,6 +403,10 @@ class Worker:
             answer.result.buffers.extend(await self._live_engine.call_utility(utility.call))
         except TempoError as error:
             answer.failure = str(error)
+        except Exception as error:
+            # Whoever asked waits for an answer, whatever the engine does.
+            log.exception("utility_call_failed", worker_id=self.worker_id)
+            answer.failure = repr(error)
         self._to_ingress(ingress_id, session, wire.WorkerToIngress(utilities=[answer]))
 
 

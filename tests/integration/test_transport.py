@@ -15,7 +15,7 @@ from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
-from tempo_router.errors import InvalidEventError, LeaseLostError, RouterUnavailableError
+from tempo_router.errors import InvalidEventError, LeaseLostError, RouterUnavailableError, TempoError
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
@@ -363,3 +363,44 @@ async def test_a_mistake_in_a_token_stream_is_logged(fleet: Fleet, monkeypatch: 
         await eventually(lambda: any(entry["event"] == "stream_failed" for entry in logs), "it is logged")
     client.link.cancel(RequestId("large"))
     await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_an_administrative_call_ends_when_its_worker_leaves_or_fails(fleet: Fleet) -> None:
+    await fleet.start()
+    client, worker = fleet.clients[0], fleet.workers["worker-1"]
+
+    async def break_down(call: bytes) -> tuple[bytes, ...]:
+        raise KeyError("a mistake in the engine")
+
+    async def take_for_ever(call: bytes) -> tuple[bytes, ...]:
+        await asyncio.Event().wait()
+        return ()
+
+    worker._live_engine.call_utility = break_down  # type: ignore[method-assign]
+    with pytest.raises(TempoError, match="a mistake in the engine"):
+        async with asyncio.timeout(10):
+            await client.link.call_utility(b"")
+    worker._live_engine.call_utility = take_for_ever  # type: ignore[method-assign]
+    calling = asyncio.ensure_future(client.link.call_utility(b""))
+    await eventually(lambda: bool(worker._utility_tasks), "the call has arrived")
+    client.link.router_said(wire.RouterToIngress(workers=wire.WorkerSet()))
+    with pytest.raises(TempoError, match="lost"):
+        async with asyncio.timeout(10):
+            await calling
+    for task in worker._utility_tasks:
+        task.cancel()
+
+
+async def test_nothing_follows_a_frame_that_was_dropped(fleet: Fleet) -> None:
+    """The ingress would take what follows for the next tokens."""
+    await fleet.start()
+    await submit(fleet.clients[0], call("one", output_tokens=3000))
+    worker = fleet.workers["worker-1"]
+    await eventually(lambda: fleet.clients[0].tokens.get(RequestId("one"), 0) > 0, "tokens flow")
+    session = worker._sessions["ingress-1"]
+    waiting = len(session.outbox)
+    too_large = wire.WorkerToIngress(engine_outputs=wire.Payload(buffers=[bytes(CONFIG.transport.outbox_bytes)]))
+    small = wire.WorkerToIngress(deltas=[wire.TokenDelta(request_id="one", token_ids=[1])])
+    worker._to_ingress("ingress-1", session, too_large)
+    worker._to_ingress("ingress-1", session, small)
+    assert len(session.outbox) == waiting
