@@ -12,6 +12,9 @@ from google.protobuf.message import Message
 
 M = TypeVar("M", bound=Message)
 
+MERGED_BYTES = 1024 * 1024
+"""Messages are merged up to this size: far below gRPC's limit of one message, beyond which the stream would break."""
+
 
 class OutboxFullError(Exception):
     """The reader is so slow that the bound was reached; the stream must be given up."""
@@ -30,6 +33,7 @@ class Outbox(Generic[M]):
         self._bytes = 0
         self._limit_bytes = limit_bytes
         self._can_grow = False
+        self._grown_bytes = 0
         self._has_some = asyncio.Event()
 
     def put(self, message: M) -> None:
@@ -46,11 +50,15 @@ class Outbox(Generic[M]):
 
     def merge(self, message: M) -> None:
         """Join the message with the last waiting one, if that was merged too. For messages of repeated fields only."""
-        if self._waiting and self._can_grow and self._limit_bytes is None:
+        size = message.ByteSize()
+        is_room = self._grown_bytes + size <= MERGED_BYTES
+        if self._waiting and self._can_grow and self._limit_bytes is None and is_room:
             self._waiting[-1].MergeFrom(message)
+            self._grown_bytes += size
         else:
             self.put(message)
             self._can_grow = True
+            self._grown_bytes = size
 
     async def take(self) -> M:
         """The oldest message; waits for one."""
