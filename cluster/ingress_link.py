@@ -22,7 +22,7 @@ from cluster import wire_pb2_grpc
 from cluster.codec import header_from_spec
 from cluster.link import Link, RefusedError
 from tempo_router.config import TransportConfig
-from tempo_router.errors import RouterUnavailableError, TempoError
+from tempo_router.errors import RequestTooLargeError, RouterUnavailableError, TempoError
 from tempo_router.request import RequestId, RequestSpec
 
 log = structlog.get_logger()
@@ -151,7 +151,9 @@ class IngressLink:
         """Hand a new request to the router and wait for its verdict.
 
         Raises RouterUnavailableError when no router answers within the configured time; the request is forgotten then.
+        Raises RequestTooLargeError for one that could not be sent to a worker: it would break the stream each time.
         """
+        self._check_size(payload)
         request = OpenRequest(spec, tuple(payload), asyncio.get_running_loop().create_future())
         self.open[spec.request_id] = request
         self._send_submit(request)
@@ -222,6 +224,15 @@ class IngressLink:
         return None
 
     # ---- to the peers ----
+
+    def _check_size(self, payload: Sequence[bytes]) -> None:
+        # The rest of a message is for the answer's tokens, should the request be continued on another worker.
+        size, limit = sum(map(len, payload)), self.transport.max_message_bytes * 7 // 8
+        if size > limit:
+            raise RequestTooLargeError(
+                f"the request takes {size} bytes between our processes, more than {limit} "
+                "(7/8 of transport.max_message_bytes); send a smaller one"
+            )
 
     def _to_router(self, message: wire.IngressToRouter) -> None:
         self._router.send(message)

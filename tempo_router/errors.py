@@ -8,6 +8,7 @@ TempoError
 ├── StoreUnavailableError     Redis cannot be reached
 ├── LeaseLostError            another router owns the application now
 ├── RouterUnavailableError    no router answered in time
+├── RequestTooLargeError      a request does not fit into one message between our processes
 ├── EngineStartError          an engine could not start (the reason is in the message)
 ├── EngineVersionError        the installed engine is not one that we have tested
 └── ModelError                the model cannot be built or loaded
@@ -54,6 +55,10 @@ class LeaseLostError(TempoError):
 
 class RouterUnavailableError(TempoError):
     """No router answered in time."""
+
+
+class RequestTooLargeError(TempoError, ValueError):
+    """A request does not fit into one message between our processes. A ValueError, which vLLM answers with 400."""
 
 
 class EngineStartError(TempoError):

@@ -15,7 +15,13 @@ from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
-from tempo_router.errors import InvalidEventError, LeaseLostError, RouterUnavailableError, TempoError
+from tempo_router.errors import (
+    InvalidEventError,
+    LeaseLostError,
+    RequestTooLargeError,
+    RouterUnavailableError,
+    TempoError,
+)
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
@@ -404,3 +410,17 @@ async def test_nothing_follows_a_frame_that_was_dropped(fleet: Fleet) -> None:
     worker._to_ingress("ingress-1", session, too_large)
     worker._to_ingress("ingress-1", session, small)
     assert len(session.outbox) == waiting
+
+
+async def test_a_request_that_no_message_can_hold_is_refused_and_disturbs_nobody(fleet: Fleet) -> None:
+    """Sent, it would break the token stream, and again each time it is tried."""
+    transport = CONFIG.transport.model_copy(update={"max_message_bytes": 1024 * 1024})
+    fleet.config = CONFIG.model_copy(update={"transport": transport})
+    await fleet.start()
+    client = fleet.clients[0]
+    await submit(client, call("small", output_tokens=100))
+    with pytest.raises(RequestTooLargeError, match=r"transport\.max_message_bytes"):
+        await submit(client, call("huge"), padding_tokens=1024 * 1024)
+    await eventually(lambda: "small" in client.ended, "the other ends")
+    assert not client.resumed
+    await eventually(fleet.is_empty, "nothing is left")
