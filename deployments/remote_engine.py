@@ -39,16 +39,23 @@ log = structlog.get_logger()
 
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "error": FinishReason.ERROR}
 
+MAX_FRUITLESS_ATTEMPTS = 5
+"""A request that ends every engine it comes to must not go round for ever. Guessed."""
+
 
 @dataclass(slots=True)
 class OpenCall:
-    """One engine request and what of its answer the ingress has seen."""
+    """One engine request and what of its answer the ingress has seen.
+
+    fruitless_attempts: how many in a row were lost without a token.
+    """
 
     request: EngineCoreRequest
     spec: RequestSpec
     tracker: DeliveryTracker
     context: RequestContext | None
     tokens: list[int] = field(default_factory=list)
+    fruitless_attempts: int = 0
 
 
 @dataclass(slots=True)
@@ -110,7 +117,7 @@ class RemoteEngine(AsyncMPClient):
         return await self._outputs.get()
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Send a request to the router. Raises AdmissionRejected, or RouterUnavailableError when none answers."""
+        """Send a request to the router. Raises AdmissionRejected, also when no router answers."""
         context = current_request()
         spec = self._spec(request, context)
         call = OpenCall(request, spec, DeliveryTracker(spec.slo, spec.arrival_s), context)
@@ -118,9 +125,9 @@ class RemoteEngine(AsyncMPClient):
         try:
             verdict = await self._live_link.submit(spec, self._encode(request))
         except RouterUnavailableError:
-            verdict = LinkVerdict(is_admitted=False, reject_reason="router_unavailable", retry_after_s=1.0)
+            verdict = LinkVerdict(is_admitted=False, reject_reason="router_unavailable")
         except BaseException:
-            self._calls.pop(spec.request_id, None)
+            self._forget_refused(spec)
             raise
         answer = AdmissionVerdict(
             verdict.is_admitted,
@@ -132,8 +139,13 @@ class RemoteEngine(AsyncMPClient):
         if context is not None:
             context.report_verdict(answer)
         if not answer.is_admitted:
-            self._calls.pop(spec.request_id, None)
+            self._forget_refused(spec)
             raise AdmissionRejected(answer)
+
+    def _forget_refused(self, spec: RequestSpec) -> None:
+        """Its siblings that have not come yet will not come."""
+        self._calls.pop(spec.request_id, None)
+        self._group_sizes.pop(spec.group_id, None)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """vLLM aborts for two reasons: the client left, or the answer ended here (a stop string)."""
@@ -247,7 +259,11 @@ class RemoteEngine(AsyncMPClient):
         call = self._calls.get(request_id)
         if call is None:
             return
+        is_fruitless = len(call.tokens) == call.spec.generated_tokens
+        call.fruitless_attempts = call.fruitless_attempts + 1 if is_fruitless else 0
         obstacle = why_not_resumable(call.request, len(call.tokens))
+        if call.fruitless_attempts >= MAX_FRUITLESS_ATTEMPTS:
+            obstacle = f"{call.fruitless_attempts} attempts in a row were lost without a token"
         if obstacle is not None:
             message = f"the worker was lost and the answer cannot be continued elsewhere: {obstacle}; please try again"
             self._fail(call, RequestFailure("worker_lost", message, 503))

@@ -1,0 +1,133 @@
+"""vLLM's engine client over streams that are played: what it keeps of a request, and when it gives one up."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest, FinishReason
+
+from cluster import wire_pb2 as wire
+from cluster.ingress_link import Verdict
+from deployments.remote_engine import MAX_FRUITLESS_ATTEMPTS, RemoteEngine
+from deployments.request_context import AdmissionRejected, RequestContext, bound_request
+from tempo_router.errors import RouterUnavailableError
+from tempo_router.request import BestEffort, RequestId, RequestSpec
+
+pytestmark = pytest.mark.vllm
+
+
+class PlayedLink:
+    """The streams of an ingress, as far as the engine client uses them. verdict: the answer to each submission."""
+
+    def __init__(self) -> None:
+        self.verdict: Verdict | Exception = Verdict(is_admitted=True)
+        self.submitted: list[RequestSpec] = []
+        self.resubmitted: list[RequestSpec] = []
+        self.closed: list[RequestId] = []
+
+    async def submit(self, spec: RequestSpec, _payload: Any) -> Verdict:
+        self.submitted.append(spec)
+        if isinstance(self.verdict, Exception):
+            raise self.verdict
+        return self.verdict
+
+    def resubmit(self, spec: RequestSpec, _payload: Any) -> None:
+        self.resubmitted.append(spec)
+
+    def cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
+        self.closed.append(request_id)
+
+    def finish(self, request_id: RequestId) -> None:
+        self.closed.append(request_id)
+
+    def claim(self, _worker_id: str, attempt_id: str) -> RequestId:
+        return RequestId(attempt_id.partition("@")[0])
+
+
+@pytest.fixture
+def link() -> PlayedLink:
+    return PlayedLink()
+
+
+@pytest.fixture
+async def engine(link: PlayedLink) -> RemoteEngine:
+    engine = RemoteEngine(model_name="m", max_model_len=100, default_slo=BestEffort())
+    engine.attach(link, wire.EngineFacts(max_model_len=100))  # type: ignore[arg-type]
+    return engine
+
+
+def request(request_id: str) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=20),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def context() -> RequestContext:
+    return RequestContext(slo=BestEffort(), tier="", app="", tenant="", arrival_s=0.0, is_streaming=True)
+
+
+def token(attempt_id: str) -> wire.WorkerToIngress:
+    return wire.WorkerToIngress(deltas=[wire.TokenDelta(request_id=attempt_id, token_ids=[9])])
+
+
+async def test_siblings_form_a_group_that_is_forgotten_when_the_last_has_come(
+    engine: RemoteEngine, link: PlayedLink
+) -> None:
+    engine.note_group("p", 2)
+    for sibling in ("0_p", "1_p"):
+        await engine.add_request_async(request(sibling))
+    assert [(spec.group_id, spec.group_size) for spec in link.submitted] == [("p", 2), ("p", 2)]
+    assert not engine._group_sizes
+
+
+@pytest.mark.parametrize(
+    "verdict", [Verdict(is_admitted=False, reject_reason="queue_full"), RouterUnavailableError("none")]
+)
+async def test_a_refused_group_leaves_nothing(
+    engine: RemoteEngine, link: PlayedLink, verdict: Verdict | Exception
+) -> None:
+    """The siblings that were to follow never come."""
+    link.verdict = verdict
+    engine.note_group("p", 3)
+    with pytest.raises(AdmissionRejected):
+        await engine.add_request_async(request("0_p"))
+    assert not engine._group_sizes
+    assert engine.open_calls == 0
+
+
+async def test_a_request_whose_attempts_all_end_without_a_token_is_given_up(
+    engine: RemoteEngine, link: PlayedLink
+) -> None:
+    """It may be what ends the engines: tried for ever, it would end them all, again and again."""
+    with bound_request(context()) as http:
+        await engine.add_request_async(request("r"))
+    for _ in range(MAX_FRUITLESS_ATTEMPTS):
+        engine.attempt_lost(RequestId("r"))
+    assert [spec.attempt for spec in link.resubmitted] == list(range(1, MAX_FRUITLESS_ATTEMPTS))
+    assert http.failure is not None
+    assert http.failure.code == "worker_lost"
+    async with asyncio.timeout(5):
+        outputs = await engine.get_output_async()
+    assert [output.finish_reason for output in outputs.outputs] == [FinishReason.ERROR]
+    assert engine.open_calls == 0
+    assert "r" in link.closed
+
+
+async def test_a_request_that_makes_progress_outlives_any_number_of_workers(
+    engine: RemoteEngine, link: PlayedLink
+) -> None:
+    await engine.add_request_async(request("r"))
+    for attempt in range(3 * MAX_FRUITLESS_ATTEMPTS):
+        engine.frame_received("w", token("r" if attempt == 0 else f"r@{attempt}"))
+        engine.attempt_lost(RequestId("r"))
+    assert [spec.generated_tokens for spec in link.resubmitted] == list(range(1, 3 * MAX_FRUITLESS_ATTEMPTS + 1))
+    assert engine.open_calls == 1
