@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 import structlog
+from ray.exceptions import RayError
 from ray.serve import Application
 
 from deployments.ingress import ingress_deployment
@@ -63,16 +64,28 @@ def _has_cpu_build() -> bool:
 
 
 async def drain(config: TempoConfig) -> bool:
-    """Refuse new requests and let open ones end. Returns whether all ended within ingress.drain_timeout_s."""
+    """Refuse new requests and let open ones end. Returns whether all ended within ingress.drain_timeout_s.
+
+    A router that does not answer cannot say so: then False, and the stop goes on.
+    """
     router = await asyncio.to_thread(existing_router, config.name)
     if router is None:
         return True
-    return bool(await router.drain.remote(config.ingress.drain_timeout_s))
+    try:
+        return bool(await router.drain.remote(config.ingress.drain_timeout_s))
+    except RayError as error:
+        log.warning("router_not_drained", problem=str(error))
+        return False
 
 
 async def stop_router(config: TempoConfig) -> None:
     """End the router: it stores what it learnt and stops its Redis. Serve does not do this, the actor is detached."""
     router = await asyncio.to_thread(existing_router, config.name)
-    if router is not None:
+    if router is None:
+        return
+    try:
         await router.stop.remote()
+    except RayError as error:
+        log.warning("router_stopped_hard", problem=str(error), effect="what it learnt last may be lost")
+    finally:
         await asyncio.to_thread(ray.kill, router, no_restart=True)

@@ -1,0 +1,40 @@
+"""Stopping the application, whatever state its router is in."""
+
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments import app
+from tempo_router.config import TempoConfig
+
+
+class DeadMethod:
+    def remote(self, *_: Any) -> Any:
+        async def fail() -> None:
+            raise RayActorError
+
+        return fail()
+
+
+class DeadRouter:
+    """The handle of an actor whose process has gone."""
+
+    drain = DeadMethod()
+    stop = DeadMethod()
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Which actors were ended; the application's router is dead."""
+    killed: list[Any] = []
+    monkeypatch.setattr(app, "existing_router", lambda _name: DeadRouter())
+    monkeypatch.setattr(app.ray, "kill", lambda router, no_restart: killed.append(type(router)))
+    return killed
+
+
+async def test_a_dead_router_does_not_keep_the_application_from_being_stopped(killed: list[Any]) -> None:
+    """In a shared cluster the application would go on running, and Ray would start the router again."""
+    assert not await app.drain(TempoConfig())
+    await app.stop_router(TempoConfig())
+    assert killed == [DeadRouter]
