@@ -1,6 +1,7 @@
 """Requests through router, workers and ingresses over real gRPC and Redis; engines are simulated, failures are not."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.redis_store import RedisStore
-from cluster.router_server import RouterServer
+from cluster.router_server import LENGTHS_SNAPSHOT, RouterServer
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import (
@@ -25,7 +26,7 @@ from tempo_router.errors import (
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
-from tests.fleet import WAIT_S, Fleet, call, eventually, submit
+from tests.fleet import WAIT_S, Fleet, break_control_stream, call, eventually, submit
 
 CONFIG = TempoConfig(
     engine=EngineConfig(
@@ -197,6 +198,17 @@ async def test_requests_of_a_vanished_ingress_are_aborted(fleet: Fleet) -> None:
 
 
 async def test_an_outdated_router_steps_down_when_a_peer_has_seen_a_newer_one(fleet: Fleet) -> None:
+    """Also while Redis is away, which would tell it otherwise."""
+    await fleet.start()
+    fleet.redis.stop()
+    worker = fleet.workers["worker-1"]
+    worker._epoch = fleet.router.epoch + 1
+    await break_control_stream(worker)
+    await eventually(lambda: isinstance(fleet.router.failure(), LeaseLostError), "the worker told it")
+    assert not fleet.router.snapshot()["workers"]
+
+
+async def test_a_worker_leaves_an_outdated_router_which_learns_of_the_newer_one_from_redis(fleet: Fleet) -> None:
     await fleet.start()
     newer = RouterServer(CONFIG, fleet.store, owner="newer", host="127.0.0.1")
     await newer.start()
@@ -248,12 +260,20 @@ async def test_an_event_that_cannot_have_happened_does_not_end_the_router(fleet:
     assert fleet.router.failure() is None
 
 
-async def test_without_redis_serving_goes_on_and_the_snapshot_is_written_later(fleet: Fleet) -> None:
+async def test_without_redis_serving_goes_on_and_the_snapshot_is_written_later(fleet: Fleet, tmp_path: Path) -> None:
     await fleet.start()
     client = fleet.clients[0]
     fleet.redis.stop()
     await submit(client, call("dark", output_tokens=10))
     await eventually(lambda: "dark" in client.ended, "served without Redis")
+    await eventually(lambda: len(fleet.router.lengths) > 0, "its length is learnt")
+    assert fleet.router.failure() is None
+    fleet.redis = await asyncio.to_thread(start_embedded_redis, tmp_path)
+    learnt = fleet.router.lengths.snapshot()
+    async with asyncio.timeout(WAIT_S):
+        # Redis wakes nobody, so one has to look again.
+        while json.loads(await fleet.store.load_snapshot(LENGTHS_SNAPSHOT) or b"null") != learnt:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     assert fleet.router.failure() is None
 
 
