@@ -32,6 +32,10 @@ EXIT_USAGE = 2
 ENVIRONMENT = {
     # Measured at 100 streams: time to first token 68 ms instead of 331 with Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # Our code on the replica's own event loop: in a thread of its own, every part of every stream crosses from one
+    # loop to the other. Measured against it at 64 streams: a fifth less CPU time per token in the ingress. Our
+    # replicas never block their loop for long once they have started.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # A token file of some other Ray on this machine would switch authentication on for ours.
     "RAY_AUTH_MODE": "disabled",
     # Nobody is told that you run this.
@@ -248,8 +252,12 @@ def _down(options: argparse.Namespace) -> int:
     if run is None:
         print("nothing to stop: not served from this data_dir")
         return 0
-    # Readable when the process has ended, also while nobody has collected its exit status.
-    handle = os.pidfd_open(run.pid)
+    try:
+        # Readable when the process has ended, also while nobody has collected its exit status.
+        handle = os.pidfd_open(run.pid)
+    except ProcessLookupError:
+        print(f"process {run.pid} has just ended by itself")
+        return 0
     signal.pidfd_send_signal(handle, signal.SIGTERM)
     if options.now:
         # Another signal: two of one kind may arrive as one.

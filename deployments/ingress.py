@@ -17,7 +17,7 @@ from deployments.logs import configure_logging
 from deployments.request_context import RequestContext, bound_request
 from deployments.router_actor import RouterFinder
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidSloError, TempoError
+from tempo_router.errors import InvalidSloError, RequestFailedError, TempoError
 from tempo_router.request import Slo
 from workers.default_model import resolve_model
 
@@ -89,9 +89,13 @@ class IngressReplica:
     # ---- Python handle ----
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerationPart]:
-        """Generate, part by part. Raises AdmissionRejected, InvalidSloError, or ValueError for bad input."""
+        """Generate, part by part. Raises AdmissionRejected, InvalidSloError, or ValueError for bad input.
+
+        Raises RequestFailedError when an admitted request cannot be finished.
+        """
         context, outputs = await self._begin(request, is_streaming=True)
         async for output in outputs:
+            _raise_failure(context)
             answer = output.outputs[0]
             yield GenerationPart(
                 request_id=output.request_id,
@@ -107,6 +111,7 @@ class IngressReplica:
         last = None
         async for output in outputs:
             last = output
+        _raise_failure(context)
         if last is None or not context.outcomes:
             raise TempoError(f"request {request.request_id!r} was cancelled before its first token")
         answer = last.outputs[0]
@@ -176,6 +181,11 @@ class IngressReplica:
         link: IngressLink | None = getattr(self, "_link", None)
         if link is not None:
             await link.stop()
+
+
+def _raise_failure(context: RequestContext) -> None:
+    if context.failure is not None:
+        raise RequestFailedError(f"{context.failure.code}: {context.failure.message}")
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -9,6 +9,7 @@ TempoError
 ├── LeaseLostError            another router owns the application now
 ├── RouterUnavailableError    no router answered in time
 ├── RequestTooLargeError      a request does not fit into one message between our processes
+├── RequestFailedError        an admitted request cannot be finished
 ├── EngineStartError          an engine could not start (the reason is in the message)
 ├── EngineVersionError        the installed engine is not one that we have tested
 └── ModelError                the model cannot be built or loaded
@@ -59,6 +60,10 @@ class RouterUnavailableError(TempoError):
 
 class RequestTooLargeError(TempoError, ValueError):
     """A request does not fit into one message between our processes. A ValueError, which vLLM answers with 400."""
+
+
+class RequestFailedError(TempoError):
+    """An admitted request cannot be finished: its SLO expired, or it could not be continued on another worker."""
 
 
 class EngineStartError(TempoError):

@@ -28,7 +28,7 @@ class Lengths:
     Every method takes `generated`, the tokens that exist, and `limit`, the bound on the whole answer, and speaks of
     the atoms above `generated`, cut at `limit`. With no atom left the answer is longer than any seen before: what is
     left is then taken as exponential with mean max(16, 0.2 x generated). All cost O(log atoms).
-    Source: scheduler.md section 2.
+    Source: docs/scheduling.md, "How long will it be".
     """
 
     atoms: tuple[float, ...]

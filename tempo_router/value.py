@@ -1,4 +1,4 @@
-"""What a request is worth, what it still costs, and when it is beyond help (scheduler.md sections 3 and 4).
+"""What a request is worth, what it still costs, and when it is beyond help (docs/scheduling.md).
 
 A program's call is valued here like a deadline request; the look-ahead over its program is the seam for later.
 """

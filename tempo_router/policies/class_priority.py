@@ -1,4 +1,4 @@
-"""A fixed order of the classes: the strong simple rival (scheduler.md section 13)."""
+"""A fixed order of the classes: the strong simple rival (docs/scheduling.md)."""
 
 from dataclasses import dataclass
 from typing import assert_never

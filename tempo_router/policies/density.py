@@ -20,7 +20,7 @@ class ValueDensity:
     Value = (1 - request_weight) x expected good tokens + request_weight x mean length x P(SLO met). Inside a bin by
     ticket. Best effort and relegated work go last, by arrival. Starves best effort, then long answers and late
     streams, while denser work keeps coming; the router's trickle bounds that.
-    Source: scheduler.md section 12 (density order alone, without timeline and reserve), sections 3 and 4.
+    Source: the service density of Tempo (arXiv 2504.20068); value and cost as in docs/scheduling.md.
     """
 
     request_weight: float = 0.75

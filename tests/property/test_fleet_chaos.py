@@ -87,7 +87,6 @@ async def play(
     fleet: Fleet, wanted: dict[RequestId, int], cancelled: set[RequestId], what: str, number: int, tokens: int
 ) -> None:
     """One step of a history. A step that has no object (no worker left to kill) does nothing."""
-    workers = list(fleet.workers.values())
     match what:
         case "submit":
             for _ in range(number):
@@ -102,6 +101,14 @@ async def play(
         case "let it run":
             for _ in range(number):
                 await asyncio.sleep(0.002)
+        case _:
+            await make_trouble(fleet, what, number)
+
+
+async def make_trouble(fleet: Fleet, what: str, number: int) -> None:
+    """Kill, add, drain or cut something."""
+    workers = list(fleet.workers.values())
+    match what:
         case "kill worker" if len(workers) > 1:
             await fleet.kill_worker(workers[number % len(workers)].worker_id)
         case "add worker" if len(workers) < 4:
