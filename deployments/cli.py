@@ -54,8 +54,13 @@ LOCAL_ENVIRONMENT = {
     # Serve waits this long before it ends an ingress, for load balancers that look every few seconds; ours is told.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
-# HAProxy binds these on all interfaces and shares them silently with any other HAProxy of Ray on the machine.
-HA_PROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+# HAProxy and the proxy behind it share these silently with those of any other Ray on the machine.
+SHARED_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +143,7 @@ def set_environment() -> None:
     is_local = "RAY_ADDRESS" not in os.environ
     for name, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if is_local else {})}.items():
         os.environ.setdefault(name, value)
-    for name, port in HA_PROXY_PORTS.items():
+    for name, port in SHARED_PORTS.items():
         if name not in os.environ and not is_free("0.0.0.0", port):
             os.environ[name] = str(_any_free_port())
 

@@ -131,7 +131,7 @@ def free_port() -> int:
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*cli.ENVIRONMENT, *cli.LOCAL_ENVIRONMENT, *cli.HA_PROXY_PORTS, "RAY_ADDRESS"]:
+    for name in [*cli.ENVIRONMENT, *cli.LOCAL_ENVIRONMENT, *cli.SHARED_PORTS, "RAY_ADDRESS"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
@@ -144,7 +144,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_shared_ray_cluster_keeps_its_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*cli.ENVIRONMENT, *cli.LOCAL_ENVIRONMENT, *cli.HA_PROXY_PORTS]:
+    for name in [*cli.ENVIRONMENT, *cli.LOCAL_ENVIRONMENT, *cli.SHARED_PORTS]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "192.0.2.1:6379"})
 
@@ -155,7 +155,7 @@ def test_a_shared_ray_cluster_keeps_its_own_ways(monkeypatch: pytest.MonkeyPatch
 
 def test_a_taken_ha_proxy_port_is_replaced(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(cli, "HA_PROXY_PORTS", {"A_PORT": listener.getsockname()[1]})
+    monkeypatch.setattr(cli, "SHARED_PORTS", {"A_PORT": listener.getsockname()[1]})
     cli.set_environment()
     assert int(os.environ["A_PORT"]) != listener.getsockname()[1]
 
