@@ -206,6 +206,15 @@ def test_siblings_of_a_lost_replica_go_elsewhere():
     assert dispatched(core.handle(ReplicaLost(1.0, ReplicaId("gpu0")))) == [("g.1", "gpu1")]
 
 
+def test_siblings_do_not_wait_for_a_replica_on_which_none_of_them_runs_any_longer():
+    core = router("gpu0", max_running=1)
+    group = {"group_id": "g", "group_size": 2}
+    core.handle(arrived("g.0", **group))
+    core.handle(arrived("g.1", **group))
+    core.handle(arrived("g.0", attempt=1, **group))
+    assert dispatched(core.handle(attached("gpu1", 1.0, max_running=2))) == [("g.1", "gpu1"), ("g.0", "gpu1")]
+
+
 # ---- cancels, resubmissions, attempts ----
 
 
@@ -273,6 +282,17 @@ def test_newcomer_with_a_later_attempt_wins():
     core.handle(arrived("r"))
     newcomer = adopted(1 << 32 | 9, "r", attempt=1)
     assert core.handle(attached("gpu1", 1.0, (newcomer,))) == [Abort(DispatchId(2 << 32 | 1), ReplicaId("gpu0"))]
+    assert core.knows(RequestId("r"), 1)
+
+
+def test_call_of_an_attempt_that_was_given_up_is_stopped():
+    """Its owner has moved on and waits here with the next attempt."""
+    core = router(epoch=2)
+    core.handle(arrived("r", attempt=1))
+    stale = adopted(1 << 32 | 9, "r")
+    assert core.handle(attached("gpu0", 1.0, (stale,), max_running=1)) == [
+        Abort(DispatchId(1 << 32 | 9), ReplicaId("gpu0"))
+    ]
     assert core.knows(RequestId("r"), 1)
 
 
@@ -425,6 +445,41 @@ def test_large_request_is_not_overtaken_for_ever():
         assert dispatched(core.handle(progressed("gpu0", 1.4, finished={number: "completed"}))) == []
     assert dispatched(core.handle(progressed("gpu0", 1.5, finished={3: "completed"}))) == [("large", "gpu0")]
     core.audit()
+
+
+@pytest.mark.parametrize("trouble", [ReplicaLost(1.5, ReplicaId("gpu0")), ReplicaDraining(1.5, ReplicaId("gpu0"))])
+def test_replica_that_was_kept_free_goes_away_and_the_large_request_finds_another(trouble):
+    core = router(policy="fcfs")
+    core.handle(attached("gpu0", kv_tokens=1000))
+    core.handle(arrived("small", prompt_tokens=300, max_output_tokens=1))
+    core.handle(arrived("large", 0.1, prompt_tokens=900, max_output_tokens=1))
+    core.handle(Ticked(1.2))
+    core.handle(trouble)
+    assert dispatched(core.handle(attached("gpu1", 2.0, kv_tokens=1000))) == [("large", "gpu1")]
+    core.audit()
+
+
+def test_small_replica_that_attaches_takes_what_the_large_ones_reserve_more_for():
+    """On the large one 200 tokens are set aside for the answer; the small one can hold the prompt and some of it."""
+    core = router(policy="fcfs")
+    core.handle(attached("large", kv_tokens=350))
+    core.handle(arrived("first", max_output_tokens=200))
+    core.handle(arrived("second", max_output_tokens=200))
+    assert core.snapshot().waiting["latency"] == 1
+    assert dispatched(core.handle(attached("small", 0.1, kv_tokens=150))) == [("second", "small")]
+
+
+def test_empty_replica_finds_its_request_behind_many_that_it_cannot_hold():
+    core = router(policy="fcfs")
+    core.handle(attached("small", kv_tokens=200, max_running=1))
+    core.handle(attached("large", kv_tokens=1000))
+    core.handle(arrived("fills small", prompt_tokens=100, max_output_tokens=1))
+    core.handle(arrived("fills large", prompt_tokens=950, max_output_tokens=1))
+    for n in range(30):
+        core.handle(arrived(f"large{n}", prompt_tokens=900, max_output_tokens=1))
+    core.handle(arrived("last", prompt_tokens=150, max_output_tokens=1))
+    actions = core.handle(progressed("small", 0.1, finished={1: "completed"}))
+    assert dispatched(actions) == [("last", "small")]
 
 
 def test_request_that_fits_only_an_empty_replica_is_served():
