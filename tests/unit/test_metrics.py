@@ -94,6 +94,16 @@ def test_token_exactly_on_its_due_time_is_good():
     assert tracker.finish(9.0, completed=True).late_tokens == 0
 
 
+def test_late_tokens_of_a_frame_are_counted_by_the_due_times_and_not_by_a_division():
+    """Each frame holds a token that is late and one that is exactly on its due time."""
+    for arrival_s in (0.0, 0.1, 12345.678):
+        for token in range(1, 300):
+            tracker = DeliveryTracker(PROMPT_READER, arrival_s)
+            tracker.delivered(arrival_s, token)
+            tracker.delivered(token_due_s(PROMPT_READER, arrival_s, token + 1), 2)
+            assert tracker.finish(arrival_s, completed=True).late_tokens == 1, f"token {token} at {arrival_s}"
+
+
 def test_tpot_is_the_mean_gap_and_undefined_for_one_token():
     assert tpot_s(1.0, 3.0, 5) == pytest.approx(0.5)
     assert tpot_s(1.0, 1.0, 1) is None

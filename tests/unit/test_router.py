@@ -329,6 +329,14 @@ def test_draining_replica_gets_nothing_new():
     assert sum(core.snapshot().running.values()) == 0, "attaching again does not end a drain"
 
 
+def test_draining_replica_is_passed_over_for_a_busier_one():
+    core = router("gpu0", "gpu1")
+    core.handle(arrived("r0"))
+    core.handle(arrived("r1"))
+    core.handle(ReplicaDraining(0.0, ReplicaId("gpu0")))
+    assert [dispatched(core.handle(arrived(f"more{n}")))[0][1] for n in range(3)] == ["gpu1"] * 3
+
+
 # ---- news that is late, and news that cannot be ----
 
 
