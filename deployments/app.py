@@ -7,8 +7,10 @@ from pathlib import Path
 
 import ray
 import structlog
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from deployments.ingress import ingress_deployment
 from deployments.router_actor import existing_router
@@ -19,6 +21,8 @@ log = structlog.get_logger()
 
 REDIS_URL_VARIABLE = "TEMPO_REDIS_URL"
 HA_PROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+DRAIN_MARGIN_S = 5.0
+PROXY_FLUSH_S = 0.2
 
 
 def build(args: TempoConfig) -> Application:
@@ -72,10 +76,23 @@ async def drain(config: TempoConfig) -> bool:
     if router is None:
         return True
     try:
-        return bool(await router.drain.remote(config.ingress.drain_timeout_s))
-    except RayError as error:
+        async with asyncio.timeout(config.ingress.drain_timeout_s + DRAIN_MARGIN_S):
+            has_drained = bool(await router.drain.remote(config.ingress.drain_timeout_s))
+            await _until_responses_are_sent(config.name)
+            return has_drained
+    except (RayError, RayServeException, TimeoutError) as error:
         log.warning("router_not_drained", problem=str(error))
         return False
+
+
+async def _until_responses_are_sent(name: str) -> None:
+    """The router knows when a worker has ended an answer; its last bytes may still be on their way to the client."""
+    ingress = serve.get_app_handle(name)
+    # Another process cannot set an event of ours, so it is asked again.
+    while any(await ingress.broadcast("open_http_requests").results_async()):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    # What an ingress has sent, the proxy before it must still pass on.
+    await asyncio.sleep(PROXY_FLUSH_S)
 
 
 async def stop_router(config: TempoConfig) -> None:

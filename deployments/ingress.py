@@ -76,6 +76,10 @@ class IngressReplica:
         if self._llm.output_handler is not None and self._llm.output_handler.done():
             raise RuntimeError("vLLM's output handler ended; no stream of this ingress can go on")
 
+    async def open_http_requests(self) -> int:
+        """HTTP requests whose responses have not been sent to their ends."""
+        return self._edge.open_requests
+
     async def snapshot(self) -> dict[str, Any]:
         """Counts for status pages and tests; the ingress's own are zero when nothing is open."""
         return {

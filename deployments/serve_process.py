@@ -108,7 +108,11 @@ def _ray() -> Iterator[tuple[str, str]]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names. Yields its address and its dashboard's URL, or ""."""
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {"address": "local", "object_store_memory": _OBJECT_STORE_BYTES}
-    context = ray.init(namespace="serve", logging_level=logging.WARNING, **({"address": address} if address else own))
+    options = {"address": address} if address else own
+    try:
+        context = ray.init(namespace="serve", logging_level=logging.WARNING, **options)
+    except Exception as e:  # Ray raises bare exceptions, and many kinds.
+        raise TempoError(f"Ray could not be {'reached at ' + address if address else 'started'}: {e}") from e
     try:
         dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         yield str(ray.get_runtime_context().gcs_address), dashboard_url

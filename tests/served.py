@@ -103,6 +103,17 @@ def served(folder: Path, arguments: dict[str, Any]) -> Iterator[Served]:
             server.process.kill()
 
 
+@contextlib.contextmanager
+def launched(folder: Path, arguments: dict[str, Any]) -> Iterator[Served]:
+    """Start, for a test of what happens then; end whatever runs when the block ends."""
+    server = launch(folder, arguments)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
 def wait_until_ready(server: Served) -> None:
     """Wait for 200 from /health."""
     give_up_s = time.monotonic() + START_S

@@ -409,12 +409,14 @@ async def test_a_json_schema_is_kept(rig):
 
 @only_vllm
 async def test_a_repeated_prompt_hits_the_prefix_cache(rig):
+    loads = []
     for _ in range(2):
         # The same text for both: prompts are drawn from the rig's generator.
         rig._rng = random.Random(99)
         rig.submit(2, prompt_tokens=200)
         await rig.until_empty()
-    before, after = rig.listener.steps[0].load, rig.listener.steps[-1].load
+        loads.append(rig.listener.steps[-1].load)
+    before, after = loads
     assert after.prefix_hit_tokens - before.prefix_hit_tokens == 192
     assert after.prefix_query_tokens - before.prefix_query_tokens == 200
 

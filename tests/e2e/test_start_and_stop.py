@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.served import Served, launch, served
+from tests.served import Served, launched, served
 
 pytestmark = pytest.mark.e2e
 MODEL = "tempo-tiny"
@@ -91,26 +91,26 @@ async def test_ctrl_c_lets_streams_end_and_leaves_no_process(overloaded: Served)
 
 @pytest.mark.vllm
 def test_a_worker_that_cannot_start_says_why_and_the_command_ends(tmp_path: Path) -> None:
-    server = launch(tmp_path, {"engine": {"engine_kwargs": {"max_model_len": 100_000_000}}})
-    assert server.process.wait(timeout=285) != 0
-    assert "max_model_len" in server.log or "100000000" in server.log
+    with launched(tmp_path, {"engine": {"engine_kwargs": {"max_model_len": 100_000_000}}}) as server:
+        assert server.process.wait(timeout=285) != 0
+        assert "max_model_len" in server.log or "100000000" in server.log
 
 
 def test_a_model_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
-    server = launch(tmp_path, {"model": "./no/such/model"})
-    assert server.process.wait(timeout=60) != 0
-    assert "no/such/model" in server.log
+    with launched(tmp_path, {"model": "./no/such/model"}) as server:
+        assert server.process.wait(timeout=60) != 0
+        assert "no/such/model" in server.log
 
 
 def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
-    server = launch(tmp_path, {"scheduling": {"polcy": "edf"}})
-    assert server.process.wait(timeout=60) == 2
-    assert "polcy" in server.log
-    assert "'policy'" in server.log
+    with launched(tmp_path, {"scheduling": {"polcy": "edf"}}) as server:
+        assert server.process.wait(timeout=60) == 2
+        assert "polcy" in server.log
+        assert "'policy'" in server.log
 
 
 def test_redis_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
-    server = launch(tmp_path, {"redis_url": "redis://127.0.0.1:1/0"})
-    assert server.process.wait(timeout=60) != 0
-    assert "127.0.0.1:1" in server.log
-    assert "Redis" in server.log
+    with launched(tmp_path, {"redis_url": "redis://127.0.0.1:1/0"}) as server:
+        assert server.process.wait(timeout=60) != 0
+        assert "127.0.0.1:1" in server.log
+        assert "Redis" in server.log

@@ -286,7 +286,7 @@ async def test_a_draining_router_refuses_new_requests_and_finishes_old_ones(flee
     verdict = await submit(client, call("new"))
     assert (verdict.is_admitted, verdict.reject_reason) == (False, "draining")
     assert await draining
-    assert "old" in client.ended
+    await eventually(lambda: "old" in client.ended, "its last tokens arrive")
     await eventually(fleet.is_empty, "nothing is left")
 
 
