@@ -169,7 +169,7 @@ async def run_ingress(control: Control, router_address: str, scenario: Scenario)
     )
     link.start()
     await link.first_worker()
-    work = [asyncio.create_task(clients.one_client()) for _ in range(scenario.streams)]
+    work = [asyncio.create_task(clients.one_client(place)) for place in range(scenario.streams)]
     await control.serve("", lambda: (clients.trail.tokens, clients.ended), clients.trail)
     failure = link.failure() or next((task.exception() for task in work if task.done()), None)
     if failure is not None:
@@ -192,10 +192,15 @@ class Clients:
         self._numbers = itertools.count()
         self._open: dict[RequestId, asyncio.Future[None]] = {}
 
-    async def one_client(self) -> None:
-        """Send a request, wait for its last token, and again."""
+    async def one_client(self, place: int) -> None:
+        """Send a request, wait for its last token, and again.
+
+        The first answers have all lengths, by the client's place, so that answers end evenly and not in waves.
+        """
+        output_tokens = 1 + place * self._scenario.output_tokens // self._scenario.streams
         while True:
-            spec = _spec(next(self._numbers), self._scenario.output_tokens)
+            spec = _spec(next(self._numbers), output_tokens)
+            output_tokens = self._scenario.output_tokens
             last_token = self._open[spec.request_id] = asyncio.get_running_loop().create_future()
             verdict = await self.link.submit(spec, [_payload(spec)])
             if not verdict.is_admitted:
