@@ -706,8 +706,25 @@ def _cpu_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+class _RewindingGenerator(torch.Generator):
+    """A random state that vLLM can take back on a CPU.
+
+    A prompt that is computed over several steps draws a token in each, and all but the last are discarded; vLLM then
+    sets a seeded request's generator back by its offset. CPU generators have none and raise, which ends the whole
+    engine (0.32.0). Discarded draws come before the first token, so starting again from the seed takes them back.
+    """
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, _offset: int) -> None:
+        self.manual_seed(self.initial_seed())
+
+
 def _build_core(arguments: Mapping[str, Any], publish: Callable[[Any], None]) -> _Core:
     if current_platform.is_cpu():
+        # Acts on the in-process executor, the default here; vLLM looks the name up when a seeded request comes.
+        torch.Generator = _RewindingGenerator
         # torch read OMP_NUM_THREADS when it was imported; kernels take the count of the thread that calls them: this.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     vllm_arguments = AsyncEngineArgs(**arguments)

@@ -408,6 +408,20 @@ async def test_a_json_schema_is_kept(rig):
 
 
 @only_vllm
+async def test_a_seeded_answer_to_a_long_prompt_is_the_same_twice(rig):
+    """Its prompt takes several steps, after each of which vLLM sets the random state back."""
+    answers = []
+    for _ in range(2):
+        rig._rng = random.Random(7)
+        request_id = rig.submit(12, prompt_tokens=200, seed=3, temperature=1.0)
+        await rig.until_empty()
+        outputs = rig.read(rig.listener.outputs()["ingress-a"])
+        answers.append([token for name, ids, _ in outputs if name == request_id for token in ids])
+    assert len(answers[0]) == 12
+    assert answers[0] == answers[1]
+
+
+@only_vllm
 async def test_a_repeated_prompt_hits_the_prefix_cache(rig):
     loads = []
     for _ in range(2):
