@@ -1,6 +1,8 @@
 """The ingress: vLLM's OpenAI application over remote engines, behind Tempo's HTTP edge, plus the Python handle."""
 
 import asyncio
+import dataclasses
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -174,6 +176,10 @@ class IngressReplica:
         if request.slo is not None and request.tier is not None:
             raise InvalidSloError("tier", request.tier, "give either slo or tier, not both")
         if request.slo is not None:
+            for field in dataclasses.fields(request.slo):
+                value = getattr(request.slo, field.name)
+                if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+                    raise InvalidSloError(f"slo.{field.name}", value, "must be a number of seconds greater than zero")
             return request.slo, ""
         tier = request.tier or self._config.default_tier
         if tier not in self._config.tiers:
