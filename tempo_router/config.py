@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tempo_router.request import BestEffort, Deadline, Latency, SloClass
+from tempo_router.request import BestEffort, Deadline, Latency
 
 
 class StrictModel(BaseModel):
@@ -39,7 +39,9 @@ def unknown_key_message(key: str, valid: Any) -> str:
 class TierConfig(StrictModel):
     """A named set of targets that a client chooses with `service_tier` or `slo.tier`."""
 
-    slo_class: SloClass = Field(alias="class", description="latency, deadline or best_effort")
+    slo_class: Literal["latency", "deadline", "best_effort"] = Field(
+        alias="class", description="what a request of this tier is judged by"
+    )
     ttft_ms: float | None = Field(None, gt=0, description="time to first token, class latency")
     tbt_ms: float | None = Field(None, gt=0, description="time between tokens, class latency")
     ttlt_ms: float | None = Field(None, gt=0, description="time to last token, class deadline")
@@ -62,10 +64,7 @@ class TierConfig(StrictModel):
             "latency": ("ttft_ms", "tbt_ms"),
             "deadline": ("ttlt_ms",),
             "best_effort": (),
-            "program": None,
         }[self.slo_class]
-        if wanted is None:
-            raise ValueError("class 'program' cannot be a tier: its deadline belongs to one program")
         for name in ("ttft_ms", "tbt_ms", "ttlt_ms"):
             value = getattr(self, name)
             if name in wanted and value is None:
