@@ -142,7 +142,7 @@ class IngressReplica:
 
         if (request.prompt is None) == (request.messages is None):
             raise ValueError("give either prompt or messages")
-        slo, tier = self._targets(request)
+        slo, tier = chosen_targets(request, self._config)
         context = RequestContext(
             slo=slo,
             tier=tier,
@@ -172,25 +172,27 @@ class IngressReplica:
         tokenizer = self._llm.get_tokenizer()
         return {"prompt": tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)}
 
-    def _targets(self, request: GenerateRequest) -> tuple[Slo, str]:
-        if request.slo is not None and request.tier is not None:
-            raise InvalidSloError("tier", request.tier, "give either slo or tier, not both")
-        if request.slo is not None:
-            for field in dataclasses.fields(request.slo):
-                value = getattr(request.slo, field.name)
-                if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
-                    raise InvalidSloError(f"slo.{field.name}", value, "must be a number of seconds greater than zero")
-            return request.slo, ""
-        tier = request.tier or self._config.default_tier
-        if tier not in self._config.tiers:
-            valid = ", ".join(sorted(self._config.tiers))
-            raise InvalidSloError("tier", tier, f"is not a tier of this application; tiers are {valid}")
-        return self._config.tiers[tier].slo(), tier
-
     async def __del__(self) -> None:
         link: IngressLink | None = getattr(self, "_link", None)
         if link is not None:
             await link.stop()
+
+
+def chosen_targets(request: GenerateRequest, config: TempoConfig) -> tuple[Slo, str]:
+    """The targets that a handle call asks for, and its tier ("" with its own). Raises InvalidSloError."""
+    if request.slo is not None and request.tier is not None:
+        raise InvalidSloError("tier", request.tier, "give either slo or tier, not both")
+    if request.slo is not None:
+        for field in dataclasses.fields(request.slo):
+            value = getattr(request.slo, field.name)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+                raise InvalidSloError(f"slo.{field.name}", value, "must be a number of seconds greater than zero")
+        return request.slo, ""
+    tier = request.tier or config.default_tier
+    if tier not in config.tiers:
+        valid = ", ".join(sorted(config.tiers))
+        raise InvalidSloError("tier", tier, f"is not a tier of this application; tiers are {valid}")
+    return config.tiers[tier].slo(), tier
 
 
 def _raise_failure(context: RequestContext) -> None:

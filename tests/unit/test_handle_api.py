@@ -1,0 +1,50 @@
+"""What the ingress makes of the targets that a caller of the Python handle gives."""
+
+import math
+
+import pytest
+
+from deployments.handle_api import GenerateRequest
+from deployments.ingress import _raise_failure, chosen_targets
+from deployments.request_context import RequestContext, RequestFailure
+from tempo_router.config import TempoConfig
+from tempo_router.errors import InvalidSloError, RequestFailedError
+from tempo_router.request import BestEffort, Deadline, Latency, Slo
+
+CONFIG = TempoConfig()
+
+
+@pytest.mark.parametrize(
+    ("slo", "field"),
+    [
+        (Deadline(ttlt_s=-5), "slo.ttlt_s"),
+        (Deadline(ttlt_s=math.nan), "slo.ttlt_s"),
+        (Latency(ttft_s=0, tbt_s=0.1), "slo.ttft_s"),
+        (Latency(ttft_s=1, tbt_s=math.inf), "slo.tbt_s"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused_by_name(slo: Slo, field: str) -> None:
+    with pytest.raises(InvalidSloError) as raised:
+        chosen_targets(GenerateRequest(prompt="x", slo=slo), CONFIG)
+    assert raised.value.field == field
+
+
+def test_targets_a_tier_or_nothing_can_be_given() -> None:
+    assert chosen_targets(GenerateRequest(prompt="x", slo=Deadline(5)), CONFIG) == (Deadline(5), "")
+    assert chosen_targets(GenerateRequest(prompt="x", tier="background"), CONFIG) == (BestEffort(), "background")
+    assert chosen_targets(GenerateRequest(prompt="x"), CONFIG)[1] == "chat"
+
+
+def test_an_unknown_tier_and_both_at_once_are_refused() -> None:
+    with pytest.raises(InvalidSloError, match="background"):
+        chosen_targets(GenerateRequest(prompt="x", tier="platinum"), CONFIG)
+    with pytest.raises(InvalidSloError, match="not both"):
+        chosen_targets(GenerateRequest(prompt="x", tier="chat", slo=Deadline(5)), CONFIG)
+
+
+def test_a_request_that_failed_on_the_way_raises_its_reason() -> None:
+    context = RequestContext(BestEffort(), "", "", "", arrival_s=0.0, is_streaming=True)
+    _raise_failure(context)
+    context.report_failure(RequestFailure("slo_expired", "too late", 504))
+    with pytest.raises(RequestFailedError, match="slo_expired: too late"):
+        _raise_failure(context)
