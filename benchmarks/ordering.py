@@ -41,7 +41,7 @@ from tempo_router.metrics import DeliveryTracker, Outcome, refused_outcome, summ
 from tempo_router.request import BestEffort, Deadline, GroupId, Latency, RequestId, RequestSpec, Slo
 from workers.engine import EngineCall, OnDeath, OnStep
 from workers.simulated_engine import SimulatedEngine
-from workers.step_profiles import load_profile
+from tempo_router.simulation.step_profiles import load_profile
 from workers.worker import Worker
 
 POLICIES = ("fcfs", "class_priority", "edf", "density")

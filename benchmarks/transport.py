@@ -43,7 +43,7 @@ from tempo_router.metrics import percentile
 from tempo_router.request import GroupId, Latency, RequestId, RequestSpec
 from workers.engine import EngineStep
 from workers.simulated_engine import SimulatedEngine
-from workers.step_profiles import EngineShape, LinearStepTime, StepProfile
+from tempo_router.simulation.step_profiles import EngineShape, LinearStepTime, StepProfile
 from workers.worker import Worker
 
 WARM_UP_S = 3.0

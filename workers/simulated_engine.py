@@ -34,7 +34,7 @@ from workers.engine import (
     OnStep,
     TokenDelta,
 )
-from workers.step_profiles import EngineShape, Prefill, StepProfile, load_profile
+from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile, load_profile
 
 log = structlog.get_logger()
 

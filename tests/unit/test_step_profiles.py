@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_router.errors import ConfigError
-from workers.step_profiles import (
+from tempo_router.simulation.step_profiles import (
     LayeredStepTime,
     LinearStepTime,
     Prefill,
