@@ -23,7 +23,7 @@ from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
 from tempo_router.events import (
@@ -210,6 +210,9 @@ class RouterServer:
                 eviction = wire.Eviction(request_id=request_id, attempt=attempt)
                 self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
                 self._forget(request_id)
+            case Retune():
+                # Only replicas with a step planner get these; no worker announces one yet (workers/vllm_engine.py).
+                raise InvalidEventError(f"{action.replica_id!r} has no step planner to retune")
             case _:
                 assert_never(action)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tempo_router.request import DispatchId, ReplicaId, RequestId
+from tempo_router.standing import UNRANKED, Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,17 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run this request on this replica. priority: the engine's order among queued calls, lower is sooner."""
+    """Run this request on this replica. priority: the engine's order among queued calls, lower is sooner.
+
+    standing: what a step planner orders by; other engines know only the priority.
+    """
 
     dispatch_id: DispatchId
     request_id: RequestId
     attempt: int
     replica_id: ReplicaId
     priority: int
+    standing: Standing = UNRANKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +80,12 @@ class Evict:
     attempt: int
 
 
-Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict
+@dataclass(frozen=True, slots=True)
+class Retune:
+    """How running calls stand now; only for replicas with a step planner."""
+
+    replica_id: ReplicaId
+    standings: tuple[tuple[DispatchId, Standing], ...]
+
+
+Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune

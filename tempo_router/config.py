@@ -93,10 +93,13 @@ DEFAULT_TIER = "chat"
 OPENAI_TIERS = {"auto": DEFAULT_TIER, "default": DEFAULT_TIER, "priority": "interactive", "flex": "background"}
 
 
+PolicyName = Literal["fcfs", "edf", "class_priority", "density"]
+
+
 class SchedulingConfig(StrictModel):
     """Who goes first, who is refused, and how much of the queue the router keeps to itself."""
 
-    policy: Literal["fcfs", "edf", "class_priority", "density"] = Field(
+    policy: PolicyName = Field(
         "density", description="order of the queue; density is Tempo's own"
     )
     hopeless: Literal["relegate", "refuse"] = Field(

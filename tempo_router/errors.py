@@ -12,6 +12,7 @@ TempoError
 ├── RequestFailedError        an admitted request cannot be finished
 ├── EngineStartError          an engine could not start (the reason is in the message)
 ├── EngineVersionError        the installed engine is not one that we have tested
+├── TraceError                a workload trace cannot be read (file, line, column, value)
 └── ModelError                the model cannot be built or loaded
 
 Refusing a request is not an error: it is a Reject action.
@@ -76,3 +77,21 @@ class EngineVersionError(TempoError):
 
 class ModelError(TempoError):
     """The model cannot be built or loaded."""
+
+
+class TraceError(TempoError):
+    """A workload trace cannot be read.
+
+    problem: what is wrong and what to do about it. path, line (from 1), column and value say where, as far as known.
+    """
+
+    def __init__(
+        self, problem: str, path: str = "", line: int | None = None, column: str | None = None, value: object = None
+    ) -> None:
+        place = path if line is None else f"{path}:{line}"
+        field = "" if column is None else f"{column}: " if value is None else f"{column}={value!r}: "
+        super().__init__(f"{place}: {field}{problem}" if place else f"{field}{problem}")
+        self.path = path
+        self.line = line
+        self.column = column
+        self.value = value

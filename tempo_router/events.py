@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
+from tempo_router.prediction import Lengths
+from tempo_router.request import DispatchId, ProgramId, ReplicaId, RequestId, RequestSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +14,13 @@ class ReplicaCapacity:
     max_running: sequences decoded in one step (vLLM's max_num_seqs).
     max_step_tokens: tokens computed in one step (vLLM's max_num_batched_tokens).
     kv_tokens: tokens that fit into the KV cache.
+    has_step_planner: every step is composed by `StepPlanner`, which can hold running calls and takes `Retune`.
     """
 
     max_running: int
     max_step_tokens: int
     kv_tokens: int
+    has_step_planner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,24 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """A predictor has an opinion on the answer's length; it may come late, or never."""
+
+    at_s: float
+    request_id: RequestId
+    attempt: int
+    lengths: Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramFinished:
+    """The client says that no further call of this program will come."""
+
+    at_s: float
+    program_id: ProgramId
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed. Deadlines expire and late work is relegated even when nothing else happens."""
 
@@ -153,5 +174,15 @@ class DrainStarted:
 
 
 Event = (
-    Arrived | Cancelled | ReplicaAttached | ReplicaDraining | ReplicaLost | Progressed | Ticked | Settled | DrainStarted
+    Arrived
+    | Cancelled
+    | Predicted
+    | ProgramFinished
+    | ReplicaAttached
+    | ReplicaDraining
+    | ReplicaLost
+    | Progressed
+    | Ticked
+    | Settled
+    | DrainStarted
 )

@@ -17,8 +17,10 @@ from tempo_router.request import RequestSpec
 ATOMS = 20
 UPPER_SHARE = 0.7
 TAIL_ATOMS = 5.0
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
 MAX_NAME = 128
+LAST_STAGE = 8
+"""Later stages of a program share a histogram: few programs get there, and a chain of agent calls is alike by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +188,8 @@ def _atoms_of(masses: _Masses) -> Lengths:
     return Lengths(tuple(atoms))
 
 
-_Key = tuple[str, str | None, int]
-"""(model, app or None for all, prompt bucket or -1 for all)."""
+_Key = tuple[str, str | None, int, int]
+"""(model, app or None for all, stage of a program or -1 for all, prompt bucket or -1 for all)."""
 
 
 class _Histogram:
@@ -257,10 +259,11 @@ def _spread(masses: _Masses, amount: float, beyond: int, parent: _Masses) -> Non
 
 
 class LengthHistograms:
-    """Learnt answer lengths per (model, app, log2 bucket of the prompt), with back-off to less specific keys.
+    """Learnt answer lengths per (model, app, stage, log2 bucket of the prompt), with back-off to less specific keys.
 
-    A key's own answers count against `prior_weight` answers drawn from its parent: (model, app), then (model), then
-    a fixed prior. Old answers decay: after `window` newer ones of the same key one has lost 63 % of its weight.
+    A key's own answers count against `prior_weight` answers drawn from its parent: (model, app, stage), then
+    (model, app), then (model), then a fixed prior. The stages of one program differ more than two apps do
+    (docs/benchmarks.md, "Length estimates"); a request outside of programs has stage 0. Old answers decay: after `window` newer ones of the same key one has lost 63 % of its weight.
     At most `max_keys` keys are kept; the one that was longest without a new answer goes first.
     """
 
@@ -358,16 +361,19 @@ class LengthHistograms:
         self._observed = observed
 
 
-def _keys_of(spec: RequestSpec) -> tuple[_Key, _Key, _Key]:
-    model, app = spec.model[:MAX_NAME], spec.app[:MAX_NAME]
-    return (model, app, spec.prompt_tokens.bit_length()), (model, app, -1), (model, None, -1)
+def _keys_of(spec: RequestSpec) -> tuple[_Key, _Key, _Key, _Key]:
+    model, app, stage = spec.model[:MAX_NAME], spec.app[:MAX_NAME], min(spec.stage, LAST_STAGE)
+    bucket = spec.prompt_tokens.bit_length()
+    return (model, app, stage, bucket), (model, app, stage, -1), (model, app, -1, -1), (model, None, -1, -1)
 
 
 def _parent_of(key: _Key) -> _Key | None:
-    model, app, bucket = key
+    model, app, stage, bucket = key
     if bucket >= 0:
-        return (model, app, -1)
-    return (model, None, -1) if app is not None else None
+        return (model, app, stage, -1)
+    if stage >= 0:
+        return (model, app, -1, -1)
+    return (model, None, -1, -1) if app is not None else None
 
 
 def _pairs(counts: _Masses, unit: float) -> list[list[float]]:
@@ -375,8 +381,8 @@ def _pairs(counts: _Masses, unit: float) -> list[list[float]]:
 
 
 def _read_key(values: list[Any]) -> _Key:
-    model, app, bucket = values
-    return (str(model)[:MAX_NAME], None if app is None else str(app)[:MAX_NAME], int(bucket))
+    model, app, stage, bucket = values
+    return (str(model)[:MAX_NAME], None if app is None else str(app)[:MAX_NAME], int(stage), int(bucket))
 
 
 def _read_histogram(entry: Mapping[str, Any]) -> _Histogram:

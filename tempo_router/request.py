@@ -73,6 +73,8 @@ class RequestSpec:
     group_id, group_size: siblings of one client request (`n` > 1) share a group; they are admitted together
         and go to one replica. A request alone has its own id as group and size 1.
     app: what the client calls itself; with `model` it selects the learned length distribution.
+    stage: 0-based stage of a program's call. prefix_id, prefix_tokens: a name for what the prompt begins with, and
+        how many of its leading tokens were in earlier requests of that name; "" and 0 where nothing is known.
     """
 
     request_id: RequestId
@@ -88,6 +90,9 @@ class RequestSpec:
     tier: str = ""
     attempt: int = 0
     generated_tokens: int = 0
+    stage: int = 0
+    prefix_id: str = ""
+    prefix_tokens: int = 0
 
     @property
     def deadline_s(self) -> float | None:

@@ -20,6 +20,8 @@ from tempo_router.events import (
     Cancelled,
     DrainStarted,
     Event,
+    Predicted,
+    ProgramFinished,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -29,6 +31,7 @@ from tempo_router.events import (
     Ticked,
 )
 from tempo_router.groups import GroupBook
+from tempo_router.ledger import Ledger
 from tempo_router.placement import choose, kv_needed
 from tempo_router.policies import Context, build_policy
 from tempo_router.prediction import LengthHistograms
@@ -38,6 +41,7 @@ from tempo_router.request import (
     DispatchId,
     GroupId,
     Latency,
+    ProgramId,
     ReplicaId,
     RequestId,
     RequestSpec,
@@ -120,6 +124,7 @@ class RouterCore:
         self._replicas: dict[ReplicaId, Replica] = {}
         self._kv_sizes: list[int] = []
         self._groups = GroupBook()
+        self._ledger = Ledger()
         self._backlog = Backlog()
         self._steps = StepTimeModel()
         self._timers: list[tuple[float, int, WaitingRequest]] = []
@@ -163,6 +168,10 @@ class RouterCore:
             case Ticked():
                 self._queue.refresh(_REFRESHED_PER_TICK, self._context())
                 self._blocked_kv = None
+            case Predicted():
+                self._on_predicted(event)
+            case ProgramFinished(program_id=program_id):
+                self._on_program_finished(program_id)
             case Settled():
                 self._is_settled = True
             case DrainStarted():
@@ -324,6 +333,18 @@ class RouterCore:
         if call is not None:
             self._learn_length(call.spec, call.generated_tokens, is_complete=is_complete)
         self._retire(request_id, actions)
+
+    def _on_predicted(self, event: Predicted) -> None:
+        """A better guess of the length; it is late, or about an older attempt, more often than not."""
+        request = self._waiting.get(event.request_id)
+        if request is None or request.spec.attempt != event.attempt:
+            return
+        request.lengths = event.lengths
+        if request.is_queued:
+            self._queue.rekey(request, self._context())
+
+    def _on_program_finished(self, program_id: ProgramId) -> None:
+        self._ledger.program_ended(program_id)
 
     # ---- replicas ----
 

@@ -2,6 +2,7 @@
 
 from tempo_router.prediction import Lengths
 from tempo_router.request import RequestSpec
+from tempo_router.standing import UNRANKED
 
 
 class WaitingRequest:
@@ -9,9 +10,10 @@ class WaitingRequest:
 
     ticket: number in the order of becoming waiting, unique; breaks every tie.
     since_s: when it began to wait here. lengths: distribution of its answer's length.
+    cached_tokens: leading tokens of its context that a replica is believed to have cached.
     cost_s: predicted GPU seconds, as counted in the backlog. hopeless_at_s: when it is beyond help, as predicted
         when it came.
-    is_relegated: it can no longer meet its SLO and is ordered as best effort.
+    standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.
     blocked_since_s: when it was first found to be next and without room; None while that has not happened.
@@ -19,6 +21,7 @@ class WaitingRequest:
 
     __slots__ = (
         "blocked_since_s",
+        "cached_tokens",
         "cost_s",
         "entry",
         "hopeless_at_s",
@@ -29,6 +32,7 @@ class WaitingRequest:
         "lengths",
         "since_s",
         "spec",
+        "standing",
         "ticket",
     )
 
@@ -48,8 +52,20 @@ class WaitingRequest:
         self.cost_s = cost_s
         self.hopeless_at_s = hopeless_at_s
         self.is_relegated = False
+        self.standing = UNRANKED
         self.is_in_line = False
         self.is_queued = False
         self.key = 0.0
         self.entry = 0
+        self.cached_tokens = 0
         self.blocked_since_s: float | None = None
+
+    @property
+    def generated_tokens(self) -> int:
+        """Answer tokens that earlier attempts delivered."""
+        return self.spec.generated_tokens
+
+    @property
+    def missing_tokens(self) -> int:
+        """Context to be computed, less what a cache is believed to hold."""
+        return max(1, self.spec.context_tokens - self.cached_tokens)

@@ -1,54 +1,148 @@
 """What an ordering policy is. Policies are frozen, remember nothing and are given everything."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
 
-from tempo_router.request import Deadline, Latency, ProgramCall, RequestSpec
+from tempo_router.ledger import Ledger
+from tempo_router.prediction import Lengths
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, RequestSpec
+from tempo_router.standing import Standing
 from tempo_router.step_time import Pace
-from tempo_router.waiting import WaitingRequest
 
 BEST_EFFORT_KEY = 1e9
 """Keys of best-effort and relegated work begin here in policies that put it last; all others stay below."""
 
+MICROSECONDS = 1e6
+
 _ENGINE_LIMIT = 2**62
+
+
+class Job(Protocol):
+    """A request as policies see it, whether it waits at the router or is live in an engine.
+
+    ticket: order of arrival at its holder; breaks ties. since_s: when it came to the holder of this view.
+    generated_tokens: answer tokens so far, those of earlier attempts included.
+    missing_tokens: context that must be computed before the next token: prompt (less what a cache is believed to
+        hold) while it has not started, what is left of it during prefill, 0 while it decodes.
+    """
+
+    @property
+    def spec(self) -> RequestSpec:
+        """What the client asked for."""
+        ...
+
+    @property
+    def ticket(self) -> int:
+        """Breaks ties."""
+        ...
+
+    @property
+    def since_s(self) -> float:
+        """When it came here."""
+        ...
+
+    @property
+    def lengths(self) -> Lengths:
+        """What is known of its answer's length."""
+        ...
+
+    @property
+    def generated_tokens(self) -> int:
+        """Answer tokens so far."""
+        ...
+
+    @property
+    def missing_tokens(self) -> int:
+        """Context still to be computed."""
+        ...
+
+    @property
+    def is_relegated(self) -> bool:
+        """It can no longer meet its SLO."""
+        ...
+
+    @property
+    def standing(self) -> Standing:
+        """Where the last plan put it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a policy may know besides the request. mean_length: running mean of answer lengths, in tokens."""
+    """What a policy may know besides the request.
+
+    mean_length: running mean of answer lengths, in tokens. ledger: programs and tenants, and what they were served.
+    slots: sequences that one replica decodes together. produced_per_s: output tokens per second of one replica.
+    """
 
     now_s: float
     pace: Pace
     mean_length: float
+    ledger: Ledger = field(default_factory=Ledger)
+    slots: int = 128
+    produced_per_s: float = 2000.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRule:
+    """How a step is filled once the order is known.
+
+    chunked: decodes first, prompts up to `step_tokens` tokens in all (Sarathi-Serve).
+    prefill_first: whole prompts up to `step_tokens`, decodes only in steps without prompts (vLLM's first scheduler).
+    capped: as many prompt tokens as keep the step within `cap_s` and within the slack of the streams in it; with
+        cap_s None a fifth of the tightest TBT served.
+    """
+
+    kind: Literal["chunked", "prefill_first", "capped"] = "chunked"
+    step_tokens: int = 512
+    cap_s: float | None = None
+
+
+CHUNKED = BatchRule()
 
 
 class Policy(Protocol):
-    """An order of waiting requests.
+    """An order of requests: of those that wait at the router, and of those that are live in an engine.
 
-    Lower keys go first; equal keys go by ticket, that is by arrival at the router. A key is finite for every valid
-    request. Where `is_static` is False a request's key may only rise with time (its density falls): the queue then
-    looks again before it believes one. It may fall when the pace changes; the queue notices that in rotation.
+    Lower keys go first; equal keys go by ticket. A key is finite for every valid request. Where `is_static` is False
+    a request's key may change with time and progress; the queue looks at it again when its turn comes, and rotates
+    through the others.
     """
 
-    @property
-    def is_static(self) -> bool:
-        """The key depends on the request alone, not on the context."""
-        ...
+    is_static: ClassVar[bool]
+    """The key depends on the request's spec and tokens alone, not on the clock or on other requests."""
 
-    def key(self, request: WaitingRequest, context: Context) -> float:
+    preempts: ClassVar[bool] = False
+    """A running call may be held, or evicted, for a better one that waits."""
+
+    binds_early: ClassVar[bool] = False
+    """Everything goes to a replica on arrival, and `arrange` sees all of it."""
+
+    frame_s: ClassVar[float] = 0.05
+    """How long an order of live calls stands before it is looked at again."""
+
+    batch: BatchRule
+
+    def key(self, request: Job, context: Context) -> float:
         """Where the request stands; lower goes first."""
         ...
 
-    def engine_priority(self, request: WaitingRequest, context: Context) -> int:
-        """The request's order inside the engine, for vLLM's priority policy; lower is sooner; fits int64."""
-        ...
+    def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
+        """Keys of all live calls of one engine together; for policies that choose a set."""
+        return [self.key(job, context) for job in jobs]
+
+    def engine_priority(self, request: Job, context: Context) -> int:
+        """The request's order inside vLLM's own priority policy; lower is sooner; fits int64."""
+        return as_engine_priority(self.key(request, context), MICROSECONDS)
 
 
-def due_s(spec: RequestSpec) -> float:
-    """When the request's next obligation falls due: a stream's next token, a deadline; infinity for best effort."""
+def due_s(job: Job) -> float:
+    """When the next obligation falls due: a stream's next token, a deadline; infinity for best effort."""
+    spec = job.spec
     match spec.slo:
         case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
-            return spec.arrival_s + ttft_s + spec.generated_tokens * tbt_s
+            return spec.arrival_s + ttft_s + job.generated_tokens * tbt_s
         case Deadline(ttlt_s=ttlt_s) | ProgramCall(ttlt_s=ttlt_s):
             return spec.arrival_s + ttlt_s
         case _:
@@ -63,6 +157,11 @@ def bounded_s(at_s: float) -> float:
 def best_effort_key(spec: RequestSpec) -> float:
     """Behind everything that has a target; among themselves by arrival."""
     return 2 * BEST_EFFORT_KEY + bounded_s(spec.arrival_s)
+
+
+def goes_last(job: Job) -> bool:
+    """Best effort, and what can no longer meet its SLO."""
+    return job.is_relegated or isinstance(job.spec.slo, BestEffort)
 
 
 def as_engine_priority(key: float, steps_per_unit: float) -> int:

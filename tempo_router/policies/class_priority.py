@@ -1,35 +1,39 @@
 """A fixed order of the classes: the strong simple rival (docs/scheduling.md)."""
 
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ClassVar, assert_never
 
-from tempo_router.policies.base import BEST_EFFORT_KEY, Context, as_engine_priority, best_effort_key, bounded_s, due_s
+from tempo_router.policies.base import (
+    BEST_EFFORT_KEY,
+    CHUNKED,
+    BatchRule,
+    Context,
+    Job,
+    Policy,
+    best_effort_key,
+    bounded_s,
+    due_s,
+)
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, RequestSpec
-from tempo_router.waiting import WaitingRequest
-
-_MICROSECONDS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class ClassPriority:
+class ClassPriority(Policy):
     """Streams, then deadline requests, then program calls, then best effort and what was relegated.
 
     Inside a class by what falls due first, ties by ticket. Starves every class by the ones above it: under
     overload programs go first to nothing. Hard to beat where best effort absorbs the overload.
     """
 
-    is_static: bool = True
+    is_static: ClassVar[bool] = True
+    batch: BatchRule = CHUNKED
 
-    def key(self, request: WaitingRequest, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
+    def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
         """Its class, then when it falls due."""
         spec = request.spec
         if request.is_relegated or isinstance(spec.slo, BestEffort):
             return best_effort_key(spec)
-        return bounded_s(due_s(spec)) - (3 - _rank(spec)) * BEST_EFFORT_KEY
-
-    def engine_priority(self, request: WaitingRequest, context: Context) -> int:
-        """The order of the queue, to the microsecond."""
-        return as_engine_priority(self.key(request, context), _MICROSECONDS)
+        return bounded_s(due_s(request)) - (3 - _rank(spec)) * BEST_EFFORT_KEY
 
 
 def _rank(spec: RequestSpec) -> int:

@@ -2,11 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tempo_router.policies.base import BEST_EFFORT_KEY, Context, as_engine_priority, best_effort_key
+from tempo_router.policies.base import (
+    BEST_EFFORT_KEY,
+    CHUNKED,
+    BatchRule,
+    Context,
+    Job,
+    Policy,
+    as_engine_priority,
+    best_effort_key,
+)
 from tempo_router.request import BestEffort
 from tempo_router.value import cost_s, expected_good
-from tempo_router.waiting import WaitingRequest
 
 BINS_PER_OCTAVE = 16
 """Densities within 4.4 % of each other count as equal and go by arrival: estimates are far coarser than that,
@@ -14,7 +23,7 @@ and a queue of a hundred thousand need not be looked through again for every mil
 
 
 @dataclass(frozen=True, slots=True)
-class ValueDensity:
+class ValueDensity(Policy):
     """Orders by expected value over remaining cost, highest first, in bins of a sixteenth of an octave.
 
     Value = (1 - request_weight) x expected good tokens + request_weight x mean length x P(SLO met). Inside a bin by
@@ -24,9 +33,10 @@ class ValueDensity:
     """
 
     request_weight: float = 0.75
-    is_static: bool = False
+    is_static: ClassVar[bool] = False
+    batch: BatchRule = CHUNKED
 
-    def key(self, request: WaitingRequest, context: Context) -> float:
+    def key(self, request: Job, context: Context) -> float:
         """Minus the bin of its density."""
         spec = request.spec
         if request.is_relegated or isinstance(spec.slo, BestEffort):
@@ -38,6 +48,6 @@ class ValueDensity:
             return BEST_EFFORT_KEY
         return -float(math.floor(BINS_PER_OCTAVE * math.log2(value / cost_s(spec, request.lengths, context.pace))))
 
-    def engine_priority(self, request: WaitingRequest, context: Context) -> int:
+    def engine_priority(self, request: Job, context: Context) -> int:
         """The order of the queue, in bins."""
         return as_engine_priority(self.key(request, context), 1.0)

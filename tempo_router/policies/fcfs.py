@@ -1,27 +1,22 @@
 """First come, first served: the baseline."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tempo_router.policies.base import Context, as_engine_priority, bounded_s
-from tempo_router.waiting import WaitingRequest
-
-_MICROSECONDS = 1e6
+from tempo_router.policies.base import CHUNKED, BatchRule, Context, Job, Policy, bounded_s
 
 
 @dataclass(frozen=True, slots=True)
-class FirstCome:
+class FirstCome(Policy):
     """Orders by arrival at the ingress, whatever the class; relegation changes nothing.
 
     Ties by ticket. Starves nobody; under overload everybody waits past the target. An evicted request keeps its
     arrival and so goes ahead of newer ones. Source: the default of most engines.
     """
 
-    is_static: bool = True
+    is_static: ClassVar[bool] = True
+    batch: BatchRule = CHUNKED
 
-    def key(self, request: WaitingRequest, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
+    def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
         """Its arrival."""
         return bounded_s(request.spec.arrival_s)
-
-    def engine_priority(self, request: WaitingRequest, context: Context) -> int:
-        """The order of the queue, to the microsecond."""
-        return as_engine_priority(self.key(request, context), _MICROSECONDS)

@@ -13,7 +13,8 @@ class TraceCall:
 
     output_tokens: the true length, at least 1; nothing that schedules may read it before the call ends.
     stage: 0-based stage inside its program. parents: positions in `Unit.calls` of the calls that must end first.
-    gap_s: tool or think time between the end of the last parent and the release of this call.
+    gap_s: tool or think time between the end of the last parent (without parents: the arrival of the unit) and the
+        release of this call.
     prefix_id, prefix_tokens: cache group ("" for none), and how many leading prompt tokens an unbounded cache, cold
         at the start of the trace, would hold already when the call comes.
     """
@@ -32,7 +33,8 @@ class TraceCall:
 class Unit:
     """What is judged as one: a single request, or a program (a DAG of calls with one deadline).
 
-    slo: a program has a Deadline, counted from arrival_s to the end of its last call.
+    slo: a program has a Deadline, counted from arrival_s to the end of its last call, or is best effort.
+    calls: parents come before their children; at least one call without parents has no gap.
     """
 
     unit_id: str

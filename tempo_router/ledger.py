@@ -1,0 +1,184 @@
+"""Who was served what: programs in progress and tenants. Kept by RouterCore, read by policies."""
+
+from typing import TYPE_CHECKING
+
+from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
+
+if TYPE_CHECKING:
+    from tempo_router.policies.base import Job
+
+_IDLE_PROGRAMS = 100_000
+_TENANTS = 10_000
+INPUT_SERVICE = 1.0
+OUTPUT_SERVICE = 2.0
+"""Weights of a tenant's counter, as in VTC (Sheng et al., OSDI 2024)."""
+
+
+class Program:
+    """What the router knows of one program.
+
+    stage: highest stage seen. live: its calls that wait or run. done_calls, done_tokens: of ended calls, output.
+    attained_s: summed run time of its ended calls. attained_tokens: output tokens of ended and running calls.
+    path_s: by stage, the longest chain of run times that ends before it. waited_s: summed waiting of started calls.
+    home: replica of its last started call. is_lost: it can no longer make its deadline.
+    """
+
+    __slots__ = (
+        "app",
+        "arrival_s",
+        "attained_s",
+        "attained_tokens",
+        "deadline_s",
+        "done_calls",
+        "done_tokens",
+        "home",
+        "is_lost",
+        "live",
+        "path_s",
+        "program_id",
+        "stage",
+        "stage_calls",
+        "tenant",
+        "waited_s",
+    )
+
+    def __init__(self, spec: RequestSpec, program_id: ProgramId, deadline_s: float) -> None:
+        self.program_id = program_id
+        self.app = spec.app
+        self.tenant = spec.tenant
+        self.arrival_s = spec.arrival_s
+        self.deadline_s = deadline_s
+        self.stage = spec.stage
+        self.stage_calls = 0
+        self.live: dict[RequestId, Job] = {}
+        self.done_calls = 0
+        self.done_tokens = 0
+        self.attained_s = 0.0
+        self.attained_tokens = 0
+        self.path_s: dict[int, float] = {}
+        self.waited_s = 0.0
+        self.home: ReplicaId | None = None
+        self.is_lost = False
+
+
+class Tenant:
+    """Service of one tenant. counter: weighted tokens, lifted when the tenant becomes active (VTC).
+
+    live: its requests that wait or run. served, offered: weighted tokens, decayed by nothing.
+    """
+
+    __slots__ = ("counter", "live", "offered", "served", "tenant")
+
+    def __init__(self, tenant: str, counter: float) -> None:
+        self.tenant = tenant
+        self.counter = counter
+        self.live = 0
+        self.served = 0.0
+        self.offered = 0.0
+
+
+class Ledger:
+    """Programs and tenants. All methods cost O(1) but `arrived` of a tenant that was idle: O(active tenants)."""
+
+    def __init__(self) -> None:
+        self.programs: dict[ProgramId, Program] = {}
+        self.tenants: dict[str, Tenant] = {}
+        self._last_counter = 0.0
+
+    def program(self, spec: RequestSpec) -> Program | None:
+        """The program that a call belongs to; None for a request alone."""
+        slo = spec.slo
+        return self.programs.get(slo.program_id) if isinstance(slo, ProgramCall) else None
+
+    def tenant(self, spec: RequestSpec) -> Tenant | None:
+        """The account of a request's tenant, if it was ever active."""
+        return self.tenants.get(spec.tenant)
+
+    def arrived(self, job: "Job") -> None:
+        """A request waits now (or again: `left` must have been called for what it was before)."""
+        spec = job.spec
+        self._account(spec).live += 1
+        slo = spec.slo
+        if not isinstance(slo, ProgramCall):
+            return
+        program = self.programs.get(slo.program_id)
+        if program is None:
+            program = self.programs[slo.program_id] = Program(spec, slo.program_id, spec.arrival_s + slo.ttlt_s)
+            self._forget_idle()
+        program.deadline_s = spec.arrival_s + slo.ttlt_s
+        if spec.stage > program.stage:
+            program.stage = spec.stage
+            program.stage_calls = 0
+        program.stage_calls += 1
+        program.live[spec.request_id] = job
+
+    def started(self, job: "Job", replica_id: ReplicaId, waited_s: float) -> None:
+        """A request was dispatched; `job` is its view from now on."""
+        spec = job.spec
+        tenant = self._account(spec)
+        tenant.counter += INPUT_SERVICE * spec.context_tokens
+        tenant.served += INPUT_SERVICE * spec.context_tokens
+        program = self.program(spec)
+        if program is not None:
+            program.live[spec.request_id] = job
+            program.home = replica_id
+            program.waited_s += waited_s
+
+    def progressed(self, spec: RequestSpec, tokens: int) -> None:
+        """Output tokens were produced."""
+        tenant = self.tenants[spec.tenant]
+        tenant.counter += OUTPUT_SERVICE * tokens
+        tenant.served += OUTPUT_SERVICE * tokens
+        program = self.program(spec)
+        if program is not None:
+            program.attained_tokens += tokens
+
+    def left(self, spec: RequestSpec, *, run_s: float = 0.0, output_tokens: int | None = None) -> None:
+        """A request neither waits nor runs. output_tokens: of a completed answer; None when it was given up."""
+        tenant = self.tenants[spec.tenant]
+        tenant.live -= 1
+        if tenant.live == 0:
+            self._last_counter = tenant.counter
+        program = self.program(spec)
+        if program is None:
+            return
+        program.live.pop(spec.request_id, None)
+        if output_tokens is None:
+            return
+        program.done_calls += 1
+        program.done_tokens += output_tokens
+        program.attained_s += run_s
+        before_s = program.path_s.get(spec.stage, 0.0)
+        program.path_s[spec.stage + 1] = max(program.path_s.get(spec.stage + 1, 0.0), before_s + run_s)
+
+    def program_ended(self, program_id: ProgramId) -> Program | None:
+        """Forget a program; None if it was not known."""
+        return self.programs.pop(program_id, None)
+
+    def _account(self, spec: RequestSpec) -> Tenant:
+        tenant = self.tenants.get(spec.tenant)
+        if tenant is None:
+            tenant = self.tenants[spec.tenant] = Tenant(spec.tenant, 0.0)
+            self._forget_tenants()
+        if tenant.live == 0:
+            # Idle time earns no credit.
+            active = [other.counter for other in self.tenants.values() if other.live]
+            tenant.counter = max(tenant.counter, min(active) if active else self._last_counter)
+        return tenant
+
+    def _forget_idle(self) -> None:
+        """Programs that nobody finishes must not fill the memory: the oldest without live calls go."""
+        if len(self.programs) <= _IDLE_PROGRAMS:
+            return
+        for program_id, program in self.programs.items():
+            if not program.live:
+                del self.programs[program_id]
+                return
+
+    def _forget_tenants(self) -> None:
+        if len(self.tenants) <= _TENANTS:
+            return
+        for name, tenant in self.tenants.items():
+            if not tenant.live:
+                del self.tenants[name]
+                return
