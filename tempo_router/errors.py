@@ -89,7 +89,8 @@ class TraceError(TempoError):
         self, problem: str, path: str = "", line: int | None = None, column: str | None = None, value: object = None
     ) -> None:
         place = path if line is None else f"{path}:{line}"
-        field = "" if column is None else f"{column}: " if value is None else f"{column}={value!r}: "
+        shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+        field = "" if column is None else f"{column}: " if value is None else f"{column}={shown}: "
         super().__init__(f"{place}: {field}{problem}" if place else f"{field}{problem}")
         self.path = path
         self.line = line

@@ -85,7 +85,7 @@ def read_trace(path: Path) -> Trace:
 
     A name that ends in .gz is read as gzip. Raises TraceError naming file, line, column and value.
     """
-    rows = list(_rows(_text(path), str(path)))
+    rows = list(_rows(read_text(path), str(path)))
     if not rows:
         raise TraceError("no requests in this file; a trace needs a header row and at least one more", str(path))
     units = _Units(rows, str(path)).build()
@@ -127,10 +127,6 @@ def write_trace(trace: Trace, path: Path) -> None:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file as text, unpacked if its name ends in .gz. Raises TraceError saying what it is not."""
-    return _text(path)
-
-
-def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -224,8 +220,11 @@ class _Parser:
     def _text(self, column: str) -> str:
         return self._fields.get(column, "").strip()
 
+    def _error(self, column: str, problem: str) -> TraceError:
+        return TraceError(problem, self._path, self._line, column, self._text(column))
+
     def _fail(self, column: str, problem: str) -> NoReturn:
-        raise TraceError(problem, self._path, self._line, column, self._text(column))
+        raise self._error(column, problem)
 
     def _request_id(self) -> str:
         request_id = self._text("request_id")
@@ -234,10 +233,10 @@ class _Parser:
         return request_id
 
     def _class(self) -> _RowClass:
-        for known in get_args(_RowClass):
-            if self._text("class") == known:
-                return known  # type: ignore[no-any-return]  # get_args() gives back what stands in the Literal
-        self._fail("class", f"no such class; there are: {', '.join(get_args(_RowClass))}")
+        match self._text("class"):
+            case "latency" | "throughput" | "collective" | "best_effort" as known:
+                return known
+        raise self._error("class", f"no such class; there are: {', '.join(get_args(_RowClass))}")
 
     def _parents(self) -> tuple[str, ...]:
         parents = tuple(self._text("parents").split())
