@@ -126,6 +126,13 @@ class Lengths:
         count = len(atoms) - index
         return (self._sum_from(index, limit) - count * (generated + lost)) / left
 
+    def quantile(self, share: float) -> float:
+        """The length that an answer does not exceed with this probability, interpolated between atoms; in tokens."""
+        position = min(max(share * len(self.atoms) - 0.5, 0.0), len(self.atoms) - 1.0)
+        index = min(int(position), len(self.atoms) - 2)
+        low, high = self.atoms[index], self.atoms[index + 1]
+        return low + (position - index) * (high - low)
+
     def _sum_from(self, first: int, limit: int) -> float:
         """Sum of the atoms from index `first` on, each cut at `limit`."""
         atoms, sums = self.atoms, self.sums
@@ -133,6 +140,15 @@ class Lengths:
             return sums[-1] - sums[first]
         cut = bisect_left(atoms, limit, first)
         return sums[cut] - sums[first] + (len(atoms) - cut) * limit
+
+
+@dataclass(frozen=True, slots=True)
+class LengthSample:
+    """An answer ended with `tokens` in all; is_complete False: it was cut off there, its own end is unknown."""
+
+    spec: RequestSpec
+    tokens: int
+    is_complete: bool
 
 
 def _tail_mean(generated: int) -> float:
@@ -144,12 +160,14 @@ def _bin_edges() -> tuple[int, ...]:
     return (*range(1, 17), *(round(16 * 2 ** (step / 8)) for step in range(1, 8 * 14 + 1)))
 
 
-_EDGES = _bin_edges()
+BIN_EDGES = _bin_edges()
+"""Upper edge of each bin of lengths, in tokens: the resolution of all that is learnt here."""
 _Masses = dict[int, float]
 
 
-def _bin_of(tokens: int) -> int:
-    return min(bisect_left(_EDGES, max(tokens, 1)), len(_EDGES) - 1)
+def bin_of(tokens: int) -> int:
+    """Index in BIN_EDGES of the bin that holds this length; longer ones than any are in the last."""
+    return min(bisect_left(BIN_EDGES, max(tokens, 1)), len(BIN_EDGES) - 1)
 
 
 def _lognormal(median: float, sigma: float) -> _Masses:
@@ -158,7 +176,7 @@ def _lognormal(median: float, sigma: float) -> _Masses:
 
     masses: _Masses = {}
     below = 0.0
-    for index, edge in enumerate(_EDGES):
+    for index, edge in enumerate(BIN_EDGES):
         upto = share_below(edge + 0.5)
         masses[index] = upto - below
         below = upto
@@ -182,9 +200,9 @@ def _atoms_of(masses: _Masses) -> Lengths:
         index = ordered[position]
         mass = masses[index]
         inside = min(1.0, max(0.0, (wanted - below) / mass)) if mass > 0 else 1.0
-        low = _EDGES[index - 1] if index else 0
+        low = BIN_EDGES[index - 1] if index else 0
         # The first bins hold one length each: nothing to interpolate.
-        atoms.append(float(_EDGES[index]) if index < 16 else low + inside * (_EDGES[index] - low))
+        atoms.append(float(BIN_EDGES[index]) if index < 16 else low + inside * (BIN_EDGES[index] - low))
     return Lengths(tuple(atoms))
 
 
@@ -208,7 +226,7 @@ class _Histogram:
 
     def add(self, tokens: int, is_complete: bool, growth: float) -> None:
         counts = self.ended if is_complete else self.censored
-        index = _bin_of(tokens)
+        index = bin_of(tokens)
         # New observations gain weight, which is the same as old ones losing it, without touching them.
         self.unit *= growth
         counts[index] = counts.get(index, 0.0) + self.unit
@@ -250,7 +268,7 @@ def _spread(masses: _Masses, amount: float, beyond: int, parent: _Masses) -> Non
     tail = sum(parent[index] for index in sorted(parent) if index > beyond)
     if tail <= 0:
         # Nobody saw a longer one: an eighth of an octave longer than the longest seen.
-        last = min(beyond + 1, len(_EDGES) - 1)
+        last = min(beyond + 1, len(BIN_EDGES) - 1)
         masses[last] = masses.get(last, 0.0) + amount
         return
     for index in sorted(parent):
@@ -262,9 +280,10 @@ class LengthHistograms:
     """Learnt answer lengths per (model, app, stage, log2 bucket of the prompt), with back-off to less specific keys.
 
     A key's own answers count against `prior_weight` answers drawn from its parent: (model, app, stage), then
-    (model, app), then (model), then a fixed prior. The stages of one program differ more than two apps do
-    (docs/benchmarks.md, "Length estimates"); a request outside of programs has stage 0. Old answers decay: after `window` newer ones of the same key one has lost 63 % of its weight.
-    At most `max_keys` keys are kept; the one that was longest without a new answer goes first.
+    (model, app), then (model), then a fixed prior. A request outside of programs has stage 0; the stages of one
+    program can differ more than two apps do (docs/benchmarks.md, "Length estimates"). Old answers decay: after
+    `window` newer ones of the same key one has lost 63 % of its weight. At most `max_keys` keys are kept; the one
+    that was longest without a new answer goes first.
     """
 
     def __init__(self, *, max_keys: int = 1024, window: int = 512, prior_weight: float = 8.0) -> None:
@@ -389,7 +408,7 @@ def _read_histogram(entry: Mapping[str, Any]) -> _Histogram:
     histogram = _Histogram()
     for counts, name in ((histogram.ended, "ended"), (histogram.censored, "censored")):
         for index, weight in entry[name]:
-            if not 0 <= int(index) < len(_EDGES) or not 0 <= float(weight) < 1e9:
+            if not 0 <= int(index) < len(BIN_EDGES) or not 0 <= float(weight) < 1e9:
                 raise ValueError(f"bin {index!r} with weight {weight!r}")
             counts[int(index)] = float(weight)
     return histogram

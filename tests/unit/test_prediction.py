@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,11 @@ from tests.builders import request
 
 TENS = Lengths(tuple(float(10 * n) for n in range(1, 21)))
 NO_LIMIT = 10**6
+
+
+def call(stage, prompt_tokens=100):
+    """A call of a program."""
+    return replace(request(app="research", prompt_tokens=prompt_tokens), stage=stage)
 
 
 def test_quantities_are_those_of_the_atoms_above_what_is_generated():
@@ -88,6 +94,25 @@ def test_a_key_learns_its_own_lengths_and_others_back_off_to_it():
     assert histograms.lookup(request(model="another")).mean == LengthHistograms().lookup(request()).mean
 
 
+def test_the_stages_of_a_program_learn_apart_and_an_unseen_one_backs_off_to_all():
+    histograms = LengthHistograms()
+    for _ in range(300):
+        histograms.observe(call(0), 60, is_complete=True)
+        histograms.observe(call(1), 900, is_complete=True)
+
+    assert histograms.lookup(call(0)).mean == pytest.approx(60, rel=0.15)
+    assert histograms.lookup(call(1)).mean == pytest.approx(900, rel=0.15)
+    assert histograms.lookup(call(1, prompt_tokens=9000)).mean == pytest.approx(900, rel=0.15)
+    assert 200 < histograms.lookup(call(4)).mean < 700
+
+
+def test_a_long_chain_of_calls_uses_few_histograms():
+    histograms = LengthHistograms()
+    for stage in range(500):
+        histograms.observe(call(stage), 100, is_complete=True)
+    assert len(histograms) <= 2 * 9 + 2
+
+
 def test_few_answers_move_the_estimate_a_little():
     histograms = LengthHistograms()
     prior = histograms.lookup(request()).mean
@@ -158,8 +183,8 @@ def test_snapshot_survives_a_restart_as_json():
     [
         {"version": 99},
         {"histograms": [{"key": ["m"]}]},
-        {"histograms": [{"key": ["m", None, -1], "ended": [[100_000, 1]], "censored": []}]},
-        {"histograms": [{"key": ["m", None, -1], "ended": [[3, float("nan")]], "censored": []}]},
+        {"histograms": [{"key": ["m", None, -1, -1], "ended": [[100_000, 1]], "censored": []}]},
+        {"histograms": [{"key": ["m", None, -1, -1], "ended": [[3, float("nan")]], "censored": []}]},
         {"observed": None},
     ],
 )
