@@ -1,5 +1,7 @@
 """What an ordering policy is. Policies are frozen, remember nothing and are given everything."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
@@ -147,6 +149,22 @@ def due_s(job: Job) -> float:
             return spec.arrival_s + ttlt_s
         case _:
             return float("inf")
+
+
+def quantile_left(lengths: Lengths, share: float, generated: int, limit: int) -> float:
+    """Tokens still to come that are not exceeded with probability `share` (0 to 1, exclusive), at least 1.
+
+    The quantile is that of the answers longer than `generated`. When no answer so long was seen, that of the
+    exponential tail that `Lengths` assumes.
+    """
+    atoms = lengths.atoms
+    first = bisect_right(atoms, generated)
+    left = len(atoms) - first
+    if left == 0:
+        upper = -math.log(1.0 - share) * lengths.mean_left(generated, _ENGINE_LIMIT)
+    else:
+        upper = atoms[first + max(math.ceil(share * left - 1e-9), 1) - 1] - generated
+    return max(1.0, min(upper, float(limit - generated)))
 
 
 def bounded_s(at_s: float) -> float:
