@@ -7,7 +7,7 @@ a request grows older by the transfer time that nobody counted (well under a mil
 from typing import assert_never
 
 from cluster import wire_pb2 as wire
-from tempo_router.events import ReplicaCapacity
+from tempo_router.events import ReplicaCapacity, StepReport
 from tempo_router.request import (
     BestEffort,
     Deadline,
@@ -86,6 +86,28 @@ def _slo_from_header(header: wire.RequestHeader) -> Slo:
             raise ValueError(
                 f"request {header.request_id!r} came without an SLO; sender and receiver differ in version"
             )
+
+
+def message_from_step(step: StepReport) -> wire.StepReport:
+    """One measured step for the router."""
+    return wire.StepReport(
+        duration_s=step.duration_s,
+        prefill_tokens=step.prefill_tokens,
+        decodes=step.decodes,
+        context_tokens=step.context_tokens,
+        attention_tokens=step.attention_tokens,
+    )
+
+
+def step_from_message(message: wire.StepReport) -> StepReport:
+    """The step as the step-time model reads it."""
+    return StepReport(
+        duration_s=message.duration_s,
+        prefill_tokens=message.prefill_tokens,
+        decodes=message.decodes,
+        context_tokens=message.context_tokens,
+        attention_tokens=message.attention_tokens,
+    )
 
 
 def capacity_from_facts(facts: wire.EngineFacts) -> ReplicaCapacity:

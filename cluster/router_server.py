@@ -18,7 +18,7 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header
+from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header, step_from_message
 from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
@@ -39,7 +39,6 @@ from tempo_router.events import (
     ReplicaLost,
     RunningCall,
     Settled,
-    StepReport,
     Ticked,
 )
 from tempo_router.prediction import LengthHistograms
@@ -532,11 +531,6 @@ async def _serve(
 
 
 def _progressed(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> Progressed:
-    step = None
-    if progress.HasField("step"):
-        step = StepReport(
-            progress.step.duration_s, progress.step.prefill_tokens, progress.step.decodes, progress.step.context_tokens
-        )
     return Progressed(
         at_s=now_s,
         replica_id=worker_id,
@@ -548,7 +542,7 @@ def _progressed(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> 
             prefix_query_tokens=progress.prefix_query_tokens,
             preemptions=progress.preemptions,
         ),
-        step=step,
+        step=step_from_message(progress.step) if progress.HasField("step") else None,
         tokens=tuple(zip(progress.token_dispatch_ids, progress.token_counts, strict=True)),  # type: ignore[arg-type]
         finished=tuple(
             CallFinished(DispatchId(one.dispatch_id), one.reason, one.output_tokens)  # type: ignore[arg-type]

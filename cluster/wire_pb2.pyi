@@ -614,10 +614,12 @@ class StepReport(_message.Message):
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     DECODES_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    ATTENTION_TOKENS_FIELD_NUMBER: _builtins.int
     duration_s: _builtins.float
     prefill_tokens: _builtins.int
     decodes: _builtins.int
     context_tokens: _builtins.int
+    attention_tokens: _builtins.float
     def __init__(
         self,
         *,
@@ -625,10 +627,11 @@ class StepReport(_message.Message):
         prefill_tokens: _builtins.int = ...,
         decodes: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
+        attention_tokens: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decodes", b"decodes", "duration_s", b"duration_s", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_tokens", b"attention_tokens", "context_tokens", b"context_tokens", "decodes", b"decodes", "duration_s", b"duration_s", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,12 +38,15 @@ class StepReport:
 
     prefill_tokens: prompt tokens computed. decodes: sequences that produced a token without prefill.
     context_tokens: summed context of those sequences. duration_s: from the start of the step to its outputs.
+    attention_tokens: summed over the pieces of prompts: their tokens times the context before their middle, that is
+    chunk x (cached before it + chunk / 2); 0 if the replica does not say.
     """
 
     duration_s: float
     prefill_tokens: int
     decodes: int
     context_tokens: int
+    attention_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

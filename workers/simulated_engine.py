@@ -23,6 +23,7 @@ import structlog
 from tempo_router.config import EngineConfig
 from tempo_router.errors import EngineStartError, TempoError
 from tempo_router.events import ReplicaLoad, StepReport
+from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile, load_profile
 from workers.default_model import EOS_ID
 from workers.engine import (
     ClientOutputs,
@@ -34,7 +35,6 @@ from workers.engine import (
     OnStep,
     TokenDelta,
 )
-from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile, load_profile
 
 log = structlog.get_logger()
 
@@ -103,6 +103,7 @@ class _Step:
     prefills: tuple[tuple[_Sequence, int], ...]
     decodes: tuple[_Sequence, ...]
     context_tokens: int
+    attention_tokens: float
 
 
 class SimulatedEngine:
@@ -297,7 +298,8 @@ class SimulatedEngine:
         # Timers are late by a millisecond or so; counting from when the step could have begun keeps the rate right.
         began_s = max(self._ready_s, self._loop.time() - _LATE_S)
         self._ready_s = began_s + duration_s
-        self._step = _Step(began_s, tuple(prefills), tuple(decodes), context_tokens)
+        attention_tokens = sum(shape.chunk * (shape.past + shape.chunk / 2) for shape in shapes)
+        self._step = _Step(began_s, tuple(prefills), tuple(decodes), context_tokens, attention_tokens)
         self._timer = self._loop.call_at(self._ready_s, self._guarded, self._end_step)
 
     def _plan(self) -> tuple[list[tuple[_Sequence, int]], list[_Sequence]]:
@@ -394,6 +396,7 @@ class SimulatedEngine:
             prefill_tokens=sum(chunk for _, chunk in step.prefills),
             decodes=len(step.decodes),
             context_tokens=step.context_tokens,
+            attention_tokens=step.attention_tokens,
         )
         # Planned before anyone hears of this step, as in an engine that does not wait for its listeners.
         self._begin_step()

@@ -176,6 +176,7 @@ class _Scheduled:
     prefill_tokens: int
     decodes: int
     context_tokens: int
+    attention_tokens: float
 
     @property
     def is_empty(self) -> bool:
@@ -331,6 +332,7 @@ class _Core(EngineCoreProc):
     def _features(self, scheduled: Any, at_s: float) -> _Scheduled:
         """What a step consists of. `schedule` has already advanced `num_computed_tokens` by this step's tokens."""
         prefill_tokens = decodes = context_tokens = 0
+        attention_tokens = 0.0
         requests = self.scheduler.requests
         drafts = scheduled.scheduled_spec_decode_tokens
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
@@ -339,13 +341,14 @@ class _Core(EngineCoreProc):
             # More than one token beyond the prompt is what a preempted request computes again.
             if before < request.num_prompt_tokens or tokens - len(drafts.get(request_id, ())) > 1:
                 prefill_tokens += tokens
+                attention_tokens += tokens * (before + tokens / 2)
             else:
                 decodes += 1
                 context_tokens += request.num_computed_tokens
         self._preemptions += len(scheduled.preempted_req_ids or ())
         if self.request_block_hasher is not None:
             self._count_prefix_hits(scheduled.scheduled_new_reqs)
-        return _Scheduled(at_s, prefill_tokens, decodes, context_tokens)
+        return _Scheduled(at_s, prefill_tokens, decodes, context_tokens, attention_tokens)
 
     def _count_prefix_hits(self, new_requests: Iterable[Any]) -> None:
         for new in new_requests:
@@ -366,6 +369,7 @@ class _Core(EngineCoreProc):
             prefill_tokens=scheduled.prefill_tokens,
             decodes=scheduled.decodes,
             context_tokens=scheduled.context_tokens,
+            attention_tokens=scheduled.attention_tokens,
         )
 
     def _load(self) -> ReplicaLoad:

@@ -17,7 +17,7 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import header_from_spec, spec_from_header
+from cluster.codec import header_from_spec, message_from_step, spec_from_header
 from cluster.link import Link, RefusedError, channel_options
 from cluster.outbox import Outbox, OutboxFullError
 from cluster.served_stream import first_message, until_first_ends
@@ -261,10 +261,7 @@ class Worker:
         self._load = step.load
         progress = _load_message(step.load)
         if step.step is not None:
-            progress.step.duration_s = step.step.duration_s
-            progress.step.prefill_tokens = step.step.prefill_tokens
-            progress.step.decodes = step.step.decodes
-            progress.step.context_tokens = step.step.context_tokens
+            progress.step.CopyFrom(message_from_step(step.step))
         self._count_tokens(step, progress)
         self._count_finished(step, progress)
         if self._router.is_live:

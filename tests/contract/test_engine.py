@@ -345,6 +345,8 @@ async def test_step_reports_add_up(rig):
     # The decode that yields token i + 1 of an answer has prompt + i tokens in its context.
     contexts = sum(p + i for p, n in zip(prompts, answers, strict=True) for i in range(1, n))
     assert sum(report.context_tokens for report in reports) == contexts
+    # However a prompt is cut, its pieces attend to half its square.
+    assert sum(report.attention_tokens for report in reports) == sum(p * p / 2 for p in prompts)
 
 
 async def test_load_says_who_runs_and_who_waits(rig):
