@@ -93,7 +93,21 @@ DEFAULT_TIER = "chat"
 OPENAI_TIERS = {"auto": DEFAULT_TIER, "default": DEFAULT_TIER, "priority": "interactive", "flex": "background"}
 
 
-PolicyName = Literal["fcfs", "edf", "class_priority", "density"]
+PolicyName = Literal[
+    "fcfs",
+    "edf",
+    "class_priority",
+    "density",
+    "vllm_fcfs",
+    "class_fcfs",
+    "edf_preemptive",
+    "ltr",
+    "srpt",
+    "llmd",
+    "qoserve",
+    "hygen",
+    "bros",
+]
 
 
 class SchedulingConfig(StrictModel):

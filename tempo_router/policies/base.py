@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, assert_never
 
 from tempo_router.ledger import Ledger
 from tempo_router.prediction import Lengths
@@ -102,6 +102,7 @@ class BatchRule:
 
 
 CHUNKED = BatchRule()
+CAPPED = BatchRule(kind="capped")
 
 
 class Policy(Protocol):
@@ -180,6 +181,29 @@ def best_effort_key(spec: RequestSpec) -> float:
 def goes_last(job: Job) -> bool:
     """Best effort, and what can no longer meet its SLO."""
     return job.is_relegated or isinstance(job.spec.slo, BestEffort)
+
+
+def class_rank(spec: RequestSpec) -> int:
+    """0 for streams, 1 for deadlines, 2 for calls of programs, 3 for best effort."""
+    match spec.slo:
+        case Latency():
+            return 0
+        case Deadline():
+            return 1
+        case ProgramCall():
+            return 2
+        case BestEffort():
+            return 3
+        case _:
+            assert_never(spec.slo)
+
+
+def remaining_s(job: Job, pace: Pace) -> float:
+    """GPU seconds still needed: prefill of what is missing, then the expected rest of the answer. Above zero."""
+    spec, generated = job.spec, job.generated_tokens
+    left = job.lengths.mean_left(generated, spec.max_output_tokens)
+    per_token_s = pace.share_s + pace.decode_s + pace.context_token_s * (spec.prompt_tokens + generated + left / 2)
+    return pace.prefill_s(job.missing_tokens) + left * per_token_s
 
 
 def as_engine_priority(key: float, steps_per_unit: float) -> int:

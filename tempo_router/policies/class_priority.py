@@ -1,7 +1,7 @@
 """A fixed order of the classes: the strong simple rival (docs/scheduling.md)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, assert_never
+from typing import ClassVar
 
 from tempo_router.policies.base import (
     BEST_EFFORT_KEY,
@@ -12,9 +12,10 @@ from tempo_router.policies.base import (
     Policy,
     best_effort_key,
     bounded_s,
+    class_rank,
     due_s,
 )
-from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, RequestSpec
+from tempo_router.request import BestEffort
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +34,4 @@ class ClassPriority(Policy):
         spec = request.spec
         if request.is_relegated or isinstance(spec.slo, BestEffort):
             return best_effort_key(spec)
-        return bounded_s(due_s(request)) - (3 - _rank(spec)) * BEST_EFFORT_KEY
-
-
-def _rank(spec: RequestSpec) -> int:
-    match spec.slo:
-        case Latency():
-            return 0
-        case Deadline():
-            return 1
-        case ProgramCall():
-            return 2
-        case BestEffort():
-            return 3
-        case _:
-            assert_never(spec.slo)
+        return bounded_s(due_s(request)) - (3 - class_rank(spec)) * BEST_EFFORT_KEY
