@@ -1,5 +1,7 @@
 """Small makers of specs, replicas and events, so that a test names only what it is about."""
 
+from dataclasses import dataclass
+
 from tempo_router.actions import Action, Dispatch
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import (
@@ -14,6 +16,7 @@ from tempo_router.events import (
     Settled,
     StepReport,
 )
+from tempo_router.ledger import Ledger
 from tempo_router.policies import Context
 from tempo_router.prediction import LengthHistograms, Lengths
 from tempo_router.request import (
@@ -30,6 +33,7 @@ from tempo_router.request import (
     Slo,
 )
 from tempo_router.router import RouterCore
+from tempo_router.standing import UNRANKED, Standing
 from tempo_router.step_time import Pace
 from tempo_router.waiting import WaitingRequest
 
@@ -81,9 +85,47 @@ def waiting(
     return one
 
 
-def context(now_s: float = 0.0, pace: Pace = PACE, mean_length: float = 230.0) -> Context:
+@dataclass(frozen=True, slots=True)
+class LiveJob:
+    """A call in an engine, as policies see it."""
+
+    spec: RequestSpec
+    ticket: int
+    since_s: float
+    lengths: Lengths
+    generated_tokens: int
+    missing_tokens: int
+    is_relegated: bool = False
+    standing: Standing = UNRANKED
+
+
+def live(
+    spec: RequestSpec,
+    ticket: int = 1,
+    lengths: Lengths | None = None,
+    *,
+    generated_tokens: int = 0,
+    missing_tokens: int = 0,
+    since_s: float | None = None,
+    is_relegated: bool = False,
+    standing: Standing = UNRANKED,
+) -> LiveJob:
+    """A call that decodes, unless some of its context is missing; it came to the engine when it arrived."""
+    known = lengths if lengths is not None else LengthHistograms().lookup(spec)
+    came_s = since_s if since_s is not None else spec.arrival_s
+    return LiveJob(spec, ticket, came_s, known, generated_tokens, missing_tokens, is_relegated, standing)
+
+
+def context(
+    now_s: float = 0.0,
+    pace: Pace = PACE,
+    mean_length: float = 230.0,
+    *,
+    ledger: Ledger | None = None,
+    slots: int = 128,
+) -> Context:
     """What policies are told."""
-    return Context(now_s, pace, mean_length)
+    return Context(now_s, pace, mean_length, ledger if ledger is not None else Ledger(), slots)
 
 
 def capacity(max_running: int = 4, kv_tokens: int = 10_000, max_step_tokens: int = 2048) -> ReplicaCapacity:
