@@ -11,7 +11,9 @@ class FirstCome(Policy):
     """Orders by arrival at the ingress, whatever the class; relegation changes nothing.
 
     Ties by ticket. Starves nobody; under overload everybody waits past the target. An evicted request keeps its
-    arrival and so goes ahead of newer ones. Source: the default of most engines.
+    arrival and so goes ahead of newer ones. Decodes go on in every step and prompts come in chunks beside them.
+    Source: Sarathi-Serve (Agrawal et al., OSDI 2024) and the default of most engines since; loads are stated relative
+    to what this policy saturates at.
     """
 
     is_static: ClassVar[bool] = True
