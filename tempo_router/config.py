@@ -107,6 +107,15 @@ PolicyName = Literal[
     "qoserve",
     "hygen",
     "bros",
+    "lsdf",
+    "jitserve",
+    "jitserve_tuned",
+    "plas",
+    "atlas",
+    "vtc",
+    "alise",
+    "qlm",
+    "slos_serve",
 ]
 
 

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 _IDLE_PROGRAMS = 100_000
 _TENANTS = 10_000
+_APPS = 1_000
+_STAGES = 64
+_SHARE_SMOOTHING = 1 / 64
 INPUT_SERVICE = 1.0
 OUTPUT_SERVICE = 2.0
 """Weights of a tenant's counter, as in VTC (Sheng et al., OSDI 2024)."""
@@ -77,6 +80,20 @@ class Tenant:
         self.offered = 0.0
 
 
+class _Mean:
+    """Of all values at first, of about the last 64 later."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += max(1.0 / self.count, _SHARE_SMOOTHING) * (value - self.value)
+
+
 class Ledger:
     """Programs and tenants. All methods cost O(1) but `arrived` of a tenant that was idle: O(active tenants)."""
 
@@ -84,6 +101,7 @@ class Ledger:
         self.programs: dict[ProgramId, Program] = {}
         self.tenants: dict[str, Tenant] = {}
         self._last_counter = 0.0
+        self._shares: dict[str, list[_Mean]] = {}
 
     def program(self, spec: RequestSpec) -> Program | None:
         """The program that a call belongs to; None for a request alone."""
@@ -152,8 +170,34 @@ class Ledger:
         program.path_s[spec.stage + 1] = max(program.path_s.get(spec.stage + 1, 0.0), before_s + run_s)
 
     def program_ended(self, program_id: ProgramId) -> Program | None:
-        """Forget a program; None if it was not known."""
-        return self.programs.pop(program_id, None)
+        """Forget a program; None if it was not known. One that came to its end tells how its stages share the time."""
+        program = self.programs.pop(program_id, None)
+        if program is not None and not program.live and not program.is_lost:
+            self._learn_shares(program)
+        return program
+
+    def share_through(self, app: str, stage: int) -> float | None:
+        """Part of a program's run time that passes until the end of a stage, 0 to 1.
+
+        The mean over the ended programs of the app that came that far; None before the first one.
+        """
+        means = self._shares.get(app)
+        if means is None or not 0 <= stage < len(means) or not means[stage].count:
+            return None
+        return means[stage].value
+
+    def _learn_shares(self, program: Program) -> None:
+        total_s = max(program.path_s.values(), default=0.0)
+        if total_s <= 0:
+            return
+        means = self._shares.pop(program.app, [])
+        self._shares[program.app] = means
+        while len(self._shares) > _APPS:
+            del self._shares[next(iter(self._shares))]
+        for after, path_s in program.path_s.items():
+            if 0 < after <= _STAGES:
+                means.extend(_Mean() for _ in range(after - len(means)))
+                means[after - 1].add(path_s / total_s)
 
     def _account(self, spec: RequestSpec) -> Tenant:
         tenant = self.tenants.get(spec.tenant)

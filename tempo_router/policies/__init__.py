@@ -3,6 +3,8 @@
 from typing import assert_never, get_args
 
 from tempo_router.config import PolicyName, SchedulingConfig
+from tempo_router.policies.alise import SpeculativeQueues
+from tempo_router.policies.atlas import LeastAttainedPath
 from tempo_router.policies.base import Context, Policy
 from tempo_router.policies.bros import LeastSlack
 from tempo_router.policies.class_fcfs import ClassArrival
@@ -12,11 +14,18 @@ from tempo_router.policies.edf import EarliestDeadline
 from tempo_router.policies.edf_preemptive import PreemptiveEarliestDeadline
 from tempo_router.policies.fcfs import FirstCome
 from tempo_router.policies.hygen import OnlineFirst
+from tempo_router.policies.jitserve import JitServe
+from tempo_router.policies.jitserve_tuned import JitServeTuned
 from tempo_router.policies.llmd import SloDeadline
+from tempo_router.policies.lsdf import LargestServiceDensity
 from tempo_router.policies.ltr import ShortestPredicted
+from tempo_router.policies.plas import LeastAttainedProgram
+from tempo_router.policies.qlm import RequestGroups
 from tempo_router.policies.qoserve import DeadlinePlusWork
+from tempo_router.policies.slos_serve import PlannedAdmission
 from tempo_router.policies.srpt import ShortestRemaining
 from tempo_router.policies.vllm_fcfs import WholePromptsFirst
+from tempo_router.policies.vtc import VirtualTokenCounter
 
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
@@ -50,6 +59,24 @@ def build_policy(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case 
             return OnlineFirst()
         case "bros":
             return LeastSlack()
+        case "lsdf":
+            return LargestServiceDensity()
+        case "jitserve":
+            return JitServe()
+        case "jitserve_tuned":
+            return JitServeTuned()
+        case "plas":
+            return LeastAttainedProgram()
+        case "atlas":
+            return LeastAttainedPath()
+        case "vtc":
+            return VirtualTokenCounter()
+        case "alise":
+            return SpeculativeQueues()
+        case "qlm":
+            return RequestGroups()
+        case "slos_serve":
+            return PlannedAdmission()
         case _:
             assert_never(config.policy)
 

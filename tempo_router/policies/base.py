@@ -198,6 +198,12 @@ def class_rank(spec: RequestSpec) -> int:
             assert_never(spec.slo)
 
 
+def prefill_left_s(job: Job, pace: Pace) -> float:
+    """GPU seconds to compute what is missing of its context."""
+    missing = job.missing_tokens
+    return pace.prefill_s(missing, max(0, job.spec.prompt_tokens + job.generated_tokens - missing))
+
+
 def remaining_s(job: Job, pace: Pace) -> float:
     """GPU seconds still needed: prefill of what is missing, then the expected rest of the answer. Above zero."""
     generated, missing = job.generated_tokens, job.missing_tokens
