@@ -1,0 +1,531 @@
+"""`tempo-router`: make workloads, look at them, simulate the scheduler on them, compute what nobody could beat.
+
+The one file of this package that has a terminal, a clock and Ctrl-C. Everything that a user can get wrong ends as one
+line on stderr and exit status 2, before the first simulation starts.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from tqdm import tqdm
+
+from tempo_router.config import SchedulingConfig
+from tempo_router.errors import ConfigError, TempoError
+from tempo_router.simulation import transform
+from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
+from tempo_router.simulation.generate import GeneratorConfig, generate, generator_config
+from tempo_router.simulation.trace import Trace
+from tempo_router.simulation.trace_file import read_trace, write_trace
+from tempo_router.simulation.trace_statistics import TraceStatistics, trace_statistics
+
+if TYPE_CHECKING:
+    from tempo_router.simulation.experiment import Cell
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+# Of a row, what fits on a line: column, heading, how it is shown.
+_TABLE: tuple[tuple[str, str, str], ...] = (
+    ("trace", "trace", "s"),
+    ("profile", "profile", "s"),
+    ("load", "load", "g"),
+    ("policy", "policy", "s"),
+    ("seed", "seed", "d"),
+    ("token_goodput", "good tok/s", ".1f"),
+    ("request_goodput", "good req/s", ".3f"),
+    ("attainment", "attained", ".1%"),
+    ("worst_class_attainment", "worst class", ".1%"),
+    ("ttft_p95_s", "TTFT P95 s", ".3f"),
+    ("tbt_p99_s", "TBT P99 s", ".3f"),
+    ("wall_s", "took s", ".1f"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `tempo-router` command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except TempoError as e:
+        return _fail(str(e))
+    except BrokenPipeError:
+        # The reader of our output has seen enough; Python would complain again when it flushes at exit.
+        with suppress(OSError):
+            sys.stdout.close()
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tempo-router", description="Workloads, and Tempo's scheduler in simulation.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_generate(commands.add_parser("generate", help="make a workload from a configuration and a seed"))
+    _add_convert(commands.add_parser("convert", help="turn a published trace or a benchmark file into a trace"))
+    _add_trace(commands.add_parser("trace", help="print the statistics of traces"))
+    _add_simulate(commands.add_parser("simulate", help="run policies on a trace in virtual time"))
+    _add_bound(commands.add_parser("bound", help="compute the most goodput that any scheduler could get"))
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"tempo-router: {' '.join(message.split())}\n")
+    return EXIT_USAGE
+
+
+# ---- values of options
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above zero")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above zero")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, not below zero")
+    return int(text)
+
+
+def _settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value that is JSON is read as such, any other is text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{pair!r}: expected KEY=VALUE, such as rate_per_s=2")
+        if key in settings:
+            raise ConfigError(f"{key}: given twice")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+# ---- generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as rate_per_s=2 or agent.share=0.1")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--out", type=Path, help="file.csv or file.csv.gz")
+    parser.add_argument("--list", action="store_true", help="print all settings with their defaults and end")
+    parser.set_defaults(command=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.list:
+        for line in _setting_lines(GeneratorConfig(), ""):
+            _say(line)
+        return 0
+    if options.out is None:
+        raise ConfigError("--out: name the file to write, such as --out trace.csv.gz")
+    trace = generate(generator_config(_settings(options.settings)), options.seed)
+    if not trace.units:
+        raise ConfigError("nothing arrives: raise rate_per_s or duration_s")
+    write_trace(trace, options.out)
+    _say(f"{options.out}: {len(trace.units)} units, {trace.calls} calls")
+    return 0
+
+
+def _setting_lines(config: Any, prefix: str) -> Iterable[str]:
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if hasattr(value, "model_fields_set"):
+            yield from _setting_lines(value, f"{prefix}{name}.")
+            continue
+        shown = json.dumps(value)
+        yield f"{prefix}{name}={shown}" + (f"  # {field.description}" if field.description else "")
+
+
+# ---- convert
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--from", dest="format", required=True, choices=tuple(CONVERTERS))
+    parser.add_argument("--out", type=Path, required=True, help="file.csv or file.csv.gz")
+    parser.add_argument("--app", help="application of all requests")
+    parser.add_argument("--class", dest="row_class", choices=get_args(LabelClass), help="class of all requests")
+    parser.add_argument("--tenant", help="tenant of all requests")
+    parser.add_argument(
+        "--rate", type=_positive, help="vllm-bench: Poisson arrivals per second, for files without times"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of these arrivals")
+    parser.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    labels = Labels(options.app, options.row_class, options.tenant)
+    if options.format == "vllm-bench":
+        converted = from_vllm_bench(options.source, labels, rate_per_s=options.rate, seed=options.seed)
+    elif options.rate is not None:
+        raise ConfigError(f"--rate: {options.format} files have times; change the load with simulate --load")
+    else:
+        converted = CONVERTERS[options.format](options.source, labels)
+    write_trace(converted.trace, options.out)
+    left_out = f", {converted.left_out} without an answer left out" if converted.left_out else ""
+    _say(f"{options.out}: {len(converted.trace.units)} requests{left_out}")
+    return 0
+
+
+# ---- trace
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="one JSON object per file and line")
+    parser.set_defaults(command=_trace)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    for number, path in enumerate(options.files):
+        statistics = trace_statistics(read_trace(path))
+        if options.json:
+            _say(json.dumps(asdict(statistics)))
+        else:
+            _say(("\n" if number else "") + _statistics_text(statistics))
+    return 0
+
+
+def _statistics_text(found: TraceStatistics) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    def counts(values: dict[Any, int], total: int) -> str:
+        return ", ".join(f"{name or '(none)'} {count} ({count / total:.1%})" for name, count in values.items())
+
+    def quantiles(values: tuple[float, ...]) -> str:
+        return " / ".join(f"{value:.0f}" for value in values)
+
+    lines = (
+        ("rows (calls)", f"{found.calls}"),
+        ("units", f"{found.units}"),
+        ("units by class", counts(found.units_by_class, found.units)),
+        ("calls by app", counts(found.calls_by_app, found.calls)),
+        ("tenants", f"{found.tenants}"),
+        ("span", f"{found.span_s:.1f} s"),
+        ("arrivals", f"{number(found.arrivals_per_s, '.3f')}/s, CV of gaps {number(found.gap_cv, '.2f')}"),
+        ("busiest minute", f"{number(found.peak_over_mean, '.2f')} x the mean"),
+        ("prompt tokens", f"{quantiles(found.prompt_tokens)} (P50 / P90 / P99)"),
+        ("output tokens", f"{quantiles(found.output_tokens)} (P50 / P90 / P99)"),
+        ("largest call", f"{found.max_call_tokens} tokens, prompt and output"),
+        ("prefix share", f"{found.prefix_share:.3f} of all prompt tokens"),
+        (
+            "programs",
+            f"{found.programs}, median {number(found.stages_p50, '.0f')} stages, at most {found.longest_program} calls",
+        ),
+    )
+    return "\n".join([found.name, *(f"  {name:<15} {text}" for name, text in lines)])
+
+
+# ---- options of simulate and bound
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trace", dest="traces", action="append", type=Path, default=[], help="may be repeated")
+    parser.add_argument("--generate", nargs="*", metavar="KEY=VALUE", help="generate the trace instead of reading it")
+    parser.add_argument("--generate-seed", type=_seed, default=0)
+    parser.add_argument("--first-s", type=_positive, help="only what arrives in the first seconds of a trace")
+    parser.add_argument("--without-app", action="append", default=[], help="leave out this application; repeatable")
+    parser.add_argument("--max-call-tokens", type=_count, help="leave out units with a larger call")
+    parser.add_argument("--slo-factor", type=_positive, help="multiply all targets; below 1 is tighter")
+    parser.add_argument(
+        "--slo-unloaded",
+        type=_positive,
+        metavar="FACTOR",
+        help="targets of FACTOR times the unloaded time of each unit",
+    )
+    parser.add_argument(
+        "--profile", dest="profiles", action="append", required=True, help="step times; repeat for unlike replicas"
+    )
+    parser.add_argument("--profile-path", type=Path, help="a file with more profiles")
+    parser.add_argument("--replicas", type=_count, help="that many of one profile; default: one of each --profile")
+    parser.add_argument("--slots", type=_count, default=128, help="calls that a replica runs at once (default: 128)")
+
+
+def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> list[Trace]:
+    from tempo_router.simulation.step_profiles import load_profile
+
+    if options.generate is not None and options.traces:
+        raise ConfigError("give --trace or --generate, not both")
+    if options.generate is not None:
+        traces = [generate(generator_config(_settings(options.generate)), options.generate_seed)]
+    elif options.traces:
+        traces = [read_trace(path) for path in options.traces]
+    else:
+        raise ConfigError("no workload: give --trace FILE or --generate")
+    step_times = [load_profile(name, options.profile_path).step_time for name in dict.fromkeys(profile_names)]
+    if options.slo_unloaded is not None and len(step_times) > 1:
+        raise ConfigError("--slo-unloaded: unlike replicas have no one unloaded time; use --slo-factor")
+    changed = []
+    for trace in traces:
+        units_before = len(trace.units)
+        if options.first_s is not None:
+            trace = transform.first_s(trace, options.first_s)  # noqa: PLW2901  # one change after the other
+        trace = transform.without_apps(trace, options.without_app)  # noqa: PLW2901
+        if options.max_call_tokens is not None:
+            trace = transform.at_most_tokens(trace, options.max_call_tokens)  # noqa: PLW2901
+        if not trace.units:
+            raise ConfigError(f"{trace.name}: none of {units_before} units is left; leave out less")
+        if options.slo_unloaded is not None:
+            trace = transform.with_unloaded_slos(trace, options.slo_unloaded, step_times[0])  # noqa: PLW2901
+        if options.slo_factor is not None:
+            trace = transform.with_slo_scale(trace, options.slo_factor)  # noqa: PLW2901
+        changed.append(trace)
+    return changed
+
+
+def _profile_names(options: argparse.Namespace) -> tuple[str, ...]:
+    names: list[str] = options.profiles
+    if options.replicas is None or options.replicas == len(names):
+        return tuple(names)
+    if len(names) > 1:
+        raise ConfigError(f"--replicas {options.replicas}: there are {len(names)} --profile; give one, or one for each")
+    return tuple(names * options.replicas)
+
+
+# ---- simulate
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    _add_workload(parser)
+    parser.add_argument(
+        "--load",
+        dest="loads",
+        action="append",
+        type=_positive,
+        help="offered tokens over what the replicas can just deliver (default: 1.0); may be repeated",
+    )
+    default_policy = SchedulingConfig.model_fields["policy"].default
+    parser.add_argument(
+        "--policy", dest="policies", action="append", help=f"may be repeated (default: {default_policy})"
+    )
+    parser.add_argument("--objective", default="token", help="token, balanced, request or gain (default: token)")
+    parser.add_argument(
+        "--seed", dest="seeds", action="append", type=_seed, help="0 (default): the trace as it is; else units permuted"
+    )
+    parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
+    parser.add_argument("--knowledge", default="learned", help="of lengths and programs: learned, none or true")
+    parser.add_argument(
+        "--switch", dest="switches", action="append", default=[], metavar="KEY=VALUE", help="a scheduling setting"
+    )
+    parser.add_argument("--out", type=Path, help="all rows as JSON")
+    parser.add_argument("--csv", type=Path, help="all rows as CSV")
+    parser.set_defaults(command=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from tempo_router.simulation.experiment import run_cell
+
+    cells = _cells(options)
+    rows: list[dict[str, Any]] = []
+    # Written before the first simulation, so that a path that cannot be written costs no time.
+    _write_rows(options, rows, is_complete=False)
+    is_complete = False
+    try:
+        with tqdm(total=len(cells), unit="run", disable=None, file=sys.stderr, bar_format=_BAR) as bar:
+            for done, cell in enumerate(cells):
+                bar.set_description_str(f"{cell.policy} at {cell.load:g}x")
+                rows.append(run_cell(cell, _Progress(bar, done), clock=time.perf_counter))
+                bar.n = done + 1
+                bar.refresh()
+                _write_rows(options, rows, is_complete=False)
+        is_complete = True
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ntempo-router: interrupted; {len(rows)} of {len(cells)} runs are complete\n")
+    finally:
+        _write_rows(options, rows, is_complete=is_complete)
+        if rows:
+            _say(_table(rows))
+    return 0 if is_complete else EXIT_INTERRUPTED
+
+
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
+
+
+class _Progress:
+    """Moves the bar by the share of one run; at most some hundred times, since a terminal is slow."""
+
+    def __init__(self, bar: "tqdm[Any]", done: int) -> None:
+        self._bar = bar
+        self._done = done
+        self._shown = 0.0
+
+    def __call__(self, share: float) -> None:
+        if share >= self._shown + 0.005:
+            self._shown = share
+            self._bar.n = self._done + min(share, 1.0)
+            self._bar.refresh()
+
+
+def _cells(options: argparse.Namespace) -> "list[Cell]":
+    """All that is to be run, checked: what is wrong with the last is said before the first starts."""
+    from tempo_router.simulation.experiment import Cell
+
+    profile_names = _profile_names(options)
+    policies = options.policies or [SchedulingConfig.model_fields["policy"].default]
+    switches = _settings(options.switches)
+    combinations = itertools.product(
+        _workloads(options, profile_names), options.loads or [1.0], policies, options.seeds or [0]
+    )
+    cells = [
+        Cell(
+            trace=trace,
+            profile_names=profile_names,
+            profile_path=options.profile_path,
+            load=load,
+            policy=policy,
+            objective=options.objective,
+            seed=seed,
+            slots=options.slots,
+            sheds=False if options.no_shedding else None,
+            knowledge=options.knowledge,
+            switches=switches,
+        )
+        for trace, load, policy, seed in combinations
+    ]
+    for cell in cells:
+        _check(cell)
+    return cells
+
+
+def _check(cell: "Cell") -> None:
+    """Raises ConfigError for a policy, objective, switch, profile or trace with which the cell could not run."""
+    from tempo_router.simulation.experiment import fleet, nearest, recorded_tokens_per_s, scheduling_of
+    from tempo_router.simulation.simulator import Knowledge
+
+    scheduling_of(cell)
+    fleet(cell)
+    nearest(cell.knowledge, get_args(Knowledge), "knowledge")
+    recorded_tokens_per_s(cell.trace)
+
+
+def _write_rows(options: argparse.Namespace, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> None:
+    from tempo_router.simulation.experiment import write_atomically
+
+    try:
+        if options.out is not None:
+            result = {"complete": is_complete, "version": version("tempo-serve"), "rows": list(rows)}
+            write_atomically(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        if options.csv is not None:
+            write_atomically(options.csv, _csv_text(rows, is_complete=is_complete))
+    except OSError as e:
+        raise ConfigError(f"{e.filename or 'output'}: cannot be written: {e.strerror or e}") from e
+
+
+def _csv_text(rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
+    """Nested values as JSON; the first column says whether all that was asked for is there."""
+    from tempo_router.simulation.rows import COLUMNS
+
+    names = [column.name for column in COLUMNS]
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["complete", *names])
+    for row in rows:
+        values = [row.get(name) for name in names]
+        cells = [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
+        writer.writerow([str(is_complete).lower(), *cells])
+    return buffer.getvalue()
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [heading for _, heading, _ in _TABLE],
+        *(["-" if row.get(name) is None else format(row[name], form) for name, _, form in _TABLE] for row in rows),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_TABLE))]
+    is_text = [form == "s" for _, _, form in _TABLE]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+# ---- bound
+
+
+def _add_bound(parser: argparse.ArgumentParser) -> None:
+    _add_workload(parser)
+    parser.add_argument(
+        "--load",
+        type=_positive,
+        help="offered tokens over what the replicas can just deliver; default: the trace's own",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="0: the trace as it is; else units permuted")
+    parser.add_argument("--bucket-s", type=_positive, default=1.0, help="width of a time bucket; finer is tighter")
+    parser.add_argument("--time-limit-s", type=_positive, default=300.0, help="of the solver, for each trace")
+    parser.add_argument("--out", type=Path, help="the bounds as JSON")
+    parser.set_defaults(command=_bound)
+
+
+def _bound(options: argparse.Namespace) -> int:
+    from tempo_router.simulation.bound import token_goodput_bound
+    from tempo_router.simulation.experiment import recorded_tokens_per_s, saturated_tokens_per_s, write_atomically
+    from tempo_router.simulation.step_profiles import load_profile
+
+    names = _profile_names(options)
+    profiles = tuple(load_profile(name, options.profile_path) for name in names)
+    results = []
+    for trace in _workloads(options, names):
+        offered = transform.permuted(trace, options.seed)
+        if options.load is not None:
+            saturated = saturated_tokens_per_s(trace, profiles, options.slots)
+            offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
+        bound = token_goodput_bound(
+            offered, profiles, options.slots, bucket_s=options.bucket_s, time_limit_s=options.time_limit_s
+        )
+        results.append({"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)})
+        _say(f"{trace.name}: at most {bound.per_s:.1f} good tokens/s ({bound.total:.0f} in all)")
+        for name, offered_tokens in bound.offered.items():
+            share = bound.accepted.get(name, 0.0) / offered_tokens if offered_tokens else 0.0
+            _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
+        _say(f"  {bound.rows} rows, {bound.columns} columns, {bound.solve_s:.1f} s")
+    _say("Assumptions:")
+    for assumption in results[0]["assumptions"]:
+        _say(f"  - {assumption}")
+    if options.out is not None:
+        try:
+            write_atomically(options.out, json.dumps(results, indent=1) + "\n")
+        except OSError as e:
+            raise ConfigError(f"{options.out}: cannot be written: {e.strerror or e}") from e
+    return 0
