@@ -29,6 +29,7 @@ UNITS = {
     "replicas": "processes",
     "_scale": "factor",
     "_weight": "share",
+    "_window": "answers",
 }
 
 _INTRODUCTION = """\

@@ -148,6 +148,17 @@ class SchedulingConfig(StrictModel):
     settle_s: float = Field(
         0.5, ge=0, description="seconds after a router's start in which it only listens, so that replicas can attach"
     )
+    length_model: Literal["auto", "histogram"] = Field(
+        "auto",
+        description="how answer lengths are estimated; histogram: by running histograms alone; auto: also by a forest "
+        "in a process of its own, used for each app where it was the better one lately",
+    )
+    length_training_s: float = Field(
+        30.0, gt=0, description="least seconds between two fits of the forest; a fit takes 0.3 s of CPU time (guessed)"
+    )
+    length_window: int = Field(
+        4096, ge=200, le=100_000, description="recent answers that the forest learns from (guessed)"
+    )
     tick_s: float = Field(0.05, gt=0, description="seconds between looks at the clock when nothing else happens")
 
 

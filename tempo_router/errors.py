@@ -5,6 +5,7 @@ TempoError
 ├── InvalidSloError           a client's SLO makes no sense (field and value named)
 ├── InvalidEventError         the shell told the core something impossible
 ├── InvalidSnapshotError      stored lengths cannot be read back
+├── LengthModelError          the process that estimates answer lengths failed
 ├── StoreUnavailableError     Redis cannot be reached
 ├── LeaseLostError            another router owns the application now
 ├── RouterUnavailableError    no router answered in time
@@ -45,6 +46,10 @@ class InvalidEventError(TempoError):
 
 class InvalidSnapshotError(TempoError):
     """Stored lengths cannot be read back: written by another version, or damaged."""
+
+
+class LengthModelError(TempoError):
+    """The process that estimates answer lengths failed; the histograms go on without it."""
 
 
 class StoreUnavailableError(TempoError):

@@ -115,6 +115,12 @@ class TrainingWindow:
         self._size = size
         self._rows: dict[str, deque[TrainingRow]] = {}
         self._count = 0
+        self._ended = 0
+
+    @property
+    def ended(self) -> int:
+        """Answers that ended by themselves."""
+        return self._ended
 
     def __len__(self) -> int:
         return self._count
@@ -144,7 +150,7 @@ class TrainingWindow:
             rows = [_read_row(values) for values in snapshot["rows"]]
         except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise InvalidSnapshotError(f"snapshot of answers is damaged ({e!r}); delete it to start afresh") from e
-        self._rows, self._count = {}, 0
+        self._rows, self._count, self._ended = {}, 0, 0
         for row in rows:
             self._add(row)
 
@@ -154,9 +160,10 @@ class TrainingWindow:
             app = ""
         self._rows.setdefault(app, deque()).append(row)
         self._count += 1
+        self._ended += row.is_complete
         if self._count > self._size:
             largest = max(self._rows, key=lambda name: len(self._rows[name]))
-            self._rows[largest].popleft()
+            self._ended -= self._rows[largest].popleft().is_complete
             self._count -= 1
             if not self._rows[largest]:
                 del self._rows[largest]
