@@ -44,9 +44,10 @@ class JitServeTuned(Policy):
     Ties by ticket. Starves best effort, what can no longer be on time, and long answers under overload. What waited
     too long is dropped where the server drops hopeless work; best effort and relegated work goes last.
 
-    Our form differs where the paper is silent or was found to hurt: prefill counts as service time, a late stream
-    keeps the tokens it can still save (the paper's cumulative schedule), relegation takes the place of the fixed wait
-    of 5 s. The paper's search over replicas is the router's late binding.
+    Source: JITServe (NSDI 2026, arXiv 2504.20068 v3). Our form differs where the paper is silent or was found to
+    hurt: prefill counts as service time, a late stream keeps the tokens it can still save (the paper's cumulative
+    schedule), relegation takes the place of the fixed wait of 5 s. Its search over replicas is the router's late
+    binding.
     """
 
     share: float = 0.7

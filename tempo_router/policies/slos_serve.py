@@ -96,7 +96,7 @@ class PlannedAdmission(Policy):
         if not loads:
             return set()
         load = sum(loads) / len(loads)
-        return _most_that_fit(candidates[: self.considered], slots, decode_load, load, self.least_share)
+        return most_that_fit(candidates[: self.considered], slots, decode_load, load, self.least_share)
 
     def _prefill_due_s(self, job: Job, context: Context) -> float:
         if isinstance(job.spec.slo, Latency):
@@ -117,7 +117,7 @@ class PlannedAdmission(Policy):
         return token_s * min(self._left(job) / left_s if left_s > 0 else 1 / pace.tau_s, 1 / pace.tau_s)
 
 
-def _most_that_fit(
+def most_that_fit(
     candidates: Sequence[_Candidate], slots: int, decode_load: float, load: float, least_share: float
 ) -> set[int]:
     """Indices of the largest set that never runs short, of those the one that leaves the most time."""
