@@ -33,7 +33,7 @@ _DECAY_OTHER = 0.999
 """Per step of the other kind: a long stretch of pure decoding must not forget what prefill costs, but a machine that
 became faster or slower must not be held back by it either."""
 _REFIT_EVERY = 16
-_SWEEPS = 4
+_SWEEPS = 2
 """The next fit goes on where this one ended; thirty sweeps predict no better."""
 _WARM_UP = 16
 _OUTLIER_RATIO = 5.0
@@ -43,6 +43,12 @@ _UPPER_SHARE = 0.9
 _MIN_DECODES = 8.0
 _UNSURE_ABOVE = 0.30
 _UNSURE_AFTER_S = 60.0
+_LONGEST_COUNTED_S = 1.0
+"""So much of one step's duration counts towards that minute: a compilation is not a minute of evidence."""
+_BIASED_ABOVE = 0.1
+_BIASED_SHARE = 0.6
+"""Steps all slower or all faster than estimated by a fifth (0.1 of measured + estimated): the machine or the load has
+changed, and what is remembered keeps this share at each fit until the estimates are right on average again."""
 _MOST_TOKENS = 1 << 20
 
 
@@ -76,6 +82,7 @@ class Coefficients(NamedTuple):
 
     def tokens_s(self, tokens: float) -> float:
         """f(n): a step of so many tokens, without what decodes and attention add."""
+        # The knots written out: a loop over them takes three times as long, and this is asked at every step.
         time_s = self.fixed_s + self.token_s * tokens
         if tokens > 64:
             time_s += self.over_64_s * (tokens - 64)
@@ -184,6 +191,7 @@ class StepTimeModel:
         self._lenient = _WARM_UP
         self._relative_error = 0.0
         self._far_off_s = 0.0
+        self._bias = 0.0
         self._upper_ratio = 1.5
         self._decodes = _MIN_DECODES
         self._tokens = _MIN_DECODES
@@ -207,7 +215,7 @@ class StepTimeModel:
 
     @property
     def relative_error(self) -> float:
-        """Running mean of |measured - estimated| / measured of the steps used, each counted as 1 at most."""
+        """Running mean of |measured - estimated| / measured, at most 1 for each step; 1 for a step left out."""
         return self._relative_error
 
     @property
@@ -318,6 +326,8 @@ class StepTimeModel:
         if self._is_outlier(duration_s, estimated_s):
             self._rejected += 1
             self._rejected_in_a_row += 1
+            self._follow_error(1.0, duration_s)
+            self._pace = None
             if self._rejected_in_a_row == _MAX_REJECTED_IN_A_ROW:
                 self._start_afresh()
             return
@@ -325,7 +335,8 @@ class StepTimeModel:
         self._lenient = max(0, self._lenient - 1)
         self._observed += 1
         self._follow_means(step)
-        self._follow_errors(duration_s, estimated_s)
+        self._follow_error(min(1.0, abs(duration_s - estimated_s) / duration_s), duration_s)
+        self._follow_residuals(duration_s, estimated_s)
         self._remember(step, estimated_s)
         if self._since_fit == _REFIT_EVERY or self._observed in (2, 4, 8):
             self._refit()
@@ -345,11 +356,16 @@ class StepTimeModel:
         self._tokens += 0.02 * (step.prefill_tokens + step.decodes - self._tokens)
         self._decodes += 0.02 * (step.decodes - self._decodes)
 
-    def _follow_errors(self, duration_s: float, estimated_s: float) -> None:
-        smoothing = max(0.02, 1.0 / self._observed)
-        error = min(1.0, abs(duration_s - estimated_s) / duration_s)
+    def _follow_error(self, error: float, duration_s: float) -> None:
+        smoothing = max(0.02, 1.0 / max(self._observed, 1))
         self._relative_error += smoothing * (error - self._relative_error)
-        self._far_off_s = self._far_off_s + duration_s if self._relative_error > _UNSURE_ABOVE else 0.0
+        if self._relative_error > _UNSURE_ABOVE:
+            self._far_off_s += min(duration_s, _LONGEST_COUNTED_S)
+        else:
+            self._far_off_s = 0.0
+
+    def _follow_residuals(self, duration_s: float, estimated_s: float) -> None:
+        self._bias += 0.1 * ((duration_s - estimated_s) / (duration_s + estimated_s) - self._bias)
         # Stochastic quantile: moves up 9 for each 1 down, so it rests where one in ten is above.
         is_above = duration_s > self._upper_ratio * estimated_s
         self._upper_ratio *= 1 + 0.02 * (_UPPER_SHARE if is_above else _UPPER_SHARE - 1)
@@ -376,6 +392,8 @@ class StepTimeModel:
     def _refit(self) -> None:
         """Non-negative least squares by coordinate descent, from the last solution and weakly drawn to it."""
         for memory in (self._decoding, self._prefilling):
+            if abs(self._bias) > _BIASED_ABOVE:
+                memory.fade(_BIASED_SHARE)
             memory.absorb(self._since_fit)
         self._since_fit = 0
         xx = [

@@ -4,9 +4,12 @@ import math
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tempo_router.events import StepReport
-from tempo_router.step_time import StepTimeModel
+from tempo_router.simulation.step_profiles import Prefill, load_profile
+from tempo_router.step_time import Coefficients, Pace, StepTimeModel
 
 MACHINE = (8e-3, 2e-5, 5e-5, 6e-8)
 
@@ -93,3 +96,170 @@ def test_running_means_follow_the_load():
     assert model.mean_decodes == pytest.approx(40, rel=0.01)
     assert model.mean_tokens == pytest.approx(140, rel=0.01)
     assert model.pace().tau_s == model.tau_s
+
+
+# ---- the knee, attention, and what is asked of the model ----
+
+
+def gpu_step(rng: random.Random, profile: str, mean_decodes: float, prefill_share: float, factor: float = 1.0):
+    """A step of a GPU with a knee and attention in its prefills, with 5 % of noise."""
+    decodes = min(256, max(1, round(rng.gauss(mean_decodes, 0.1 * mean_decodes))))
+    context = round(decodes * rng.uniform(300, 1500))
+    prefills = []
+    if rng.random() < prefill_share:
+        prefills = [Prefill(rng.randrange(16, 1024), rng.choice((0, rng.randrange(4000)))) for _ in range(2)]
+    duration_s = factor * PROFILES[profile].duration_s(prefills, decodes, context)
+    chunks = sum(prefill.chunk for prefill in prefills)
+    attention = sum(prefill.chunk * (prefill.past + prefill.chunk / 2) for prefill in prefills)
+    return StepReport(duration_s * rng.uniform(0.95, 1.05), chunks, decodes, context, attention)
+
+
+PROFILES = {name: load_profile(name).step_time for name in ("llama-3-8b:a100-80g:1", "llama-3-8b:h100-80g:1")}
+A100, H100 = PROFILES
+
+
+def error(model: StepTimeModel, step: StepReport) -> float:
+    estimated_s = model.step_s(step.prefill_tokens, step.decodes, step.context_tokens, step.attention_tokens)
+    return abs(estimated_s - step.duration_s) / step.duration_s
+
+
+def watched(profile: str, steps: int = 4000) -> StepTimeModel:
+    """Stretches of different loads, as a replica sees them over a day."""
+    rng, model = random.Random(7), StepTimeModel()
+    for start in range(0, steps, 400):
+        mean_decodes, share = (8, 64, 200, 30)[start // 400 % 4], (0.1, 0.5)[start // 400 % 2]
+        for _ in range(400):
+            model.observe(gpu_step(rng, profile, mean_decodes, share))
+    return model
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_machine_with_a_knee_is_predicted_at_every_load(profile):
+    model, rng = watched(profile), random.Random(8)
+    for mean_decodes in (4, 32, 100, 250):
+        for share in (0.0, 1.0):
+            errors = [error(model, gpu_step(rng, profile, mean_decodes, share)) for _ in range(100)]
+            assert sum(errors) / len(errors) < 0.15, (mean_decodes, share)
+    assert model.relative_error < 0.1
+
+
+def test_the_knee_lies_where_the_gpu_becomes_compute_bound():
+    model = watched(A100)
+    assert 40 < model.pace().knee_tokens < 256
+    # Far beyond it a token costs what the tables say between 512 and 2048: 66 to 72 us.
+    assert model.pace().step_token_s == pytest.approx(70e-6, rel=0.15)
+    assert model.pace().attention_s == pytest.approx(32 * 1.3e-10, rel=0.3)
+
+
+def test_a_long_stretch_of_decoding_does_not_forget_what_prefill_costs():
+    model, rng = watched(A100), random.Random(9)
+    prefill = StepReport(PROFILES[A100].duration_s([Prefill(1024, 0)], 20, 20_000), 1024, 20, 20_000, 1024**2 / 2)
+    assert error(model, prefill) < 0.1
+    for _ in range(2000):
+        model.observe(gpu_step(rng, A100, 20, 0.0))
+    assert error(model, prefill) < 0.1
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
+def test_another_speed_is_learned_within_some_hundred_steps(factor):
+    model, rng = watched(A100), random.Random(10)
+    for _ in range(600):
+        model.observe(gpu_step(rng, A100, 64, 0.3, factor))
+    errors = [error(model, gpu_step(rng, A100, 64, 0.3, factor)) for _ in range(100)]
+    assert sum(errors) / len(errors) < 0.1
+    assert not model.is_unsure
+
+
+def test_a_minute_far_off_makes_it_unsure_and_recovery_sure_again():
+    model, rng = watched(A100), random.Random(11)
+    assert not model.pace().is_unsure
+    erratic_s = 0.0
+    while erratic_s < 50:
+        step = StepReport(rng.choice((0.01, 0.1)), 0, 50, 50_000)
+        erratic_s += step.duration_s
+        model.observe(step)
+    assert model.relative_error > 0.3
+    assert not model.is_unsure
+    for _ in range(1000):
+        model.observe(StepReport(rng.choice((0.01, 0.1)), 0, 50, 50_000))
+    assert model.is_unsure
+    assert model.pace().is_unsure
+    for _ in range(1000):
+        model.observe(gpu_step(rng, A100, 64, 0.3))
+    assert not model.is_unsure
+    assert not model.pace().is_unsure
+
+
+slopes = st.floats(0, 1e-4)
+models = st.builds(
+    lambda *values: StepTimeModel(Coefficients(*values)),
+    st.floats(1e-6, 0.1), slopes, slopes, slopes, slopes, slopes, st.floats(0, 1e-6), st.floats(0, 1e-8),
+)  # fmt: skip
+decode_counts, context_counts, pasts = st.integers(0, 512), st.integers(0, 10**6), st.integers(0, 10**5)
+
+
+@given(models, st.integers(0, 4096), decode_counts, context_counts, pasts, st.integers(1, 100))
+def test_more_of_anything_never_takes_less_time(model, prefill, decodes, context, attention, more):
+    base_s = model.step_s(prefill, decodes, context, attention)
+    assert base_s > 0
+    assert base_s <= model.step_s(prefill + more, decodes, context, attention)
+    assert base_s <= model.step_s(prefill, decodes + more, context, attention)
+    assert base_s <= model.step_s(prefill, decodes, context + more, attention)
+    assert base_s <= model.step_s(prefill, decodes, context, attention + more)
+
+
+@given(models, st.floats(0, 10), decode_counts, context_counts, pasts)
+def test_the_budget_is_the_most_that_fits(model, cap_s, decodes, context, past):
+    def takes_s(tokens: int) -> float:
+        return model.step_s(tokens, decodes, context, tokens * (past + tokens / 2))
+
+    tokens = model.budget_tokens(cap_s, decodes, context, past)
+    assert 0 <= tokens <= 2**20
+    if tokens:
+        assert takes_s(tokens) <= cap_s
+    if takes_s(0) > cap_s:
+        assert tokens == 0
+    elif tokens < 2**20:
+        # One more does not fit, but for what rounding hides.
+        assert takes_s(tokens + 2) >= cap_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("cap_s", "tokens"), [(math.inf, 2**20), (0.0, 0), (-1.0, 0), (math.nan, 0)])
+def test_the_budget_of_an_extreme_cap(cap_s, tokens):
+    assert StepTimeModel().budget_tokens(cap_s, 10, 10_000) == tokens
+
+
+def reported(draw_duration: st.SearchStrategy[float]) -> st.SearchStrategy[StepReport]:
+    return st.builds(StepReport, draw_duration, st.integers(0, 8192), decode_counts, context_counts, st.floats(0, 1e8))
+
+
+@given(st.lists(reported(st.floats(1e-7, 100)), max_size=100))
+def test_whatever_is_observed_costs_stay_finite_and_non_negative(steps):
+    model = StepTimeModel()
+    for step in steps:
+        model.observe(step)
+    assert all(0 <= value < math.inf for value in model.coefficients)
+    pace = model.pace()
+    assert all(0 < value < math.inf for value in (pace.prefill_token_s, pace.share_s, pace.tau_s, pace.alone_s))
+    assert 0 <= pace.knee_tokens <= 256
+    assert model.budget_tokens(0.05, 10, 10_000) >= 0
+
+
+def test_shares_and_tokens_add_up_to_the_mean_step():
+    model = watched(A100)
+    pace, decodes, tokens = model.pace(), model.mean_decodes, model.mean_tokens
+    parts_s = decodes * (pace.share_s + pace.decode_s) + (tokens - decodes) * pace.prefill_token_s
+    assert decodes > 8
+    assert parts_s == pytest.approx(model.step_s(tokens - decodes, decodes, 0))
+
+
+def test_attention_makes_a_prefill_after_a_long_past_dearer():
+    pace = Pace(1e-4, 0.01, 0.01, 0.0, 0.1, 0.05, attention_s=1e-7)
+    assert pace.prefill_s(100) == pytest.approx(100 * 1e-4 + 1e-7 * 100 * 50)
+    assert pace.prefill_s(100, past=1000) == pytest.approx(100 * 1e-4 + 1e-7 * 100 * 1050)
+    assert pace.step_token_s == pace.prefill_token_s
+
+
+def test_a_fit_is_the_prior_of_the_next_machine():
+    coefficients = watched(H100).coefficients
+    assert StepTimeModel(coefficients).coefficients == coefficients
