@@ -1,6 +1,6 @@
 """How long an engine step takes: the clock of the simulated engine.
 
-Two presets come with the project (`step_profiles.json`, which names their sources). A file with measured per-layer
+A few presets come with the project (`step_profiles.json`, which names their sources). A file with measured per-layer
 tables can be given instead; every "model:gpu:tp" in it is then a profile.
 """
 
@@ -8,7 +8,7 @@ import bisect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,16 +104,29 @@ class LayeredStepTime:
     all_reduce_s_per_token: float
     head_fixed_s: float
     head_s_per_row: float
+    _token_parts_s: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What follows from the number of tokens alone, kept for each number seen: a simulation asks again and again."""
 
     def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
         """The sum over host, layers and head, in seconds."""
-        tokens = decodes + sum(prefill.chunk for prefill in prefills)
-        layer = self._linear(tokens) + self._prefill_attention(prefills)
+        tokens = decodes
+        attention_s = 0.0
+        for prefill in prefills:
+            chunk = prefill.chunk
+            tokens += chunk
+            attention_s += self.prefill_fixed_s + chunk * (
+                self.prefill_s_per_chunk_x_past * prefill.past + self.prefill_s_per_chunk_squared * chunk
+            )
         if decodes:
-            layer += self.decode_fixed_s + self.decode_s_per_context_token * context_tokens
-        layer += self.all_reduces * (self.all_reduce_fixed_s + self.all_reduce_s_per_token * tokens)
-        head = self.head_fixed_s + self.head_s_per_row * (decodes + len(prefills))
-        return self.host_s + self.layers * layer + head
+            attention_s += self.decode_fixed_s + self.decode_s_per_context_token * context_tokens
+        token_parts_s = self._token_parts_s.get(tokens)
+        if token_parts_s is None:
+            token_parts_s = self._token_parts_s[tokens] = self._of_tokens(tokens)
+        return token_parts_s + self.layers * attention_s + self.head_s_per_row * (decodes + len(prefills))
+
+    def _of_tokens(self, tokens: int) -> float:
+        reduce_s = self.all_reduces * (self.all_reduce_fixed_s + self.all_reduce_s_per_token * tokens)
+        return self.host_s + self.layers * (self._linear(tokens) + reduce_s) + self.head_fixed_s
 
     def _linear(self, tokens: int) -> float:
         xs, ys = self.linear_tokens, self.linear_s
@@ -126,13 +139,33 @@ class LayeredStepTime:
         share = (tokens - xs[left]) / (xs[right] - xs[left])
         return ys[left] + share * (ys[right] - ys[left])
 
-    def _prefill_attention(self, prefills: Sequence[Prefill]) -> float:
-        return sum(
-            self.prefill_fixed_s
-            + self.prefill_s_per_chunk_x_past * prefill.chunk * prefill.past
-            + self.prefill_s_per_chunk_squared * prefill.chunk**2
-            for prefill in prefills
-        )
+
+def scaled(profile: StepProfile, time: float = 1.0, kv: float = 1.0) -> StepProfile:
+    """The same engine with every step `time` times as long and `kv` times the cache: what if the profile is wrong?
+
+    The cache keeps whole blocks, and room for one request of the greatest length. Raises ConfigError unless both are
+    finite and above zero.
+    """
+    if not (0 < time < math.inf and 0 < kv < math.inf):
+        raise ConfigError(f"profile {profile.name!r}: cannot be scaled by time={time}, kv={kv}; both must be above 0")
+    shape = profile.shape
+    least = math.ceil(shape.max_model_len / shape.block_size)
+    blocks = max(least, int(shape.kv_tokens * kv / shape.block_size))
+    return replace(
+        profile,
+        name=f"{profile.name} (time x{time:g}, kv x{kv:g})",
+        step_time=_ScaledStepTime(profile.step_time, time),
+        shape=replace(shape, kv_tokens=blocks * shape.block_size),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ScaledStepTime:
+    of: StepTime
+    factor: float
+
+    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+        return self.factor * self.of.duration_s(prefills, decodes, context_tokens)
 
 
 def load_profile(name: str, path: Path | None = None) -> StepProfile:
@@ -170,9 +203,19 @@ def file_profiles(path: Path) -> dict[str, StepProfile]:
 
 
 def _preset(name: str, entry: dict[str, Any]) -> StepProfile:
-    times = {field: float(entry[field]) for field in LinearStepTime.__dataclass_fields__}
-    shape = {field: int(entry[field]) for field in EngineShape.__dataclass_fields__}
-    return StepProfile(name, entry["source"], LinearStepTime(**times), EngineShape(**shape))
+    shape = EngineShape(**{name: int(entry[name]) for name in EngineShape.__dataclass_fields__})
+    times = _layered_preset(entry) if "linear_tokens" in entry else _linear_preset(entry)
+    return StepProfile(name, entry["source"], times, shape)
+
+
+def _linear_preset(entry: dict[str, Any]) -> LinearStepTime:
+    return LinearStepTime(**{name: float(entry[name]) for name in LinearStepTime.__dataclass_fields__})
+
+
+def _layered_preset(entry: dict[str, Any]) -> LayeredStepTime:
+    tables: dict[str, Any] = {"linear_tokens": tuple(entry["linear_tokens"]), "linear_s": tuple(entry["linear_s"])}
+    names = [name for name, field in LayeredStepTime.__dataclass_fields__.items() if field.init and name not in tables]
+    return LayeredStepTime(**tables, **{name: entry[name] for name in names})
 
 
 def _layered_profile(entry: dict[str, Any], host_ms: float) -> StepProfile:

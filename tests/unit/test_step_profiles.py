@@ -13,6 +13,7 @@ from tempo_router.simulation.step_profiles import (
     file_profiles,
     load_profile,
     preset_profiles,
+    scaled,
 )
 
 ENTRY = {
@@ -39,7 +40,7 @@ def profile_file(tmp_path):
 
 def test_the_presets_say_where_they_come_from():
     presets = preset_profiles()
-    assert set(presets) == {"toy-cpu", "llama-3-8b:h100-80g:1"}
+    assert set(presets) == {"toy-cpu", "llama-3-8b:a100-80g:1", "llama-3-8b:h100-80g:1"}
     assert all(profile.source for profile in presets.values())
 
 
@@ -73,12 +74,56 @@ def test_a_file_gives_its_engines_a_shape(profile_file):
     assert profile.shape.max_model_len <= profile.shape.kv_tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "prefills", "decodes", "expected_ms"),
+    [
+        # The examples published with the tables, and 1.5 ms of host time.
+        ("llama-3-8b:a100-80g:1", [Prefill(512, 0)], 0, 38.98),
+        ("llama-3-8b:a100-80g:1", [], 128, 27.58),
+        ("llama-3-8b:h100-80g:1", [Prefill(2048, 0)], 0, 57.85),
+        ("llama-3-8b:h100-80g:1", [], 32, 10.66),
+    ],
+)
+def test_layered_presets_give_the_times_of_their_tables(name, prefills, decodes, expected_ms):
+    duration_s = load_profile(name).step_time.duration_s(prefills, decodes, 1024 * decodes)
+    assert 1000 * duration_s == pytest.approx(expected_ms, rel=0.005)
+
+
+def test_the_same_step_takes_the_same_time_again():
+    times = load_profile("llama-3-8b:a100-80g:1").step_time
+    step = ([Prefill(100, 50)], 20, 9000)
+    assert times.duration_s(*step) == times.duration_s(*step)
+    assert times == load_profile("llama-3-8b:a100-80g:1").step_time
+
+
+@pytest.mark.parametrize("name", sorted(preset_profiles()))
+def test_a_scaled_profile_is_slower_and_holds_less(name):
+    profile = load_profile(name)
+    slow = scaled(profile, time=1.4, kv=0.25)
+    step = ([Prefill(100, 50)], 20, 9000)
+    assert slow.step_time.duration_s(*step) == pytest.approx(1.4 * profile.step_time.duration_s(*step))
+    assert slow.shape.kv_tokens == pytest.approx(profile.shape.kv_tokens / 4, abs=profile.shape.block_size)
+    assert slow.shape.kv_tokens % profile.shape.block_size == 0
+    assert slow.name != profile.name
+
+
+def test_a_cache_is_not_scaled_below_the_longest_request():
+    profile = load_profile("llama-3-8b:a100-80g:1")
+    assert scaled(profile, kv=1e-6).shape.kv_tokens == profile.shape.max_model_len
+
+
+@pytest.mark.parametrize("factors", [{"time": 0}, {"time": math.inf}, {"kv": -1}, {"kv": math.nan}])
+def test_impossible_factors_are_refused(factors):
+    with pytest.raises(ConfigError, match="above 0"):
+        scaled(load_profile("toy-cpu"), **factors)
+
+
 def test_presets_remain_beside_a_file(profile_file):
     assert load_profile("toy-cpu", profile_file).name == "toy-cpu"
 
 
 def test_an_unknown_name_lists_those_that_exist(profile_file):
-    with pytest.raises(ConfigError, match=r"'llama'.*llama-3-8b:h100-80g:1, m:g:2, toy-cpu"):
+    with pytest.raises(ConfigError, match=r"'llama'.*llama-3-8b:a100-80g:1, llama-3-8b:h100-80g:1, m:g:2, toy-cpu"):
         load_profile("llama", profile_file)
 
 
