@@ -1,0 +1,792 @@
+"""What no scheduler can beat: an upper bound on the goodput of a trace, by linear programming.
+
+The program is a relaxation of the simulated engine in which the future is known, work is fluid, and a unit may be
+accepted in part. Every schedule of the real engine is a point of it: spread each step's work evenly over the step's
+duration and cut time into buckets. What then holds in every bucket:
+
+* Steps. The engine's time is filled with steps of some shape (decode rows, prefill tokens). Step time is linear
+  between the entries of the profile's tables, so the shapes at the corners of the linear pieces, mixed freely, stand
+  for all shapes. Attention costs depend only on the calls and are added to the time: for a prompt, the cheapest way
+  to cut it into chunks; for an answer, its context at each token. A step holds at most `slots` rows and the engine's
+  token limit.
+* Windows. A call works between the earliest end of its parents (alone on the engine, nothing waited for) and the
+  latest end that leaves its descendants the same; what does not fit is worth nothing. Decoding starts no earlier
+  than the shortest prefill and follows the prefill, children follow parents (in fractions, to the end of a bucket).
+* Steps in a row. A call makes one token in a step, and the calls of a path through a program never share one. With
+  one replica, the tokens and chunks on a long path are thus at most the number of steps.
+* Streams. Token i counts if it is made in or before the bucket of its due time; each pays its row and its context,
+  and needs the prefill to have happened.
+
+Long windows use buckets of twice, four times, ... the width, and what they use is handed down to the fine ones.
+The solver's precision does not matter: the figure reported is the Lagrangian bound of its dual values, computed here,
+which is valid whatever those are.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+
+import highspy
+import numpy as np
+from highspy._core import _Highs
+from numpy.typing import NDArray
+
+from tempo_router.errors import ConfigError
+from tempo_router.request import BestEffort, Deadline, Latency, SloClass
+from tempo_router.simulation.step_profiles import LayeredStepTime, LinearStepTime, Prefill, StepProfile, StepTime
+from tempo_router.simulation.trace import Trace, TraceCall, Unit
+
+ASSUMPTIONS = (
+    "The future is known; work is fluid and units may be accepted in part.",
+    "A cache saves at most the prefix_tokens of a call, and at least one prompt token is computed.",
+    "Memory for the KV cache is unlimited; preemption and moving between replicas cost nothing.",
+    "Nothing but engine steps takes time: no routing, no network, no scheduling.",
+    "A call waits for its parents' ends and its gap; a unit is worth nothing after its deadline.",
+    "Stream tokens count one by one; late ones cost nothing.",
+    "With several replicas the steps that one call can take part in are limited by the fastest step only.",
+)
+# Buckets that a window is cut into, at least; more is tighter and slower (measured: 8 to 16 gains 0.3 %).
+_BUCKETS_PER_WINDOW = 8
+_BUCKETS_PER_STREAM = 16
+# A path gets its rows if it needs this share of the steps that its window could hold at the fastest pace.
+_LONG_PATH = 0.1
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An upper bound and how it came about.
+
+    total: good output tokens, or the sum of the given values. per_s: total over the arrival span.
+    accepted, offered: the same by class, in the relaxed optimum and in the trace; accepted sums to `total` but for the
+        solver's tolerance. solve_s: time in the solver.
+    """
+
+    total: float
+    per_s: float
+    accepted: dict[SloClass, float]
+    offered: dict[SloClass, float]
+    rows: int
+    columns: int
+    nonzeros: int
+    bucket_s: float
+    solve_s: float
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+
+
+def token_goodput_bound(
+    trace: Trace,
+    profiles: Sequence[StepProfile],
+    slots: int,
+    *,
+    value: Callable[[Unit], float] | None = None,
+    bucket_s: float = 1.0,
+    time_limit_s: float = 300.0,
+) -> Bound:
+    """Good output tokens that no schedule of the trace on these replicas exceeds.
+
+    profiles: one per replica. slots: rows in a step, per replica. value: worth of a unit that is met as a whole, in
+    place of its good tokens (a stream: every token on time). bucket_s: finest time resolution; smaller is tighter.
+    time_limit_s: the solver stops there; the bound is then valid but loose.
+    Raises ConfigError on profiles of an unknown kind and on settings out of range.
+    """
+    if not profiles or slots < 1 or not bucket_s > 0:
+        raise ConfigError(f"{len(profiles)} profiles, slots={slots}, bucket_s={bucket_s}: each must be above zero")
+    engine = _Engine.of(profiles, slots)
+    plans = [plan for unit in trace.units if (plan := _plan(unit, engine, value)) is not None]
+    model = _Model(engine, bucket_s, plans)
+    total, point, solve_s = model.program.solve(time_limit_s)
+    accepted: dict[SloClass, float] = {"latency": 0.0, "deadline": 0.0, "program": 0.0}
+    offered = dict(accepted)
+    for unit in trace.units:
+        if not isinstance(unit.slo, BestEffort):
+            offered[_class_of(unit)] += unit.output_tokens if value is None else value(unit)
+    for slo_class, column, worth in model.worths:
+        accepted[slo_class] += worth * float(point[column])
+    total = min(total, sum(offered.values()))
+    return Bound(
+        total=total,
+        per_s=total / trace.span_s if trace.span_s > 0 else math.inf if total > 0 else 0.0,
+        accepted=accepted,
+        offered=offered,
+        rows=model.program.rows,
+        columns=model.program.columns,
+        nonzeros=model.program.nonzeros,
+        bucket_s=bucket_s,
+        solve_s=solve_s,
+    )
+
+
+def request_goodput_bound(
+    trace: Trace, profiles: Sequence[StepProfile], slots: int, *, bucket_s: float = 1.0, time_limit_s: float = 300.0
+) -> Bound:
+    """Units that can meet their SLO as a whole: no schedule meets more."""
+    return token_goodput_bound(
+        trace, profiles, slots, value=lambda _: 1.0, bucket_s=bucket_s, time_limit_s=time_limit_s
+    )
+
+
+def _class_of(unit: Unit) -> SloClass:
+    if unit.is_program:
+        return "program"
+    return "latency" if isinstance(unit.slo, Latency) else "deadline"
+
+
+# ---- the engine ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A step without attention over contexts: `decodes` rows of one token and `prefill` tokens, in `seconds`."""
+
+    decodes: float
+    prefill: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """What work costs beyond its share in steps; never more than the profile says."""
+
+    s_per_context_token: float
+    s_per_chunk_x_past: float
+    s_per_chunk_squared: float
+    s_per_chunk: float
+    max_chunk: int
+
+    def prompt_s(self, cached: int, missing: int) -> float:
+        """Cheapest cut of `missing` tokens after `cached` ones into chunks.
+
+        The sum of chunk * past over m chunks that add up to p is p * cached + (p^2 - sum of squares) / 2, and that
+        sum is at least p^2 / m.
+        """
+        fewest = math.ceil(missing / self.max_chunk)
+        whole = self.s_per_chunk_x_past * missing * (cached + missing / 2)
+        squared = self.s_per_chunk_squared - self.s_per_chunk_x_past / 2
+        if squared <= 0:
+            return whole + fewest * self.s_per_chunk + squared * missing * min(missing, self.max_chunk)
+        ideal = missing * math.sqrt(squared / self.s_per_chunk) if self.s_per_chunk > 0 else float(missing)
+        counts = {min(max(fewest, count), missing) for count in (math.floor(ideal), math.ceil(ideal))}
+        return whole + min(count * self.s_per_chunk + squared * missing**2 / count for count in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """The replicas: groups of equal ones with their step shapes, and the fastest of everything among them."""
+
+    groups: tuple[tuple[int, tuple[_Shape, ...]], ...]
+    attention: _Attention
+    step_s: float
+    decode_step_s: float
+    s_per_prefill_token: float
+
+    @classmethod
+    def of(cls, profiles: Sequence[StepProfile], slots: int) -> "_Engine":
+        kinds: list[StepProfile] = []
+        counts: list[int] = []
+        for profile in profiles:
+            if profile in kinds:
+                counts[kinds.index(profile)] += 1
+            else:
+                kinds.append(profile)
+                counts.append(1)
+        parts = [_attention_of(kind.step_time, kind.shape.max_step_tokens) for kind in kinds]
+        least = _Attention(*(min(getattr(part, name) for part in parts) for name in _Attention.__slots__))
+        # A longer chunk needs fewer of them.
+        attention = dataclasses.replace(least, max_chunk=max(part.max_chunk for part in parts))
+        groups = tuple(
+            (count, _efficient(_corners(kind.step_time, slots, kind.shape.max_step_tokens)))
+            for count, kind in zip(counts, kinds, strict=True)
+        )
+        shapes = [shape for _, group in groups for shape in group]
+        return cls(
+            groups=groups,
+            attention=attention,
+            step_s=min(shape.seconds for shape in shapes),
+            decode_step_s=min(shape.seconds for shape in shapes if shape.decodes > 0),
+            s_per_prefill_token=min(shape.seconds / shape.prefill for shape in shapes if shape.prefill > 0),
+        )
+
+    @property
+    def replicas(self) -> int:
+        return sum(count for count, _ in self.groups)
+
+    def shortest_prefill_s(self, call: TraceCall) -> float:
+        missing = _missing(call)
+        steps = math.ceil(missing / self.attention.max_chunk) * self.step_s
+        attention = self.attention.prompt_s(call.prompt_tokens - missing, missing)
+        return max(steps, missing * self.s_per_prefill_token) + attention
+
+    def shortest_decode_s(self, call: TraceCall, tokens: int) -> float:
+        """From the first token to `tokens` more, alone on the engine."""
+        return tokens * self.decode_step_s + self.attention.s_per_context_token * _context_tokens(call, tokens)
+
+
+def _missing(call: TraceCall) -> int:
+    return max(1, call.prompt_tokens - call.prefix_tokens)
+
+
+def _context_tokens(call: TraceCall, tokens: int) -> float:
+    """Summed context of the rows that make `tokens` tokens after the first one; the newest token not counted."""
+    return tokens * call.prompt_tokens + tokens * (tokens - 1) / 2
+
+
+def _attention_of(step_time: StepTime, max_chunk: int) -> _Attention:
+    match step_time:
+        case LinearStepTime():
+            rate = step_time.s_per_prefill_token_x_context
+            return _Attention(step_time.s_per_context_token, rate, rate / 2, 0.0, max_chunk)
+        case LayeredStepTime():
+            layers = step_time.layers
+            return _Attention(
+                s_per_context_token=layers * step_time.decode_s_per_context_token,
+                s_per_chunk_x_past=layers * step_time.prefill_s_per_chunk_x_past,
+                s_per_chunk_squared=layers * step_time.prefill_s_per_chunk_squared,
+                s_per_chunk=layers * step_time.prefill_fixed_s,
+                max_chunk=max_chunk,
+            )
+        case _:
+            raise ConfigError(
+                f"step times of type {type(step_time).__name__} have no known linear pieces; "
+                "the bound needs LinearStepTime or LayeredStepTime"
+            )
+
+
+def _without_attention(step_time: StepTime) -> StepTime:
+    match step_time:
+        case LinearStepTime():
+            return dataclasses.replace(step_time, s_per_context_token=0.0, s_per_prefill_token_x_context=0.0)
+        case LayeredStepTime():
+            return dataclasses.replace(
+                step_time,
+                decode_s_per_context_token=0.0,
+                prefill_fixed_s=0.0,
+                prefill_s_per_chunk_x_past=0.0,
+                prefill_s_per_chunk_squared=0.0,
+            )
+        case _:
+            return step_time
+
+
+def _corners(step_time: StepTime, slots: int, max_step_tokens: int) -> list[_Shape]:
+    """Shapes whose mixtures contain every step.
+
+    Between two table entries step time is linear in decode rows (one or more) and prefill tokens, so the corners of
+    that piece suffice. A step with prefill has a row less for decoding.
+    """
+    plain = _without_attention(step_time)
+    beside = min(slots - 1, max_step_tokens)
+    alone = min(slots, max_step_tokens)
+    table = step_time.linear_tokens if isinstance(step_time, LayeredStepTime) else ()
+    entries = {1, max_step_tokens, alone, max(1, beside), *(n for n in table if 1 <= n <= max_step_tokens)}
+    shapes = set()
+    for tokens in sorted(entries):
+        shapes.add((0, tokens))
+        for decodes in (1, min(beside, tokens)):
+            if 1 <= decodes <= beside:
+                shapes.add((decodes, tokens - decodes))
+    shapes.add((alone, 0))
+    shapes.add((1, 0))
+    return [
+        _Shape(decodes, prefill, plain.duration_s([Prefill(prefill, 0)] if prefill else [], decodes, 0))
+        for decodes, prefill in sorted(shapes)
+    ]
+
+
+def _efficient(shapes: Sequence[_Shape]) -> tuple[_Shape, ...]:
+    """Those that no mixture of the others replaces: as many steps, rows and tokens in no more time."""
+    kept = list(shapes)
+    for shape in shapes:
+        others = [other for other in kept if other is not shape]
+        if not others:
+            break
+        program = _Program()
+        for other in others:
+            program.column(-other.seconds, shape.seconds / other.seconds * 2)
+        columns = range(len(others))
+        program.row(columns, [1.0] * len(others), 1.0, math.inf)
+        program.row(columns, [other.decodes for other in others], shape.decodes, math.inf)
+        program.row(columns, [other.prefill for other in others], shape.prefill, math.inf)
+        found, point, _ = program.solve(60.0)
+        covers = program.violation(point) <= 1e-9
+        if covers and -found <= shape.seconds:
+            kept = others
+    return tuple(kept)
+
+
+# ---- the units ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One call of a plan. Windows are (start, end); a decode window is None for answers of one token.
+
+    prefill_gpu_s, decode_gpu_s: time beyond the steps that is spread as the work itself is. chunks: fewest.
+    """
+
+    prefill: tuple[float, float]
+    decode: tuple[float, float] | None
+    missing: int
+    tokens: int
+    chunks: int
+    prefill_min_s: float
+    decode_gpu_s: float
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A unit that can have some value.
+
+    late_gpu_s: time beyond the steps that may fall anywhere in the unit's window. path: calls of the path with most
+    steps. dues: index and due time of a stream's tokens after the first that can be made in time.
+    """
+
+    slo_class: SloClass
+    worth: float
+    start_s: float
+    end_s: float
+    works: tuple[_Work, ...]
+    late_gpu_s: float
+    path: tuple[int, ...]
+    first_due_s: float | None = None
+    dues: tuple[tuple[int, float], ...] = ()
+    s_per_context_token: float = 0.0
+    counts_tokens: bool = False
+
+
+def _plan(unit: Unit, engine: _Engine, value: Callable[[Unit], float] | None) -> _Plan | None:
+    worth = float(unit.output_tokens) if value is None else value(unit)
+    if worth <= 0 or not unit.calls:
+        return None
+    match unit.slo:
+        case Latency():
+            return _stream_plan(unit, unit.slo, engine, worth, counts_tokens=value is None)
+        case Deadline(ttlt_s=ttlt_s):
+            return _deadline_plan(unit, unit.arrival_s + ttlt_s, engine, worth)
+        case BestEffort():
+            return None
+
+
+def _stream_plan(unit: Unit, slo: Latency, engine: _Engine, worth: float, *, counts_tokens: bool) -> _Plan | None:
+    (call,) = unit.calls
+    first = unit.arrival_s + engine.shortest_prefill_s(call)
+    dues = [unit.arrival_s + slo.ttft_s + i * slo.tbt_s for i in range(call.output_tokens)]
+    makeable = [first + engine.shortest_decode_s(call, i) <= due + 1e-9 for i, due in enumerate(dues)]
+    if not any(makeable) or (not counts_tokens and not all(makeable)):
+        return None
+    end = max(due for due, can in zip(dues, makeable, strict=True) if can)
+    later = tuple((i, due) for i, due in enumerate(dues) if i and makeable[i])
+    work = _work(call, engine, (unit.arrival_s, end if counts_tokens else dues[0]), (first, end), ())
+    growth = engine.attention.s_per_context_token * (call.output_tokens - 1) * (call.output_tokens - 2) / 2
+    prompt_s = engine.attention.prompt_s(call.prompt_tokens - work.missing, work.missing)
+    return _Plan(
+        slo_class="latency",
+        worth=worth,
+        start_s=unit.arrival_s,
+        end_s=end,
+        works=(work,),
+        late_gpu_s=prompt_s if counts_tokens else prompt_s + growth,
+        path=(0,),
+        first_due_s=dues[0] if makeable[0] else None,
+        dues=later,
+        s_per_context_token=engine.attention.s_per_context_token,
+        counts_tokens=counts_tokens,
+    )
+
+
+def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float) -> _Plan | None:
+    calls = unit.calls
+    prefills = [engine.shortest_prefill_s(call) for call in calls]
+    decodes = [engine.shortest_decode_s(call, call.output_tokens - 1) for call in calls]
+    order = list(TopologicalSorter({i: call.parents for i, call in enumerate(calls)}).static_order())
+    starts = [unit.arrival_s] * len(calls)
+    ends = [deadline_s] * len(calls)
+    steps = [0] * len(calls)
+    before: list[int | None] = [None] * len(calls)
+    for i in order:
+        for parent in calls[i].parents:
+            starts[i] = max(starts[i], starts[parent] + prefills[parent] + decodes[parent] + calls[i].gap_s)
+            if before[i] is None or steps[parent] > steps[before[i] or 0]:
+                before[i] = parent
+        steps[i] = _serial_steps(calls[i], engine) + (0 if (last := before[i]) is None else steps[last])
+    for i in reversed(order):
+        for parent in calls[i].parents:
+            ends[parent] = min(ends[parent], ends[i] - decodes[i] - prefills[i] - calls[i].gap_s)
+    if any(starts[i] + prefills[i] + decodes[i] > ends[i] + 1e-9 for i in order):
+        return None
+    works = tuple(
+        _work(call, engine, (starts[i], ends[i] - decodes[i]), (starts[i] + prefills[i], ends[i]), call.parents)
+        for i, call in enumerate(calls)
+    )
+    late = 0.0
+    for call, work in zip(calls, works, strict=True):
+        late += engine.attention.prompt_s(call.prompt_tokens - work.missing, work.missing)
+        late += engine.attention.s_per_context_token * work.tokens * (work.tokens - 1) / 2
+    path = []
+    at: int | None = max(range(len(calls)), key=lambda i: steps[i])
+    while at is not None:
+        path.append(at)
+        at = before[at]
+    return _Plan(
+        slo_class=_class_of(unit),
+        worth=worth,
+        start_s=unit.arrival_s,
+        end_s=deadline_s,
+        works=works,
+        late_gpu_s=late,
+        path=tuple(path),
+    )
+
+
+def _serial_steps(call: TraceCall, engine: _Engine) -> int:
+    return call.output_tokens - 1 + math.ceil(_missing(call) / engine.attention.max_chunk)
+
+
+def _work(
+    call: TraceCall,
+    engine: _Engine,
+    prefill: tuple[float, float],
+    decode: tuple[float, float],
+    parents: tuple[int, ...],
+) -> _Work:
+    missing, tokens = _missing(call), call.output_tokens - 1
+    return _Work(
+        prefill=prefill,
+        decode=decode if tokens else None,
+        missing=missing,
+        tokens=tokens,
+        chunks=math.ceil(missing / engine.attention.max_chunk),
+        prefill_min_s=missing * engine.s_per_prefill_token,
+        decode_gpu_s=engine.attention.s_per_context_token * tokens * call.prompt_tokens,
+        parents=parents,
+    )
+
+
+# ---- the linear program ----
+
+
+@dataclass(slots=True)
+class _Program:
+    """Maximise costs @ x subject to low <= A x <= high and 0 <= x <= top, top finite."""
+
+    costs: list[float] = field(default_factory=list)
+    tops: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    indices: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    lows: list[float] = field(default_factory=list)
+    highs: list[float] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lows)
+
+    @property
+    def columns(self) -> int:
+        return len(self.costs)
+
+    @property
+    def nonzeros(self) -> int:
+        return len(self.values)
+
+    def column(self, cost: float, top: float) -> int:
+        self.costs.append(cost)
+        self.tops.append(top)
+        return len(self.costs) - 1
+
+    def row(self, columns: Iterable[int], coefficients: Iterable[float], low: float, high: float) -> None:
+        self.indices.extend(columns)
+        self.values.extend(coefficients)
+        self.starts.append(len(self.indices))
+        self.lows.append(low)
+        self.highs.append(high)
+
+    def solve(self, time_limit_s: float) -> tuple[float, _Floats, float]:
+        """An upper bound on the maximum, a nearly feasible point near it, and the solver's seconds."""
+        if not self.costs:
+            return 0.0, np.zeros(0), 0.0
+        # The class that highspy.Highs builds on: that one prints a banner on the standard output when it is made.
+        solver = _Highs()
+        for name, option in {
+            "output_flag": False,
+            "threads": 1,
+            "solver": "ipm" if self.rows > 1000 else "simplex",
+            "run_crossover": "off",
+            "ipm_optimality_tolerance": 1e-6,
+            "time_limit": time_limit_s,
+        }.items():
+            solver.setOptionValue(name, option)
+        solver.passModel(self._model())
+        solver.run()
+        solution = solver.getSolution()
+        duals = np.asarray(solution.row_dual if solution.dual_valid else [0.0] * self.rows)
+        point = np.asarray(solution.col_value if solution.value_valid else [0.0] * self.columns)
+        return self._lagrangian(duals), point, float(solver.getRunTime())
+
+    def _model(self) -> highspy.HighsLp:
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = self.columns, self.rows
+        lp.sense_ = highspy.ObjSense.kMinimize
+        lp.col_cost_ = -np.asarray(self.costs)
+        lp.col_lower_ = np.zeros(self.columns)
+        lp.col_upper_ = np.asarray(self.tops)
+        lp.row_lower_, lp.row_upper_ = np.asarray(self.lows), np.asarray(self.highs)
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.num_col_, lp.a_matrix_.num_row_ = self.columns, self.rows
+        lp.a_matrix_.start_ = np.asarray(self.starts)
+        lp.a_matrix_.index_ = np.asarray(self.indices)
+        lp.a_matrix_.value_ = np.asarray(self.values)
+        return lp
+
+    def _lagrangian(self, duals: _Floats) -> float:
+        """Upper bound from any prices of the rows: weak duality, with every column at its better end."""
+        lows, highs = np.asarray(self.lows), np.asarray(self.highs)
+        sides = np.where(duals > 0, lows, highs)
+        prices = np.where(np.isfinite(sides), duals, 0.0)
+        fixed = float(np.sum(np.where(np.isfinite(sides), sides, 0.0) * prices))
+        reduced = -np.asarray(self.costs) - self._transposed(prices)
+        return -(fixed + float(np.sum(np.minimum(0.0, reduced * np.asarray(self.tops)))))
+
+    def _transposed(self, prices: _Floats) -> _Floats:
+        row_of = np.repeat(np.arange(self.rows), np.diff(self.starts))
+        weights = np.asarray(self.values) * prices[row_of]
+        sums: _Floats = np.bincount(np.asarray(self.indices, dtype=np.int64), weights, self.columns).astype(np.float64)
+        return sums
+
+    def violation(self, point: _Floats) -> float:
+        """The most that a row misses its limits by."""
+        row_of = np.repeat(np.arange(self.rows), np.diff(self.starts))
+        products = np.asarray(self.values) * point[np.asarray(self.indices, dtype=np.int64)]
+        sums = np.bincount(row_of, products, minlength=self.rows)
+        return float(np.max(np.maximum(np.asarray(self.lows) - sums, sums - np.asarray(self.highs)), initial=0.0))
+
+
+_DECODES, _PREFILL, _GPU = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Columns of one quantity in consecutive buckets from `first` on."""
+
+    first: int
+    columns: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.columns) - 1
+
+    def upto(self, bucket: int) -> tuple[int, ...]:
+        return self.columns[: max(0, bucket - self.first + 1)]
+
+
+class _Model:
+    """The buckets, at widths of bucket_s * 2**level, and the units that use them."""
+
+    def __init__(self, engine: _Engine, bucket_s: float, plans: Sequence[_Plan]) -> None:
+        self.program = _Program()
+        self.worths: list[tuple[SloClass, int, float]] = []
+        self._engine = engine
+        self._bucket_s = bucket_s
+        self._origin_s = min((plan.start_s for plan in plans), default=0.0)
+        horizon_s = max((plan.end_s for plan in plans), default=0.0) - self._origin_s
+        levels = 1 + max((self._level(plan) for plan in plans), default=0)
+        coarse = max(1, math.ceil(horizon_s / (bucket_s * 2 ** (levels - 1))))
+        self._sizes = [coarse << (levels - 1 - level) for level in range(levels)]
+        self._uses: dict[tuple[int, int, int], tuple[list[int], list[float]]] = {}
+        self._steps: list[list[int]] = []
+        if plans:
+            self._supply()
+            for plan in plans:
+                self._add(plan)
+            self._balance()
+
+    def _level(self, plan: _Plan) -> int:
+        """Width of a plan's buckets: by its shortest call window, so that each has enough of them."""
+        wanted = _BUCKETS_PER_STREAM if plan.dues or plan.slo_class == "latency" else _BUCKETS_PER_WINDOW
+        shortest = min((work.decode or work.prefill)[1] - work.prefill[0] for work in plan.works)
+        return max(0, math.floor(math.log2(max(shortest, 1e-9) / (self._bucket_s * wanted))))
+
+    def _supply(self) -> None:
+        """Steps of each shape in each finest bucket, and the number of steps at every level."""
+        for k in range(self._sizes[0]):
+            counts: list[int] = []
+            for replicas, shapes in self._engine.groups:
+                time = [self.program.column(0.0, replicas * self._bucket_s / shape.seconds) for shape in shapes]
+                attention = self.program.column(0.0, replicas * self._bucket_s)
+                self.program.row(
+                    [*time, attention],
+                    [*(shape.seconds for shape in shapes), 1.0],
+                    -math.inf,
+                    replicas * self._bucket_s,
+                )
+                for column, shape in zip(time, shapes, strict=True):
+                    self._use(_DECODES, 0, k, column, -shape.decodes)
+                    self._use(_PREFILL, 0, k, column, -shape.prefill)
+                self._use(_GPU, 0, k, attention, -1.0)
+                counts.extend(time)
+            if k == 0:
+                self._steps.append([])
+            self._steps[0].append(self._sum_of(counts))
+        for level in range(1, len(self._sizes)):
+            finer = self._steps[level - 1]
+            self._steps.append([self._sum_of(finer[2 * k : 2 * k + 2]) for k in range(self._sizes[level])])
+
+    def _sum_of(self, columns: Sequence[int]) -> int:
+        """A column that is at most the sum of the given ones."""
+        total = self.program.column(0.0, sum(self.program.tops[column] for column in columns))
+        self.program.row([total, *columns], [1.0, *[-1.0] * len(columns)], -math.inf, 0.0)
+        return total
+
+    def _use(self, resource: int, level: int, bucket: int, column: int, amount: float) -> None:
+        columns, amounts = self._uses.setdefault((resource, level, bucket), ([], []))
+        columns.append(column)
+        amounts.append(amount)
+
+    def _balance(self) -> None:
+        """What a bucket's units use is at most what it supplies or hands down to its two halves."""
+        for resource in (_DECODES, _PREFILL, _GPU):
+            for level in range(len(self._sizes) - 1, -1, -1):
+                for bucket in range(self._sizes[level]):
+                    if level:
+                        top = self._most(resource) * 2 ** (level - 1)
+                        for half in (2 * bucket, 2 * bucket + 1):
+                            handed = self.program.column(0.0, top)
+                            self._use(resource, level, bucket, handed, -1.0)
+                            self._use(resource, level - 1, half, handed, 1.0)
+                    columns, amounts = self._uses.pop((resource, level, bucket))
+                    self.program.row(columns, amounts, -math.inf, 0.0)
+
+    def _most(self, resource: int) -> float:
+        """The most of a resource in a finest bucket."""
+        total = 0.0
+        for replicas, shapes in self._engine.groups:
+            rates = {
+                _DECODES: max(shape.decodes / shape.seconds for shape in shapes),
+                _PREFILL: max(shape.prefill / shape.seconds for shape in shapes),
+                _GPU: 1.0,
+            }
+            total += replicas * self._bucket_s * rates[resource]
+        return total
+
+    # -- one unit --
+
+    def _add(self, plan: _Plan) -> None:
+        level = self._level(plan)
+        calls = [self._call(work, level) for work in plan.works]
+        late = self._spread((plan.start_s, plan.end_s), level, plan.late_gpu_s, math.inf)
+        for k, column in enumerate(late.columns, late.first):
+            self._use(_GPU, level, k, column, 1.0)
+        if plan.counts_tokens:
+            self._count_tokens(plan, level, *calls[0], late)
+        else:
+            self._accept(plan, level, calls, late)
+        self._limit_path(plan, level, calls)
+
+    def _call(self, work: _Work, level: int) -> tuple[_Spread, _Spread | None]:
+        """Columns of a call's prefill and decode, as fractions of it."""
+        prefill = self._spread(work.prefill, level, 1.0, 1 / work.prefill_min_s)
+        for k, column in enumerate(prefill.columns, prefill.first):
+            self._use(_PREFILL, level, k, column, work.missing)
+        if work.decode is None:
+            return prefill, None
+        decode = self._spread(work.decode, level, 1.0, 1 / (work.tokens * self._engine.decode_step_s))
+        for k, column in enumerate(decode.columns, decode.first):
+            self._use(_DECODES, level, k, column, work.tokens)
+            self._use(_GPU, level, k, column, work.decode_gpu_s)
+        self._follow(prefill, decode)
+        return prefill, decode
+
+    def _spread(self, window: tuple[float, float], level: int, top: float, per_s: float) -> _Spread:
+        """Columns up to `top`, and up to per_s times the seconds that the window has in a bucket."""
+        width = self._bucket_s * 2**level
+        first, last = self._bucket(window[0], level), self._bucket(window[1], level)
+        columns = []
+        for k in range(first, last + 1):
+            opens = max(window[0], self._origin_s + k * width)
+            closes = min(window[1], self._origin_s + (k + 1) * width)
+            most = top if math.isinf(per_s) else min(top, max(0.0, closes - opens + 1e-6) * per_s)
+            columns.append(self.program.column(0.0, most))
+        return _Spread(first, tuple(columns))
+
+    def _bucket(self, at_s: float, level: int) -> int:
+        k = math.floor((at_s - self._origin_s) / (self._bucket_s * float(2**level)))
+        return min(max(0, k), self._sizes[level] - 1)
+
+    def _follow(self, before: _Spread, after: _Spread) -> None:
+        """At the end of each bucket, `after` is not further than `before`."""
+        for k in range(after.first, min(before.last, after.last + 1)):
+            led, done = before.upto(k), after.upto(k)
+            self.program.row([*done, *led], [1.0] * len(done) + [-1.0] * len(led), -math.inf, 0.0)
+
+    def _accept(self, plan: _Plan, level: int, calls: Sequence[tuple[_Spread, _Spread | None]], late: _Spread) -> None:
+        """All or nothing, relaxed to a fraction: every part is done as far as the unit is accepted."""
+        program = self.program
+        unit = program.column(plan.worth, 1.0)
+        self.worths.append((plan.slo_class, unit, plan.worth))
+        for spread in (part for call in calls for part in call if part is not None):
+            program.row([unit, *spread.columns], [-1.0, *[1.0] * len(spread.columns)], 0.0, 0.0)
+        program.row([unit, *late.columns], [-plan.late_gpu_s, *[1.0] * len(late.columns)], 0.0, 0.0)
+        for work, (prefill, _) in zip(plan.works, calls, strict=True):
+            for parent in work.parents:
+                parent_prefill, parent_decode = calls[parent]
+                self._follow(parent_decode or parent_prefill, prefill)
+        decode = calls[0][1]
+        if decode is not None:
+            by_bucket = Counter(self._bucket(due, level) for _, due in plan.dues)
+            made = 0
+            for k, tokens in sorted(by_bucket.items()):
+                made += tokens
+                done = decode.upto(k)
+                program.row([unit, *done], [-made / len(plan.dues), *[1.0] * len(done)], 0.0, math.inf)
+
+    def _count_tokens(self, plan: _Plan, level: int, prefill: _Spread, decode: _Spread | None, late: _Spread) -> None:
+        """A stream token by token: columns hold the share of those due in a bucket that are made in time."""
+        program = self.program
+        program.row(prefill.columns, [1.0] * len(prefill.columns), -math.inf, 1.0)
+        if plan.first_due_s is not None:
+            first = program.column(1.0, 1.0)
+            self.worths.append((plan.slo_class, first, 1.0))
+            ready = prefill.upto(self._bucket(plan.first_due_s, level))
+            program.row([first, *ready], [1.0, *[-1.0] * len(ready)], -math.inf, 0.0)
+        paid = [*late.columns, *prefill.columns]
+        costs = [*[1.0] * len(late.columns), *[-plan.late_gpu_s] * len(prefill.columns)]
+        good: list[int] = []
+        counts: list[float] = []
+        due_in: dict[int, list[int]] = {}
+        for index, due in plan.dues:
+            due_in.setdefault(self._bucket(due, level), []).append(index)
+        for k, indices in sorted(due_in.items()):
+            column = program.column(len(indices), 1.0)
+            self.worths.append((plan.slo_class, column, len(indices)))
+            good.append(column)
+            counts.append(len(indices))
+            ready = prefill.upto(k)
+            program.row([column, *ready], [1.0, *[-1.0] * len(ready)], -math.inf, 0.0)
+            assert decode is not None
+            done = decode.upto(k)
+            program.row([*good, *done], [*counts, *[-plan.works[0].tokens] * len(done)], -math.inf, 0.0)
+            paid.append(column)
+            costs.append(-plan.s_per_context_token * len(indices) * (indices[0] - 1))
+        program.row(paid, costs, 0.0, math.inf)
+
+    def _limit_path(self, plan: _Plan, level: int, calls: Sequence[tuple[_Spread, _Spread | None]]) -> None:
+        """One token or chunk of a path in a step."""
+        path = [(plan.works[i], calls[i]) for i in plan.path]
+        steps = sum(work.tokens + work.missing / self._engine.attention.max_chunk for work, _ in path)
+        if self._engine.replicas > 1 or steps < _LONG_PATH * (plan.end_s - plan.start_s) / self._engine.step_s:
+            return
+        rows: dict[int, tuple[list[int], list[float]]] = {}
+        for work, (prefill, decode) in path:
+            amounts = ((prefill, work.missing / self._engine.attention.max_chunk), (decode, float(work.tokens)))
+            for spread, amount in amounts:
+                for k, column in enumerate(spread.columns, spread.first) if spread else ():
+                    columns, coefficients = rows.setdefault(k, ([], []))
+                    columns.append(column)
+                    coefficients.append(amount)
+        for k, (columns, coefficients) in rows.items():
+            self.program.row([self._steps[level][k], *columns], [-1.0, *coefficients], -math.inf, 0.0)
