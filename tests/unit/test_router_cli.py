@@ -1,0 +1,338 @@
+import csv
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tempo_router.cli import main
+from tempo_router.request import BestEffort, Deadline, Latency
+from tempo_router.simulation.trace_file import read_trace
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Figures that simulations keep for later ones stay in this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """A file of some 30 small requests in 60 s: a second of simulation."""
+    path = tmp_path / "small.csv"
+    lengths = [f"{app}.{part}={{}}" for app in ("chat", "code", "summarize") for part in ("prompt", "output")]
+    small = json.dumps({"median": 20, "sigma": 0.3, "at_most": 60})
+    settings = [pair.format(small) for pair in lengths]
+    assert main(["generate", "--out", str(path), "duration_s=60", "rate_per_s=0.5", "program_weight=0", *settings]) == 0
+    return path
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that has to end with status 2 and one line on stderr; returns that line."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as e:
+            status = e.code
+        out, err = capsys.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("tempo-router")
+        return err
+
+    return run
+
+
+def test_the_command_is_installed_with_the_package():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+    assert scripts["tempo-router"] == "tempo_router.cli:main"
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"    {name} " in out for name in ("generate", "convert", "trace", "simulate", "bound"))
+
+
+# ---- generate, convert, trace
+
+
+def test_generate_writes_what_was_asked_for(tmp_path, capsys):
+    path = tmp_path / "g.csv.gz"
+    status = main(["generate", "--out", str(path), "--seed", "3", "duration_s=100", "slo_factor=0.5", "tenants=1"])
+
+    trace = read_trace(path)
+    assert status == 0
+    assert capsys.readouterr().out == f"{path}: {len(trace.units)} units, {trace.calls} calls\n"
+    assert {unit.tenant for unit in trace.units} == {"t0"}
+    assert Latency(1.0, 0.05) in {unit.slo for unit in trace.units}
+
+
+def test_generate_lists_settings_that_it_takes(tmp_path, capsys):
+    assert main(["generate", "--list"]) == 0
+    lines = [line.partition("  # ")[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert "rate_per_s=1.0" in lines
+    assert "chat.prompt.median=900.0" in lines
+    assert main(["generate", "--out", str(tmp_path / "all.csv"), *lines]) == 0
+    assert main(["generate", "--out", str(tmp_path / "none.csv")]) == 0
+    assert (tmp_path / "all.csv").read_bytes() == (tmp_path / "none.csv").read_bytes()
+
+
+def test_convert_writes_a_trace_and_counts_what_it_left_out(tmp_path, capsys):
+    source = tmp_path / "b.csv"
+    source.write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n118,GPT-4,417,0,417,API log\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "b.csv.gz"
+    status = main(["convert", str(source), "--from", "burstgpt", "--out", str(out), "--class", "best_effort"])
+
+    assert status == 0
+    assert capsys.readouterr().out == f"{out}: 1 requests, 1 without an answer left out\n"
+    (unit,) = read_trace(out).units
+    assert (unit.app, unit.tenant, unit.slo) == ("chat", "ChatGPT", BestEffort())
+
+
+def test_convert_gives_times_to_a_file_without(tmp_path):
+    source = tmp_path / "c.jsonl"
+    source.write_text('{"prompt_len": 5, "output_tokens": 6}\n' * 3, encoding="utf-8")
+    out = tmp_path / "c.csv"
+
+    assert main(["convert", str(source), "--from", "vllm-bench", "--out", str(out), "--rate", "2", "--seed", "4"]) == 0
+    assert len(read_trace(out).units) == 3
+
+
+def test_trace_prints_what_a_file_holds(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "request_id,arrival_s,app,class,prompt_tokens,output_tokens,program_id,parents,prefix_id,prefix_tokens\n"
+        "0,0,chat,latency,100,10,,,,\n1,30,chat,latency,100,10,,,,\n2,60,r,collective,100,10,p,,p,0\n"
+        "3,,r,collective,200,20,p,2,p,110\n4,130,chat,best_effort,100,10,,,,\n",
+        encoding="utf-8",
+    )
+    assert main(["trace", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["calls"] == 5
+    assert found["units_by_class"] == {"latency": 2, "program": 1, "best_effort": 1}
+    assert found["arrivals_per_s"] == pytest.approx(3 / 130)
+    assert found["gap_cv"] == pytest.approx(0.4351, abs=1e-4)
+    assert found["peak_over_mean"] == pytest.approx(2 / (4 / 3))
+    assert found["prefix_share"] == pytest.approx(110 / 600)
+    assert found["max_call_tokens"] == 220
+    assert (found["programs"], found["stages_p50"], found["longest_program"]) == (1, 2, 2)
+
+    assert main(["trace", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("t\n")
+    assert "latency 2 (50.0%), program 1 (25.0%), best_effort 1 (25.0%)" in text
+    assert "0.183 of all prompt tokens" in text
+
+
+def test_a_trace_of_one_request_has_no_rate(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("request_id,arrival_s,class,prompt_tokens,output_tokens\n0,0,latency,100,10\n", encoding="utf-8")
+
+    assert main(["trace", str(path)]) == 0
+    assert "arrivals        -/s, CV of gaps -" in capsys.readouterr().out
+
+
+# ---- simulate and bound
+
+
+def test_simulate_writes_a_row_for_every_combination(trace, tmp_path, capsys):
+    out, table = tmp_path / "r.json", tmp_path / "r.csv"
+    status = main(
+        f"simulate --trace {trace} --profile toy-cpu --load 0.5 --load 1 --policy fcfs --policy edf --seed 0 --seed 1"
+        f" --out {out} --csv {table}".split()
+    )
+
+    assert status == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["complete"] is True
+    cells = [(row["load"], row["policy"], row["seed"]) for row in result["rows"]]
+    assert cells == [(load, policy, seed) for load in (0.5, 1.0) for policy in ("fcfs", "edf") for seed in (0, 1)]
+    for row in result["rows"]:
+        assert row["trace"] == "small"
+        assert row["token_goodput"] > 0
+        assert row["wall_s"] > 0
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["complete"] for row in rows] == ["true"] * 8
+    assert [float(row["token_goodput"]) for row in rows] == [row["token_goodput"] for row in result["rows"]]
+    printed, err = capsys.readouterr()
+    assert len(printed.splitlines()) == 1 + 8
+    assert err == "", "no progress bar where nobody watches"
+
+
+def test_simulate_can_generate_change_and_replicate(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    status = main(
+        "simulate --generate duration_s=40 program_weight=0 chat.output.at_most=50 --profile toy-cpu --replicas 2"
+        " --policy fcfs --without-app summarize --max-call-tokens 2000 --slo-unloaded 3 --slots 8"
+        f" --out {out}".split()
+    )
+
+    assert status == 0, capsys.readouterr().err
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert (row["replicas"], row["slots"], row["load"]) == (2, 8, 1.0)
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_says_so(trace, tmp_path, capsys, monkeypatch):
+    from tempo_router.simulation import experiment
+
+    run_cell = experiment.run_cell
+    ran = []
+
+    def run_two(cell, *arguments, **more):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return run_cell(cell, *arguments, **more)
+
+    monkeypatch.setattr(experiment, "run_cell", run_two)
+    out, table = tmp_path / "r.json", tmp_path / "r.csv"
+    seeds = " ".join(f"--seed {seed}" for seed in range(5))
+    status = main(f"simulate --trace {trace} --profile toy-cpu --policy fcfs {seeds} --out {out} --csv {table}".split())
+
+    assert status == 130
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["complete"] is False
+    assert [row["seed"] for row in result["rows"]] == [0, 1]
+    with table.open(encoding="utf-8", newline="") as file:
+        assert [row["complete"] for row in csv.DictReader(file)] == ["false", "false"]
+    assert "interrupted; 2 of 5 runs are complete" in capsys.readouterr().err
+
+
+def test_bound_is_no_less_than_what_a_policy_gets(trace, tmp_path, capsys):
+    bound_file, rows_file = tmp_path / "b.json", tmp_path / "r.json"
+    common = ["--trace", str(trace), "--profile", "toy-cpu", "--load", "1.2"]
+
+    assert main(["bound", *common, "--out", str(bound_file)]) == 0
+    assert "Assumptions:" in capsys.readouterr().out
+    assert main(["simulate", *common, "--policy", "edf", "--out", str(rows_file)]) == 0
+    (bound,) = json.loads(bound_file.read_text(encoding="utf-8"))
+    (row,) = json.loads(rows_file.read_text(encoding="utf-8"))["rows"]
+    assert bound["per_s"] >= row["token_goodput"] > 0
+
+
+# ---- what can be wrong
+
+
+@pytest.mark.parametrize("load", ["0", "-1", "nan", "inf", "fast", ""])
+def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
+    line = refused("simulate", "--trace", trace, "--profile", "toy-cpu", f"--load={load}")
+
+    assert f"--load: {load!r}: must be a number above zero" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--policy", "fcfss"], "policy='fcfss': no such policy; did you mean 'fcfs'?"),
+        (["--objective", "tokens"], "objective='tokens': no such objective; did you mean 'token'?"),
+        (["--knowledge", "learnt"], "did you mean 'learned'?"),
+        (["--switch", "tik_s=1"], "tick_s"),
+        (["--switch", "tick_s"], "expected KEY=VALUE"),
+        (["--switch", "tick_s=1", "--switch", "tick_s=2"], "tick_s: given twice"),
+        (["--profile", "toy-gpu", "--slots", "4"], "'toy-gpu': no such step-time profile; there are: llama-3-8b"),
+        (["--profile-path", "nowhere.json"], "nowhere.json"),
+        (["--profile", "toy-cpu", "--replicas", "3"], "--replicas 3: there are 2 --profile"),
+        (["--slots", "0"], "must be a whole number above zero"),
+        (["--seed", "-1"], "not below zero"),
+        (["--generate"], "give --trace or --generate, not both"),
+        (["--max-call-tokens", "1"], "units is left; leave out less"),
+        (["--polciy", "edf"], "unrecognized arguments: --polciy edf"),
+        (["--out", "/dev/null/r.json"], "/dev/null"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_runs(trace, refused, arguments, problem):
+    assert problem in refused("simulate", "--trace", trace, "--profile", "toy-cpu", *arguments)
+
+
+def test_a_wrong_last_run_is_found_before_the_first(trace, refused, tmp_path):
+    """Otherwise an hour of simulation ends with a typing error."""
+    out = tmp_path / "r.json"
+    line = refused(
+        "simulate", "--trace", trace, "--profile", "toy-cpu", "--policy", "fcfs", "--policy", "edff", "--out", out
+    )
+
+    assert "did you mean 'edf'?" in line
+    assert not out.exists()
+
+
+def test_a_trace_that_cannot_be_read_is_named(tmp_path, refused):
+    path = tmp_path / "bad.csv"
+    path.write_text("request_id,arrival_s,class,prompt_tokens,output_tokens\n0,-1,latency,1,1\n", encoding="utf-8")
+
+    for command in (
+        ["simulate", "--profile", "toy-cpu", "--trace"],
+        ["bound", "--profile", "toy-cpu", "--trace"],
+        ["trace"],
+    ):
+        assert f"{path}:2: arrival_s='-1': must not be negative" in refused(*command, path)
+        assert "nowhere.csv: cannot be read" in refused(*command, tmp_path / "nowhere.csv")
+
+
+def test_a_trace_without_a_rate_cannot_be_loaded(tmp_path, refused):
+    path = tmp_path / "one.csv"
+    path.write_text("request_id,arrival_s,class,prompt_tokens,output_tokens\n0,0,latency,1,1\n", encoding="utf-8")
+
+    assert "no rate of arrivals" in refused("simulate", "--trace", path, "--profile", "toy-cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["simulate", "--profile", "toy-cpu"], "no workload: give --trace FILE or --generate"),
+        (["simulate", "--trace", "t.csv"], "required: --profile"),
+        (["generate"], "--out: name the file to write"),
+        (["generate", "--out", "/dev/null/g.csv", "duration_s=9"], "/dev/null/g.csv: cannot be written"),
+        (["generate", "--out", "g.csv", "rate=2"], "rate: no such setting"),
+        (["generate", "--out", "g.csv", "rate_per_s=-2"], "rate_per_s=-2: Input should be greater than 0"),
+        (["generate", "--out", "g.csv", "rate_per_s"], "expected KEY=VALUE"),
+        (["generate", "--out", "g.csv", "rate_per_s=0.001", "duration_s=1"], "nothing arrives"),
+        (["convert", "x.csv", "--from", "azur", "--out", "g.csv"], "invalid choice: 'azur'"),
+        (["convert", "x.csv", "--from", "azure", "--out", "g.csv", "--rate", "2"], "--rate: azure files have times"),
+        (["convert", "x.csv", "--from", "azure", "--out", "g.csv"], "x.csv: cannot be read"),
+        (["simulatte"], "invalid choice: 'simulatte'"),
+        ([], "required: command"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_one_line(refused, arguments, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert problem in refused(*arguments)
+    assert list(tmp_path.glob("*.csv")) == []
+
+
+def test_targets_can_be_changed_for_a_simulation(trace, tmp_path):
+    """The row of halved targets is the row of a file that has halved targets."""
+    halved = tmp_path / "halved" / trace.name
+    halved.parent.mkdir()
+    rows = [line.split(",") for line in trace.read_text(encoding="utf-8").splitlines()]
+    columns = [rows[0].index(name) for name in ("slo_ttft_s", "slo_tbt_s", "slo_ttlt_s")]
+    for row in rows[1:]:
+        for column in columns:
+            row[column] = str(float(row[column]) / 2) if row[column] else ""
+    halved.write_text("\n".join(map(",".join, rows)) + "\n", encoding="utf-8")
+    assert {unit.slo for unit in read_trace(halved).units} == {Latency(1.0, 0.05), Deadline(10.0)}
+
+    found = []
+    for arguments in (["--trace", str(trace), "--slo-factor", "0.5"], ["--trace", str(halved)]):
+        out = tmp_path / "r.json"
+        assert main(["simulate", *arguments, "--profile", "toy-cpu", "--policy", "edf", "--out", str(out)]) == 0
+        (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        found.append({name: value for name, value in row.items() if name != "wall_s"})
+    assert found[0] == found[1]
