@@ -19,13 +19,14 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
 from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header, step_from_message
+from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
+from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -48,6 +49,7 @@ from tempo_router.router import RouterCore
 log = structlog.get_logger()
 
 LENGTHS_SNAPSHOT = "lengths"
+ANSWERS_SNAPSHOT = "answers"
 INGRESS_GRACE_S = 5.0
 """How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
 token streams break too, and the workers abort. This covers a broken control stream alone."""
@@ -86,6 +88,7 @@ class RouterServer:
         self._owner = owner
         self._host = host
         self._core = RouterCore(config.scheduling)
+        self._estimates: LengthEstimates | None = None
         self._ingresses: dict[str, IngressSession] = {}
         self._workers: dict[ReplicaId, WorkerSession] = {}
         self._owners: dict[RequestId, str] = {}
@@ -104,12 +107,16 @@ class RouterServer:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
         self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
+        if self._config.scheduling.length_model == "auto":
+            self._estimates = await self._start_estimates()
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
         self.address = f"{self._host}:{port}"
         for loop in (self._settle, self._tick, self._keep_lease, self._keep_lengths):
             self._tasks.append(asyncio.create_task(loop(), name=loop.__name__))
+        if self._estimates is not None:
+            self._tasks.append(asyncio.create_task(self._estimates.run(), name="estimates of lengths"))
         log.info("router_started", address=self.address, epoch=self.epoch)
         return self.address
 
@@ -119,6 +126,8 @@ class RouterServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._estimates is not None:
+            self._estimates.close()
         await self._server.stop(grace=0.2)
         try:
             await self._save_lengths()
@@ -158,6 +167,11 @@ class RouterServer:
         """What was learnt about the lengths of answers."""
         return self._core.lengths
 
+    @property
+    def estimates(self) -> LengthEstimates | None:
+        """The second opinion on lengths; None where the histograms are all."""
+        return self._estimates
+
     def snapshot(self) -> dict[str, Any]:
         """Counts for logs, status pages and tests."""
         return {
@@ -168,6 +182,7 @@ class RouterServer:
             "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
             "workers": list(self._workers),
             "core": self._core.snapshot(),
+            "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
         }
 
     # ---- the core ----
@@ -302,6 +317,8 @@ class RouterServer:
     async def _save_lengths(self) -> None:
         snapshot = json.dumps(self._core.lengths.snapshot()).encode()
         await self._store.save_snapshot(LENGTHS_SNAPSHOT, snapshot, self.epoch)
+        if self._estimates is not None:
+            await self._estimates.save(lambda answers: self._store.save_snapshot(ANSWERS_SNAPSHOT, answers, self.epoch))
 
     async def _restore_lengths(self) -> LengthHistograms:
         lengths = LengthHistograms()
@@ -313,6 +330,16 @@ class RouterServer:
                 log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
                 return LengthHistograms()
         return lengths
+
+    async def _start_estimates(self) -> LengthEstimates:
+        estimates = LengthEstimates(self._config.scheduling, drain=self._core.drain_samples, on_predicted=self.handle)
+        saved = await self._store.load_snapshot(ANSWERS_SNAPSHOT)
+        if saved is not None:
+            try:
+                estimates.restore(saved)
+            except InvalidSnapshotError as error:
+                log.warning("snapshot_unreadable", problem=str(error), effect="answers are collected anew")
+        return estimates
 
     # ---- ingresses ----
 
@@ -380,6 +407,8 @@ class RouterServer:
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
         self.handle(Arrived(now_s, spec))
+        if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
+            self._estimates.arrived(spec, self._core.lengths.lookup(spec))
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 

@@ -98,6 +98,7 @@ PolicyName = Literal[
     "edf",
     "class_priority",
     "density",
+    "tempo",
     "vllm_fcfs",
     "class_fcfs",
     "edf_preemptive",
@@ -119,12 +120,23 @@ PolicyName = Literal[
 ]
 
 
+class SwitchesConfig(StrictModel):
+    """Parts of Tempo's policy, each of which can be left out, to see what it is worth."""
+
+    timeline: bool = Field(True, description="admit on the capacity timeline; off: everything, densest first")
+    reserve: bool = Field(True, description="leave room for denser work that is still to come")
+    urgency: bool = Field(True, description="order admitted work by urgency; off: by density alone")
+    remaining_cost: bool = Field(True, description="count only the work that is left; off: the whole cost")
+    look_ahead: bool = Field(True, description="count what is still to come of a program")
+    step_cap: bool = Field(True, description="bound a step's duration; off: a fixed number of tokens")
+    gap_bound: bool = Field(True, description="never pause a stream for longer than its reader would notice")
+    affinity: bool = Field(True, description="prefer the replica that has a request's prefix cached")
+
+
 class SchedulingConfig(StrictModel):
     """Who goes first, who is refused, and how much of the queue the router keeps to itself."""
 
-    policy: PolicyName = Field(
-        "density", description="order of the queue; density is Tempo's own"
-    )
+    policy: PolicyName = Field("density", description="order of the queue; density is Tempo's own")
     hopeless: Literal["relegate", "refuse"] = Field(
         "relegate",
         description="what becomes of work that can no longer meet its SLO: go on as best effort, or end with an error",
@@ -135,6 +147,20 @@ class SchedulingConfig(StrictModel):
         le=1,
         description="objective: 0 counts good tokens, 1 counts requests; between them a mix (measured in simulation)",
     )
+    objective: Literal["mix", "gain"] = Field(
+        "mix",
+        description="mix: good tokens and requests by request_weight; gain: service gain, prompt tokens 1, output 8",
+    )
+    dag_weight: float = Field(
+        4.0, ge=0, description="what a program counts among requests, in single requests (measured in simulation)"
+    )
+    capacity_factor: float = Field(1.2, gt=0, description="GPU time that a plan may fill, over what there is")
+    reserve_factor: float = Field(1.0, ge=0, description="share of the denser work to come that a plan leaves room for")
+    tenant_exponent: float = Field(
+        0.0, ge=0, le=4, description="0: tenants do not matter; 1: the less served count for more"
+    )
+    plan_s: float = Field(0.5, gt=0, description="seconds between plans over the whole queue, without arrivals")
+    switches: SwitchesConfig = SwitchesConfig()
     max_waiting_requests: int = Field(10_000, gt=0, description="beyond it requests get 429 (guessed)")
     max_waiting_tokens: int = Field(
         20_000_000, gt=0, description="prompt tokens of all waiting requests; beyond it requests get 429 (guessed)"

@@ -149,10 +149,11 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class ProgramFinished:
-    """The client says that no further call of this program will come."""
+    """The client says that no further call of this program will come. is_complete False: it gave up halfway."""
 
     at_s: float
     program_id: ProgramId
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,10 +169,10 @@ class Ledger:
         before_s = program.path_s.get(spec.stage, 0.0)
         program.path_s[spec.stage + 1] = max(program.path_s.get(spec.stage + 1, 0.0), before_s + run_s)
 
-    def program_ended(self, program_id: ProgramId) -> Program | None:
-        """Forget a program; None if it was not known. One that came to its end tells how its stages share the time."""
+    def program_ended(self, program_id: ProgramId, *, is_complete: bool = True) -> Program | None:
+        """Forget a program; None if it was not known. A complete one tells how its stages share the time."""
         program = self.programs.pop(program_id, None)
-        if program is not None and not program.live and not program.is_lost:
+        if program is not None and is_complete and not program.live:
             self._learn_shares(program)
         return program
 

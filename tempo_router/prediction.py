@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tempo_router.errors import InvalidSnapshotError
 from tempo_router.request import RequestSpec
 
@@ -35,6 +38,7 @@ class Lengths:
 
     atoms: tuple[float, ...]
     sums: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    row: npt.NDArray[np.float64] = field(init=False, repr=False, compare=False)
     mean: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,7 @@ class Lengths:
         for atom in self.atoms:
             sums.append(sums[-1] + atom)
         object.__setattr__(self, "sums", tuple(sums))
+        object.__setattr__(self, "row", np.array(self.atoms))
         object.__setattr__(self, "mean", max(1.0, sums[-1] / len(self.atoms)))
 
     def mean_left(self, generated: int, limit: int) -> float:

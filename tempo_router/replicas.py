@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from tempo_router.events import ReplicaCapacity, ReplicaLoad
+from tempo_router.facts import facts_of
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, ReplicaId, RequestSpec
+from tempo_router.standing import UNRANKED, Standing
 from tempo_router.step_time import StepTimeModel
 
 
@@ -13,13 +15,37 @@ class Call:
 
     new_tokens: tokens that this attempt has produced.
     expected_tokens: how many it is expected to produce in all; raised when it produces more.
+    ticket, since_s: order and time of its dispatch. standing: where the last plan put it.
+    cached_tokens: leading tokens of its context that its replica is believed to have cached.
     is_aborted: its tokens are no longer wanted; it only holds its room until the replica says that it ended.
     """
 
-    __slots__ = ("dispatch_id", "expected_tokens", "is_aborted", "lengths", "new_tokens", "replica", "spec")
+    __slots__ = (
+        "cached_tokens",
+        "dispatch_id",
+        "expected_tokens",
+        "facts",
+        "is_aborted",
+        "lengths",
+        "new_tokens",
+        "replica",
+        "since_s",
+        "spec",
+        "standing",
+        "ticket",
+    )
 
     def __init__(
-        self, dispatch_id: DispatchId, spec: RequestSpec, replica: "Replica", lengths: Lengths, new_tokens: int
+        self,
+        dispatch_id: DispatchId,
+        spec: RequestSpec,
+        replica: "Replica",
+        lengths: Lengths,
+        new_tokens: int,
+        *,
+        ticket: int = 0,
+        since_s: float = 0.0,
+        standing: Standing = UNRANKED,
     ) -> None:
         self.dispatch_id = dispatch_id
         self.spec = spec
@@ -28,11 +54,26 @@ class Call:
         self.new_tokens = new_tokens
         self.expected_tokens = new_tokens + self._left()
         self.is_aborted = False
+        self.facts = facts_of(spec)
+        self.ticket = ticket
+        self.since_s = since_s
+        self.standing = standing
+        self.cached_tokens = 0
 
     @property
     def generated_tokens(self) -> int:
         """Tokens of the whole answer so far, those of earlier attempts included."""
         return self.spec.generated_tokens + self.new_tokens
+
+    @property
+    def missing_tokens(self) -> int:
+        """Context that is not computed yet, as far as it can be seen from here: all of it before the first token."""
+        return 0 if self.new_tokens else max(1, self.spec.context_tokens - self.cached_tokens)
+
+    @property
+    def is_relegated(self) -> bool:
+        """It can no longer meet its SLO."""
+        return self.standing.is_relegated
 
     @property
     def kv_tokens(self) -> int:

@@ -6,11 +6,11 @@ aborted, until the replica says that it ended, because until then it holds a slo
 """
 
 import heapq
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, replace
 from typing import assert_never, get_args
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, RejectReason, Relegate
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, RejectReason, Relegate, Retune
 from tempo_router.backlog import Backlog, expected_wait_s
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import InvalidEventError
@@ -34,7 +34,8 @@ from tempo_router.groups import GroupBook
 from tempo_router.ledger import Ledger
 from tempo_router.placement import choose, kv_needed
 from tempo_router.policies import Context, build_policy
-from tempo_router.prediction import LengthHistograms
+from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
+from tempo_router.program_history import ProgramHistory
 from tempo_router.replicas import Call, Replica
 from tempo_router.request import (
     BestEffort,
@@ -49,7 +50,9 @@ from tempo_router.request import (
     slo_class,
 )
 from tempo_router.slo_queue import SloQueue
+from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
+from tempo_router.tempo_plan import TempoPlan
 from tempo_router.value import cost_s, expected_good, hopeless_at_s
 from tempo_router.waiting import WaitingRequest
 
@@ -69,6 +72,13 @@ _REFRESHED_PER_TICK = 32
 _TIMER_SLACK = 64
 _MIN_RECHECK_S = 0.05
 _MAX_ENDED_EARLY = 1024
+_MAX_SAMPLES = 4096
+_MAX_PREFIXES = 65_536
+_LEAST_PLAN_S = 0.2
+_OVERCOMMIT = 1.5
+"""Live calls of a replica with a step planner, at most, over its slots."""
+
+_DISPLACED_PER_FRAME = 8
 _FIRST_MEAN_LENGTH = 230.0
 _MEAN_LENGTH_SMOOTHING = 0.002
 
@@ -108,10 +118,18 @@ class RouterSnapshot:
 class RouterCore:
     """Turns events into actions. `handle` is the only way the state changes; equal events give equal actions.
 
-    epoch: number of this router's life; part of every dispatch id. lengths: answer lengths learnt earlier.
+    epoch: number of this router's life; part of every dispatch id. lengths, history: what was learnt earlier of
+    answer lengths and of programs.
     """
 
-    def __init__(self, config: SchedulingConfig, *, epoch: int = 0, lengths: LengthHistograms | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulingConfig,
+        *,
+        epoch: int = 0,
+        lengths: LengthHistograms | None = None,
+        history: ProgramHistory | None = None,
+    ) -> None:
         self._config = config
         self._epoch = epoch
         self._policy = build_policy(config)
@@ -123,8 +141,15 @@ class RouterCore:
         self._calls: dict[DispatchId, Call] = {}
         self._replicas: dict[ReplicaId, Replica] = {}
         self._kv_sizes: list[int] = []
+        self._slots = 128
         self._groups = GroupBook()
         self._ledger = Ledger()
+        self._history = history if history is not None else ProgramHistory()
+        self._plan = TempoPlan(config) if config.policy == "tempo" else None
+        self._plan_at_s = float("-inf")
+        self._displace_at_s = float("-inf")
+        self._prefixes: OrderedDict[str, tuple[ReplicaId, int]] = OrderedDict()
+        self._samples: deque[LengthSample] = deque(maxlen=_MAX_SAMPLES)
         self._backlog = Backlog()
         self._steps = StepTimeModel()
         self._timers: list[tuple[float, int, WaitingRequest]] = []
@@ -170,8 +195,8 @@ class RouterCore:
                 self._blocked_kv = None
             case Predicted():
                 self._on_predicted(event)
-            case ProgramFinished(program_id=program_id):
-                self._on_program_finished(program_id)
+            case ProgramFinished(program_id=program_id, is_complete=is_complete):
+                self._on_program_finished(program_id, is_complete)
             case Settled():
                 self._is_settled = True
             case DrainStarted():
@@ -179,6 +204,7 @@ class RouterCore:
             case _:
                 assert_never(event)
         self._fire_timers(actions)
+        self._plan_if_due(actions)
         self._dispatch_while_possible(actions)
         return actions
 
@@ -191,6 +217,22 @@ class RouterCore:
     def steps(self) -> StepTimeModel:
         """The step-time model over all replicas."""
         return self._steps
+
+    @property
+    def ledger(self) -> Ledger:
+        """Programs in progress and tenants."""
+        return self._ledger
+
+    def lengths_of(self, request_id: RequestId) -> Lengths:
+        """What is known of the answer's length of a request that waits or runs. Raises KeyError for others."""
+        live = self._waiting.get(request_id)
+        return live.lengths if live is not None else self._running[request_id].lengths
+
+    def drain_samples(self) -> list[LengthSample]:
+        """Lengths of answers that ended since the last question, the newest few thousand, for a trainer."""
+        samples = list(self._samples)
+        self._samples.clear()
+        return samples
 
     def knows(self, request_id: RequestId, attempt: int) -> bool:
         """Whether this very attempt waits or runs."""
@@ -291,6 +333,15 @@ class RouterCore:
         self._waiting[spec.request_id] = request
         self._backlog.add(request)
         self._groups.entered(spec)
+        self._ledger.arrived(request)
+        program = self._ledger.program(spec)
+        is_new = program is None or (program.done_calls == 0 and len(program.live) == 1)
+        if program is not None:
+            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
+        request.cached_tokens = self._cached_tokens(spec)
+        if self._plan is not None:
+            self._plan.arrived(request, is_new=is_new)
+            self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._queue.push(request, self._context())
         self._set_timer(request)
         needed = kv_needed(request, self._kv_sizes)
@@ -313,9 +364,11 @@ class RouterCore:
         if request is not None:
             self._end_waiting(request)
             self._groups.left(request.spec, was_running=False)
+            self._ledger.left(request.spec)
         call = self._running.pop(request_id, None)
         if call is not None:
             self._groups.left(call.spec, was_running=True)
+            self._ledger.left(call.spec)
             self._abort(call, actions)
 
     def _abort(self, call: Call, actions: list[Action]) -> None:
@@ -343,8 +396,10 @@ class RouterCore:
         if request.is_queued:
             self._queue.rekey(request, self._context())
 
-    def _on_program_finished(self, program_id: ProgramId) -> None:
-        self._ledger.program_ended(program_id)
+    def _on_program_finished(self, program_id: ProgramId, is_complete: bool) -> None:
+        program = self._ledger.program_ended(program_id)
+        if program is not None:
+            self._history.program_ended(program, is_complete=is_complete)
 
     # ---- replicas ----
 
@@ -397,6 +452,8 @@ class RouterCore:
         self._running[spec.request_id] = call
         self._groups.entered(spec)
         self._groups.started(spec, replica.replica_id)
+        self._ledger.arrived(call)
+        self._ledger.started(call, replica.replica_id, 0.0)
 
     def _is_wanted(self, newcomer: Call) -> bool:
         """Whether an unknown call that a replica runs is to go on."""
@@ -429,6 +486,7 @@ class RouterCore:
         if not call.is_aborted:
             del self._running[call.spec.request_id]
             self._groups.left(call.spec, was_running=True)
+            self._ledger.left(call.spec)
             actions.append(Evict(call.spec.request_id, call.spec.attempt))
 
     def _release(self, call: Call) -> None:
@@ -439,6 +497,7 @@ class RouterCore:
         """The set of replicas that take work, or their capacities, changed."""
         takers = [replica for replica in self._replicas.values() if not replica.is_draining]
         self._kv_sizes = sorted(replica.capacity.kv_tokens for replica in takers)
+        self._slots = max((replica.capacity.max_running for replica in takers), default=128)
         self._blocked_kv = None
         self._hold = None
         context = self._context()
@@ -463,6 +522,9 @@ class RouterCore:
             replica.steps.observe(event.step)
             self._steps.observe(event.step)
         replica.progress(calls, event.tokens)
+        for call, (_, tokens) in zip(calls, event.tokens, strict=True):
+            if call is not None and not call.is_aborted:
+                self._ledger.progressed(call.spec, tokens)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._calls:
                 self._on_call_finished(call, finished, actions)
@@ -498,6 +560,7 @@ class RouterCore:
         spec = call.spec
         del self._running[spec.request_id]
         self._groups.left(spec, was_running=True)
+        self._note_end(call, finished)
         tokens = spec.generated_tokens + max(finished.output_tokens, call.new_tokens)
         match finished.reason:
             case "completed":
@@ -509,6 +572,25 @@ class RouterCore:
             case _:
                 assert_never(finished.reason)
 
+    def _note_end(self, call: Call, finished: CallFinished) -> None:
+        spec = call.spec
+        is_answered = finished.reason in ("completed", "cancelled")
+        program = self._ledger.program(spec)
+        if program is not None and is_answered:
+            self._history.call_ended(program, spec.stage, call.generated_tokens, self._now_s)
+        tokens = call.generated_tokens if is_answered else None
+        self._ledger.left(spec, run_s=max(0.0, self._now_s - call.since_s), output_tokens=tokens)
+        if spec.prefix_id:
+            self._prefixes.pop(spec.prefix_id, None)
+            self._prefixes[spec.prefix_id] = (call.replica.replica_id, spec.context_tokens + call.new_tokens)
+            if len(self._prefixes) > _MAX_PREFIXES:
+                self._prefixes.popitem(last=False)
+
+    def _cached_tokens(self, spec: RequestSpec) -> int:
+        """Leading tokens that some replica is believed to have cached."""
+        known = self._prefixes.get(spec.prefix_id) if spec.prefix_tokens else None
+        return min(spec.prefix_tokens, known[1], spec.context_tokens - 1) if known is not None else 0
+
     def _remember_ended_early(self, spec: RequestSpec, tokens: int) -> None:
         """Its ingress stopped it at the replica; whether the answer was complete comes with Cancelled."""
         self._ended_early[spec.request_id] = (spec, tokens)
@@ -518,6 +600,7 @@ class RouterCore:
 
     def _learn_length(self, spec: RequestSpec, tokens: int, *, is_complete: bool) -> None:
         self._lengths.observe(spec, tokens, is_complete=is_complete)
+        self._samples.append(LengthSample(spec, tokens, is_complete))
         if is_complete:
             self._mean_length += _MEAN_LENGTH_SMOOTHING * (max(tokens, 1) - self._mean_length)
 
@@ -558,9 +641,11 @@ class RouterCore:
         if self._config.hopeless == "refuse" and not spec.generated_tokens:
             self._end_waiting(request)
             self._groups.left(spec, was_running=False)
+            self._ledger.left(spec)
             actions.append(Expire(spec.request_id))
             return
         request.is_relegated = True
+        request.standing = replace(request.standing, is_relegated=True)
         actions.append(Relegate(spec.request_id))
         if request.is_queued:
             self._queue.rekey(request, self._context())
@@ -568,14 +653,129 @@ class RouterCore:
     # ---- dispatch ----
 
     def _context(self) -> Context:
-        return Context(self._now_s, self._steps.pace(), self._mean_length)
+        pace = self._steps.pace()
+        produced_per_s = max(1.0, self._steps.mean_decodes / max(pace.tau_s, 1e-6))
+        return Context(self._now_s, pace, self._mean_length, self._ledger, self._slots, produced_per_s)
+
+    # ---- the plan over everything, for policies that make one ----
+
+    def _plan_if_due(self, actions: list[Action]) -> None:
+        plan = self._plan
+        if plan is None or self._now_s < self._plan_at_s or not self._replicas or not self._is_settled:
+            return
+        if self._now_s < plan.last_s + _LEAST_PLAN_S:
+            self._plan_at_s = plan.last_s + _LEAST_PLAN_S
+            return
+        self._plan_at_s = self._now_s + self._config.plan_s
+        context = self._context()
+        takers = sum(not replica.is_draining for replica in self._replicas.values())
+        waiting = list(self._waiting.values())
+        running = [call for call in self._running.values() if not call.is_aborted]
+        plan.make(waiting, running, context, self._history, replicas=max(takers, 1))
+        for request in waiting:
+            if request.is_queued:
+                self._queue.rekey(request, context)
+        retuned: dict[ReplicaId, list[tuple[DispatchId, Standing]]] = {}
+        for call in running:
+            if call.replica.capacity.has_step_planner:
+                retuned.setdefault(call.replica.replica_id, []).append((call.dispatch_id, call.standing))
+        actions.extend(Retune(replica_id, tuple(standings)) for replica_id, standings in retuned.items())
 
     def _dispatch_while_possible(self, actions: list[Action]) -> None:
         if not self._is_settled or not self._waiting:
             return
         self._serve_hold(actions)
+        if self._policy.binds_early:
+            self._bind_all(self._context(), actions)
+            return
+        if self._plan is not None:
+            self._start_admitted(self._context(), actions)
         if self._is_worth_looking():
             self._fill(self._context(), actions)
+        if self._policy.preempts and self._plan is None and self._now_s >= self._displace_at_s:
+            self._displace_at_s = self._now_s + self._policy.frame_s
+            self._displace(self._context(), actions)
+
+    def _bind_all(self, context: Context, actions: list[Action]) -> None:
+        """Everything goes to a replica at once, to the one with the least work."""
+        takers = [replica for replica in self._replicas.values() if not replica.is_draining]
+        while takers:
+            request = self._queue.pop(context)
+            if request is None:
+                return
+            if self._turns_out_hopeless(request, context, actions):
+                continue
+            if kv_needed(request, self._kv_sizes) is None:
+                self._unplaceable[request.spec.request_id] = request
+                continue
+            fitting = [one for one in takers if one.capacity.kv_tokens > request.spec.context_tokens]
+            self._start(request, min(fitting, key=lambda one: (one.outstanding_s(), one.number)), context, actions)
+
+    def _start_admitted(self, context: Context, actions: list[Action]) -> None:
+        """What the plan has admitted goes to a replica at once, beyond its slots if need be: the step planner there
+        holds what is less urgent.
+        """
+        takers = [one for one in self._replicas.values() if not one.is_draining and one.capacity.has_step_planner]
+        passed_over: list[WaitingRequest] = []
+        while takers and len(passed_over) < _LOOK_AHEAD:
+            request = self._queue.pop(context)
+            if request is None:
+                break
+            if not request.standing.is_admitted or request.standing.density <= 0.0 or request.is_relegated:
+                passed_over.append(request)
+                break
+            if self._turns_out_hopeless(request, context, actions):
+                continue
+            needed = kv_needed(request, self._kv_sizes)
+            if needed is None:
+                self._unplaceable[request.spec.request_id] = request
+                continue
+            room = [one for one in takers if len(one.calls) < _OVERCOMMIT * one.capacity.max_running]
+            replica = choose(self._allowed(request, needed, room), needed, self._home(request))
+            if replica is None:
+                passed_over.append(request)
+                continue
+            self._start(request, replica, context, actions)
+        for request in passed_over:
+            self._queue.push_back(request, context)
+
+    def _displace(self, context: Context, actions: list[Action]) -> None:
+        """Send what outranks the worst live call of a full replica there: its step planner holds that one."""
+        for _ in range(_DISPLACED_PER_FRAME):
+            full = [
+                one
+                for one in self._replicas.values()
+                if not one.is_draining
+                and one.capacity.has_step_planner
+                and one.capacity.max_running <= len(one.calls) < _OVERCOMMIT * one.capacity.max_running
+            ]
+            request = self._queue.pop(context) if full else None
+            if request is None:
+                return
+            key = self._policy.key(request, context)
+            needed = kv_needed(request, self._kv_sizes)
+            target = None
+            if needed is not None:
+                large = (one for one in full if one.capacity.kv_tokens >= needed)
+                target = max(large, key=lambda one: (self._rank_of_last(one, context), -one.number), default=None)
+            if target is None or self._rank_of_last(target, context) <= key:
+                self._queue.push_back(request, context)
+                return
+            self._start(request, target, context, actions)
+
+    def _rank_of_last(self, replica: Replica, context: Context) -> float:
+        """Key of the call that would be the last of so many as the replica has slots."""
+        keys = sorted(self._policy.key(call, context) for call in replica.calls.values() if not call.is_aborted)
+        slots = replica.capacity.max_running
+        return keys[slots - 1] if len(keys) >= slots else float("inf")
+
+    def _home(self, request: WaitingRequest) -> Replica | None:
+        """The replica that has the request's prefix, or its program's last call."""
+        spec = request.spec
+        if not self._config.switches.affinity:
+            return None
+        known = self._prefixes.get(spec.prefix_id) if spec.prefix_tokens else None
+        return self._replicas.get(known[0]) if known is not None else None
 
     def _fill(self, context: Context, actions: list[Action]) -> None:
         """Give requests to replicas, best first, until no slot or no request is left, or nothing seen has room."""
@@ -599,7 +799,7 @@ class RouterCore:
             if needed is None:
                 self._unplaceable[request.spec.request_id] = request
                 continue
-            replica = choose(self._allowed(request, needed, candidates), needed)
+            replica = choose(self._allowed(request, needed, candidates), needed, self._home(request))
             if replica is not None:
                 self._start(request, replica, context, actions)
                 self._since_trickle = 0 if starving is not None else self._since_trickle + 1
@@ -665,12 +865,25 @@ class RouterCore:
         self._end_waiting(request)
         dispatch_id = DispatchId(self._epoch << 32 | self._next_dispatch)
         self._next_dispatch += 1
-        call = Call(dispatch_id, spec, replica, request.lengths, new_tokens=0)
+        call = Call(
+            dispatch_id,
+            spec,
+            replica,
+            request.lengths,
+            new_tokens=0,
+            ticket=self._next_dispatch,
+            since_s=self._now_s,
+            standing=request.standing,
+        )
+        call.cached_tokens = request.cached_tokens
         self._calls[dispatch_id] = call
         self._running[spec.request_id] = call
         replica.add(call)
         self._groups.started(spec, replica.replica_id)
-        actions.append(Dispatch(dispatch_id, spec.request_id, spec.attempt, replica.replica_id, priority))
+        self._ledger.started(call, replica.replica_id, self._now_s - request.since_s)
+        actions.append(
+            Dispatch(dispatch_id, spec.request_id, spec.attempt, replica.replica_id, priority, request.standing)
+        )
 
     # ---- keeping a replica free for what is too large to find room by chance ----
 

@@ -1,5 +1,6 @@
 """A request that waits at the router: its spec, and what has been learnt about it since it came."""
 
+from tempo_router.facts import facts_of
 from tempo_router.prediction import Lengths
 from tempo_router.request import RequestSpec
 from tempo_router.standing import UNRANKED
@@ -11,7 +12,7 @@ class WaitingRequest:
     ticket: number in the order of becoming waiting, unique; breaks every tie.
     since_s: when it began to wait here. lengths: distribution of its answer's length.
     cached_tokens: leading tokens of its context that a replica is believed to have cached.
-    cost_s: predicted GPU seconds, as counted in the backlog. hopeless_at_s: when it is beyond help, as predicted
+    facts: the spec in numbers. cost_s: predicted GPU seconds, as counted in the backlog. hopeless_at_s: when it is beyond help, as predicted
         when it came.
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
@@ -24,6 +25,7 @@ class WaitingRequest:
         "cached_tokens",
         "cost_s",
         "entry",
+        "facts",
         "hopeless_at_s",
         "is_in_line",
         "is_queued",
@@ -51,6 +53,7 @@ class WaitingRequest:
         self.lengths = lengths
         self.cost_s = cost_s
         self.hopeless_at_s = hopeless_at_s
+        self.facts = facts_of(spec)
         self.is_relegated = False
         self.standing = UNRANKED
         self.is_in_line = False

@@ -5,7 +5,7 @@ from typing import assert_never, get_args
 from tempo_router.config import PolicyName, SchedulingConfig
 from tempo_router.policies.alise import SpeculativeQueues
 from tempo_router.policies.atlas import LeastAttainedPath
-from tempo_router.policies.base import Context, Policy
+from tempo_router.policies.base import BatchRule, Context, Policy
 from tempo_router.policies.bros import LeastSlack
 from tempo_router.policies.class_fcfs import ClassArrival
 from tempo_router.policies.class_priority import ClassPriority
@@ -24,6 +24,7 @@ from tempo_router.policies.qlm import RequestGroups
 from tempo_router.policies.qoserve import DeadlinePlusWork
 from tempo_router.policies.slos_serve import PlannedAdmission
 from tempo_router.policies.srpt import ShortestRemaining
+from tempo_router.policies.tempo import CAPPED, Tempo
 from tempo_router.policies.vllm_fcfs import WholePromptsFirst
 from tempo_router.policies.vtc import VirtualTokenCounter
 
@@ -41,6 +42,11 @@ def build_policy(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case 
             return ClassPriority()
         case "density":
             return ValueDensity(config.request_weight)
+        case "tempo":
+            switches = config.switches
+            by_density = not (switches.urgency and switches.timeline)
+            batch = CAPPED if switches.step_cap else BatchRule(step_tokens=512)
+            return Tempo(by_density, switches.gap_bound, batch)
         case "vllm_fcfs":
             return WholePromptsFirst()
         case "class_fcfs":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, assert_never
 
+from tempo_router.facts import Facts
 from tempo_router.ledger import Ledger
 from tempo_router.prediction import Lengths
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, RequestSpec
@@ -57,6 +58,11 @@ class Job(Protocol):
     @property
     def missing_tokens(self) -> int:
         """Context still to be computed."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """The spec in numbers."""
         ...
 
     @property

@@ -1,0 +1,126 @@
+"""Tempo's order: what the plan has room for by urgency, the rest by value density (docs/scheduling.md)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tempo_router.facts import BEST_EFFORT, DEADLINE_S, FIRST_DUE_S, KIND, STREAM, TBT_S
+from tempo_router.policies.base import (
+    BEST_EFFORT_KEY,
+    BatchRule,
+    Context,
+    Job,
+    Policy,
+    best_effort_key,
+    goes_last,
+)
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall
+from tempo_router.value import PREFILL_WALL_RATIO
+
+Floats = npt.NDArray[np.float64]
+
+CAPPED = BatchRule(kind="capped", step_tokens=2048)
+_DEFERRED_KEY = 1e6
+_UNKNOWN_KEY = 2e6
+_KAPPA_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tempo(Policy):
+    """Admitted calls by time left over time needed, the denser the sooner; deferred ones by density; then best effort.
+
+    key = time left / (time needed + 1 s) / sqrt(density). Ties by ticket. What the timeline has no room for is not
+    refused: it fills spare slots, densest first. Starves work of low density while denser work keeps coming; the
+    router's trickle bounds that. Source: docs/scheduling.md. by_density: the fallback, density alone orders.
+    """
+
+    by_density: bool = False
+    has_gap_bound: bool = True
+    batch: BatchRule = CAPPED
+    is_static: ClassVar[bool] = False
+    preempts: ClassVar[bool] = True
+    frame_s: ClassVar[float] = 0.1
+
+    def key(self, request: Job, context: Context) -> float:
+        """Where it stands by the last plan, and how urgent it is now."""
+        standing = request.standing
+        spec = request.spec
+        if goes_last(request):
+            return best_effort_key(spec)
+        if standing.density <= 0.0:
+            return _UNKNOWN_KEY
+        if self.by_density or not standing.is_admitted:
+            return (0.0 if standing.is_admitted else _DEFERRED_KEY) - math.log2(standing.density)
+        left_s, needed_s = self._urgency(request, context)
+        return max(min(left_s / (needed_s + _KAPPA_S) / math.sqrt(standing.density), 1e5), -1e5)
+
+    def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
+        """The same keys, all at once."""
+        facts = np.array([job.facts for job in jobs])
+        kind = facts[:, KIND]
+        density = np.array([job.standing.density for job in jobs])
+        is_admitted = np.array([job.standing.is_admitted for job in jobs])
+        is_last = np.array([job.standing.is_relegated for job in jobs]) | (kind == BEST_EFFORT)
+        log_density = np.log2(np.maximum(density, 1e-300))
+        if self.by_density:
+            keys = np.where(is_admitted, 0.0, _DEFERRED_KEY) - log_density
+        else:
+            keys = np.where(is_admitted, self._urgencies(jobs, facts, density, context), _DEFERRED_KEY - log_density)
+        keys = np.where(density > 0.0, keys, _UNKNOWN_KEY)
+        arrival = np.array([job.spec.arrival_s for job in jobs])
+        return np.where(is_last, 2 * BEST_EFFORT_KEY + arrival, keys).tolist()  # type: ignore[no-any-return]
+
+    def _urgencies(self, jobs: Sequence[Job], facts: Floats, density: Floats, context: Context) -> Floats:
+        pace = context.pace
+        generated = np.array([job.generated_tokens for job in jobs], dtype=np.float64)
+        missing = np.array([job.missing_tokens for job in jobs], dtype=np.float64)
+        prefill_s = missing * (pace.prefill_token_s + pace.attention_s * missing / 2)
+        wall_s = PREFILL_WALL_RATIO * prefill_s
+        tbt_s = facts[:, TBT_S]
+        due_left_s = facts[:, FIRST_DUE_S] + generated * tbt_s - context.now_s
+        if self.has_gap_bound:
+            due_left_s = np.where((generated > 0) & (due_left_s > tbt_s), 0.1 * tbt_s, due_left_s)
+        first_s = np.where(generated == 0, wall_s, prefill_s) + pace.tau_s
+        rest = np.array(
+            [
+                job.lengths.upper_left(job.generated_tokens, job.spec.max_output_tokens) if job.facts[0] else 0.0
+                for job in jobs
+            ]
+        )
+        later_s = np.array([job.standing.later_s for job in jobs])
+        is_stream = facts[:, KIND] == STREAM
+        left_s = np.where(is_stream, due_left_s, facts[:, DEADLINE_S] - context.now_s)
+        needed_s = np.where(is_stream, first_s, wall_s + rest * pace.tau_s + later_s)
+        urgency: Floats = np.clip(
+            np.where(np.isfinite(left_s), left_s, BEST_EFFORT_KEY)
+            / (needed_s + _KAPPA_S)
+            / np.sqrt(np.maximum(density, 1e-300)),
+            -1e5,
+            1e5,
+        )
+        return urgency
+
+    def _urgency(self, request: Job, context: Context) -> tuple[float, float]:
+        """(seconds left, seconds needed) until its next obligation."""
+        spec, pace, now_s = request.spec, context.pace, context.now_s
+        generated = request.generated_tokens
+        prefill_s = pace.prefill_s(request.missing_tokens)
+        match spec.slo:
+            case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+                left_s = spec.arrival_s + ttft_s + generated * tbt_s - now_s
+                if generated == 0:
+                    return left_s, PREFILL_WALL_RATIO * prefill_s + pace.tau_s
+                if self.has_gap_bound and left_s > tbt_s:
+                    # A stream ahead of schedule is not paused for longer than a gap that its reader would see.
+                    return 0.1 * tbt_s, prefill_s + pace.tau_s
+                return left_s, prefill_s + pace.tau_s
+            case Deadline(ttlt_s=ttlt_s) | ProgramCall(ttlt_s=ttlt_s):
+                rest = request.lengths.upper_left(generated, spec.max_output_tokens)
+                needed_s = PREFILL_WALL_RATIO * prefill_s + rest * pace.tau_s + request.standing.later_s
+                return spec.arrival_s + ttlt_s - now_s, needed_s
+            case BestEffort():
+                return BEST_EFFORT_KEY, 0.0

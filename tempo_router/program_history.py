@@ -1,0 +1,220 @@
+"""What is still to come of a program: learnt from programs of the same application, stage by stage.
+
+A program unfolds at run time, and under overload the long ones are the first to be given up; counting only finished
+programs would make programs look short. So two things are learnt apart: what a stage looks like, from every stage that
+was seen, and how likely another stage follows, from every stage that ended and was followed, or was the last.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log2
+
+from tempo_router.ledger import Program
+from tempo_router.request import ProgramId
+
+_MAX_STAGES = 64
+_MAX_KEYS = 1024
+_SMOOTHING = 0.02
+_TRUSTED = 8
+"""So many programs of an application and deadline make its own statistics better than the application's."""
+
+Call = tuple[int, int, float]
+"""(missing prompt tokens, output tokens, gap before it in seconds)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is expected after the current stage, in means.
+
+    calls; prompt_tokens, output_tokens: of all of them; squared_prompts: sum of prompt², for attention.
+    chain_tokens: output of the longest call of each stage, summed; chain_prompt_tokens: its prompts; gaps_s: tools.
+    stages: how many.
+    """
+
+    calls: float = 0.0
+    prompt_tokens: float = 0.0
+    squared_prompts: float = 0.0
+    output_tokens: float = 0.0
+    chain_tokens: float = 0.0
+    chain_prompt_tokens: float = 0.0
+    gaps_s: float = 0.0
+    stages: float = 0.0
+
+
+NOTHING = Forecast()
+
+
+class _Mean:
+    """Running mean: plain at first, then exponentially forgetting."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += max(1.0 / self.count, _SMOOTHING) * (value - self.value)
+
+
+class _Stage:
+    """One stage of an application. follows: 1 where another stage came, 0 where it was the last."""
+
+    __slots__ = ("calls", "chain_prompt", "chain_tokens", "follows", "gap_s", "output", "prompt", "squared")
+
+    def __init__(self) -> None:
+        self.calls, self.prompt, self.squared, self.output = _Mean(), _Mean(), _Mean(), _Mean()
+        self.chain_tokens, self.chain_prompt, self.gap_s, self.follows = _Mean(), _Mean(), _Mean(), _Mean()
+
+
+class _Seen:
+    """A program in progress: calls that came and ended in its current stage."""
+
+    __slots__ = ("calls", "ended", "gap_s", "last_end_s", "longest", "prompts", "stage")
+
+    def __init__(self) -> None:
+        self.stage = 0
+        self.calls = 0
+        self.ended = 0
+        self.longest = 0
+        self.prompts: list[int] = []
+        self.gap_s = 0.0
+        self.last_end_s: float | None = None
+
+
+class ProgramHistory:
+    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone."""
+
+    def __init__(self) -> None:
+        self._stages: dict[tuple[str, int | None], list[_Stage]] = {}
+        self._seen: dict[ProgramId, _Seen] = {}
+        self._forecasts: dict[tuple[str, int, int], tuple[int, Forecast]] = {}
+        self._observed = 0
+
+    def call_came(self, program: Program, stage: int, prompt_tokens: int, now_s: float) -> None:
+        """A call of the program was released. A higher stage than before closes the one before it."""
+        seen = self._seen.get(program.program_id)
+        if seen is None:
+            seen = self._seen[program.program_id] = _Seen()
+        if stage > seen.stage and seen.calls:
+            self._close(program, seen, is_last=False)
+            gap_s = max(0.0, now_s - seen.last_end_s) if seen.last_end_s is not None else 0.0
+            seen.stage, seen.calls, seen.ended, seen.longest, seen.prompts = stage, 0, 0, 0, []
+            seen.gap_s = gap_s
+        seen.calls += 1
+        seen.prompts.append(prompt_tokens)
+
+    def call_ended(self, program: Program, stage: int, output_tokens: int, now_s: float) -> None:
+        """A call was answered in full."""
+        seen = self._seen.get(program.program_id)
+        if seen is None or stage != seen.stage:
+            return
+        seen.ended += 1
+        seen.longest = max(seen.longest, output_tokens)
+        seen.last_end_s = now_s
+        for stages in self._of(program):
+            _stage(stages, stage).output.add(output_tokens)
+
+    def program_ended(self, program: Program, *, is_complete: bool) -> None:
+        """No further call will come. is_complete False: it was given up, and nobody knows what would have come."""
+        seen = self._seen.pop(program.program_id, None)
+        if seen is not None and seen.calls and is_complete:
+            self._close(program, seen, is_last=True)
+
+    def forecast(self, program: Program) -> Forecast:
+        """What comes after the program's current stage."""
+        bucket = _bucket(program)
+        key = (program.app, bucket, program.stage)
+        known = self._forecasts.get(key)
+        if known is not None and self._observed - known[0] < 16:
+            return known[1]
+        forecast = self._sum_up(program)
+        if len(self._forecasts) > _MAX_KEYS:
+            self._forecasts.clear()
+        self._forecasts[key] = (self._observed, forecast)
+        return forecast
+
+    def _close(self, program: Program, seen: _Seen, *, is_last: bool) -> None:
+        self._observed += 1
+        for stages in self._of(program):
+            stage = _stage(stages, seen.stage)
+            stage.follows.add(0.0 if is_last else 1.0)
+            stage.calls.add(seen.calls)
+            stage.prompt.add(sum(seen.prompts))
+            stage.squared.add(float(sum(prompt * prompt for prompt in seen.prompts)))
+            stage.chain_prompt.add(max(seen.prompts))
+            stage.gap_s.add(seen.gap_s)
+            stage.chain_tokens.add(seen.longest)
+
+    def _of(self, program: Program) -> tuple[list[_Stage], list[_Stage]]:
+        own = self._stages.setdefault((program.app, _bucket(program)), [])
+        general = self._stages.setdefault((program.app, None), [])
+        if len(self._stages) > _MAX_KEYS:
+            self._stages.pop(next(iter(self._stages)))
+        return own, general
+
+    def _sum_up(self, program: Program) -> Forecast:
+        own, general = self._of(program)
+        total = [0.0] * 8
+        reached = 1.0
+        for number in range(program.stage, min(len(general), _MAX_STAGES)):
+            stage = _trusted(own, general, number)
+            if number > program.stage:
+                outputs = stage.calls.value * stage.output.value
+                values = (
+                    stage.calls.value, stage.prompt.value, stage.squared.value, outputs,
+                    stage.chain_tokens.value, stage.chain_prompt.value, stage.gap_s.value, 1.0,
+                )  # fmt: skip
+                total = [sum_ + reached * value for sum_, value in zip(total, values, strict=True)]
+            reached *= stage.follows.value
+            if reached < 1e-3:
+                break
+        return Forecast(*total)
+
+
+class KnownGraphs(ProgramHistory):
+    """A clairvoyant's history: the true stages of each program."""
+
+    def __init__(self, programs: Mapping[ProgramId, Sequence[Sequence[Call]]]) -> None:
+        super().__init__()
+        self._known = {
+            program_id: [_true_forecast(stages[number + 1 :]) for number in range(len(stages))]
+            for program_id, stages in programs.items()
+        }
+
+    def forecast(self, program: Program) -> Forecast:
+        """What will come."""
+        stages = self._known[program.program_id]
+        return stages[min(program.stage, len(stages) - 1)]
+
+
+def _true_forecast(stages: Sequence[Sequence[Call]]) -> Forecast:
+    calls = [call for stage in stages for call in stage]
+    longest = [max(stage, key=lambda call: call[1]) for stage in stages if stage]
+    return Forecast(
+        calls=len(calls),
+        prompt_tokens=sum(prompt for prompt, _, _ in calls),
+        squared_prompts=float(sum(prompt * prompt for prompt, _, _ in calls)),
+        output_tokens=sum(output for _, output, _ in calls),
+        chain_tokens=sum(output for _, output, _ in longest),
+        chain_prompt_tokens=sum(prompt for prompt, _, _ in longest),
+        gaps_s=sum(max(gap for _, _, gap in stage) for stage in stages if stage),
+        stages=len(longest),
+    )
+
+
+def _bucket(program: Program) -> int:
+    return round(2 * log2(max(program.deadline_s - program.arrival_s, 1e-3)))
+
+
+def _stage(stages: list[_Stage], number: int) -> _Stage:
+    while len(stages) <= min(number, _MAX_STAGES):
+        stages.append(_Stage())
+    return stages[min(number, _MAX_STAGES)]
+
+
+def _trusted(own: list[_Stage], general: list[_Stage], number: int) -> _Stage:
+    if number < len(own) and own[number].follows.count >= _TRUSTED:
+        return own[number]
+    return general[number]

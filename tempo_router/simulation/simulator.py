@@ -1,0 +1,412 @@
+"""Virtual time: a trace of clients, the production RouterCore, and replicas that run the production step planner.
+
+Event-driven and deterministic: the same trace and setup give the same report, to the last digit. Clients behave as
+real ones: a program's call is sent when the calls before it have been answered and its tool has run; when one of its
+calls is refused or given up, the rest of the program is withdrawn.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.config import SchedulingConfig
+from tempo_router.errors import ConfigError, TempoError
+from tempo_router.events import (
+    Arrived,
+    CallFinished,
+    Cancelled,
+    Event,
+    ProgramFinished,
+    Progressed,
+    ReplicaAttached,
+    Settled,
+    Ticked,
+)
+from tempo_router.policies import build_policy
+from tempo_router.prediction import LengthHistograms, Lengths
+from tempo_router.program_history import KnownGraphs, ProgramHistory
+from tempo_router.request import (
+    Deadline,
+    DispatchId,
+    GroupId,
+    ProgramCall,
+    ProgramId,
+    ReplicaId,
+    RequestId,
+    RequestSpec,
+    slo_class,
+)
+from tempo_router.router import RouterCore
+from tempo_router.simulation.replica import Answer, SimulatedReplica
+from tempo_router.simulation.report import CallDelivery, Report, Status, UnitOutcome, unit_outcome
+from tempo_router.simulation.step_profiles import StepProfile
+from tempo_router.simulation.trace import Trace, Unit
+
+Knowledge = Literal["learned", "none", "true"]
+
+_TICK_S = 0.1
+_RETRY_S = 1.0
+_MODEL = "simulated"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is simulated.
+
+    profiles: one per replica; they may differ. scheduling: objective and switches; its `policy` is overridden.
+    max_running: slots per replica. sheds: hopeless waiting work is dropped; otherwise it goes on as best effort.
+    knowledge: "learned" while the run goes on; "none": lengths by class alone; "true": lengths and graphs are known.
+    patience: clients leave after so many times their TTFT, or time to last token; None: they stay.
+    retries: how often a refused unit is sent again. max_output_tokens: the bound that clients state.
+    """
+
+    policy: str
+    profiles: tuple[StepProfile, ...]
+    scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+    seed: int = 0
+    max_running: int = 128
+    sheds: bool = True
+    knowledge: Knowledge = "learned"
+    patience: float | None = None
+    retries: int = 0
+    max_output_tokens: int = 4096
+    backlog: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise ConfigError("profiles=(): a simulation needs at least one replica; name a profile")
+        if self.max_running < 1:
+            raise ConfigError(f"max_running={self.max_running}: a replica needs at least one slot")
+
+
+def simulate(trace: Trace, setup: Setup, *, on_progress: Callable[[float], None] | None = None) -> Report:
+    """Run the trace to its end. on_progress: told now and then which share of the units is decided, 0 to 1.
+
+    Raises ConfigError for a setup that cannot run.
+    """
+    return _Run(trace, setup, on_progress).run()
+
+
+class TrueLengths(LengthHistograms):
+    """A clairvoyant's predictor: each call's own length."""
+
+    def __init__(self, lengths: dict[RequestId, int]) -> None:
+        super().__init__()
+        self._true = {request_id: Lengths((float(tokens),) * 20) for request_id, tokens in lengths.items()}
+
+    def lookup(self, spec: RequestSpec) -> Lengths:
+        """Its length, twenty times."""
+        return self._true[spec.request_id]
+
+    def observe(self, spec: RequestSpec, output_tokens: int, *, is_complete: bool) -> None:
+        """There is nothing to learn."""
+
+
+class ClassLengths(LengthHistograms):
+    """No predictor: one running histogram per class."""
+
+    def lookup(self, spec: RequestSpec) -> Lengths:
+        """That of the class."""
+        return super().lookup(_by_class(spec))
+
+    def observe(self, spec: RequestSpec, output_tokens: int, *, is_complete: bool) -> None:
+        """Counts for the class alone."""
+        super().observe(_by_class(spec), output_tokens, is_complete=is_complete)
+
+
+def _by_class(spec: RequestSpec) -> RequestSpec:
+    return replace(spec, app=slo_class(spec.slo), prompt_tokens=1, stage=0)
+
+
+class _UnitRun:
+    """A unit that has arrived: which calls wait for which, and what was delivered."""
+
+    __slots__ = ("answers", "ended", "is_over", "live", "missing", "number", "retries", "status", "unit")
+
+    def __init__(self, number: int, unit: Unit, retries: int) -> None:
+        self.number = number
+        self.unit = unit
+        self.missing = [len(call.parents) for call in unit.calls]
+        self.answers: dict[int, tuple[Answer, SimulatedReplica]] = {}
+        self.ended: set[int] = set()
+        self.live: set[int] = set()
+        self.is_over = False
+        self.status: Status = "cut"
+        self.retries = retries
+
+
+class _Run:
+    def __init__(self, trace: Trace, setup: Setup, on_progress: Callable[[float], None] | None) -> None:
+        self._trace = trace
+        self._setup = setup
+        self._on_progress = on_progress
+        self._now_s = 0.0
+        self._sequence = 0
+        self._agenda: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._calls: dict[RequestId, tuple[_UnitRun, int]] = {}
+        self._specs: dict[RequestId, RequestSpec] = {}
+        self._dispatches: dict[DispatchId, tuple[_UnitRun, int]] = {}
+        self._decided = 0
+        self._runs: list[_UnitRun | None] = [None] * len(trace.units)
+        config = setup.scheduling.model_copy(
+            update={
+                "policy": setup.policy,
+                "hopeless": "refuse" if setup.sheds else "relegate",
+                "max_waiting_requests": 10_000_000,
+                "max_waiting_tokens": 10**12,
+            }
+        )
+        config = SchedulingConfig.model_validate(config.model_dump())
+        self._core = RouterCore(config, lengths=self._lengths(), history=self._history())
+        policy = build_policy(config)
+        self._replicas: dict[ReplicaId, SimulatedReplica] = {}
+        for number, profile in enumerate(setup.profiles):
+            replica_id = ReplicaId(f"gpu{number}")
+            self._replicas[replica_id] = SimulatedReplica(
+                replica_id, profile, policy, slots=setup.max_running, ledger=self._core.ledger
+            )
+
+    def _lengths(self) -> LengthHistograms:
+        match self._setup.knowledge:
+            case "learned":
+                return LengthHistograms()
+            case "none":
+                return ClassLengths()
+            case _:
+                units = self._trace.units
+                return TrueLengths(
+                    {RequestId(call.request_id): call.output_tokens for unit in units for call in unit.calls}
+                )
+
+    def _history(self) -> ProgramHistory:
+        if self._setup.knowledge != "true":
+            return ProgramHistory()
+        programs = (unit for unit in self._trace.units if unit.is_program)
+        return KnownGraphs({ProgramId(unit.unit_id): _stages(unit) for unit in programs})
+
+    def run(self) -> Report:
+        for replica in self._replicas.values():
+            self._tell(ReplicaAttached(0.0, replica.replica_id, replica.capacity))
+        self._tell(Settled(0.0))
+        for number, unit in enumerate(self._trace.units):
+            self._at(0.0 if self._setup.backlog else unit.arrival_s, self._unit_arrives, number)
+        self._at(_TICK_S, self._tick, None)
+        units = len(self._trace.units)
+        events = 0
+        while self._agenda and self._decided < units:
+            at_s, _, action, argument = heapq.heappop(self._agenda)
+            self._now_s = at_s
+            action(argument)
+            events += 1
+            if self._on_progress is not None and events % 4096 == 0:
+                self._on_progress(self._decided / units)
+        if self._on_progress is not None:
+            self._on_progress(1.0)
+        return self._report()
+
+    def _at(self, at_s: float, action: Callable[[Any], None], argument: Any) -> None:
+        self._sequence += 1
+        heapq.heappush(self._agenda, (at_s, self._sequence, action, argument))
+
+    # ---- clients ----
+
+    def _unit_arrives(self, number: int) -> None:
+        unit = self._trace.units[number]
+        before = self._runs[number]
+        run = _UnitRun(number, unit, 0 if before is None else before.retries + 1)
+        self._runs[number] = run
+        if self._setup.patience is not None:
+            target_s = getattr(unit.slo, "ttft_s", None) or getattr(unit.slo, "ttlt_s", None)
+            if target_s is not None:
+                self._at(self._now_s + self._setup.patience * target_s, self._patience_ends, run)
+        for position, missing in enumerate(run.missing):
+            if not missing and not run.is_over:
+                self._release((run, position))
+
+    def _release(self, at: tuple[_UnitRun, int]) -> None:
+        run, position = at
+        if run.is_over:
+            return
+        unit, call = run.unit, run.unit.calls[position]
+        request_id = RequestId(call.request_id)
+        arrival_s = self._now_s if unit.is_program or self._setup.backlog else unit.arrival_s
+        slo: Any = unit.slo
+        if unit.is_program:
+            assert isinstance(unit.slo, Deadline)
+            left_s = unit.arrival_s + unit.slo.ttlt_s - self._now_s
+            if self._setup.backlog:
+                left_s = unit.slo.ttlt_s
+            slo = ProgramCall(ProgramId(unit.unit_id), left_s)
+        spec = RequestSpec(
+            request_id=request_id,
+            arrival_s=arrival_s,
+            slo=slo,
+            prompt_tokens=call.prompt_tokens,
+            max_output_tokens=max(self._setup.max_output_tokens, call.output_tokens),
+            group_id=GroupId(request_id),
+            model=_MODEL,
+            app=unit.app,
+            tenant=unit.tenant,
+            stage=call.stage,
+            prefix_id=call.prefix_id,
+            prefix_tokens=call.prefix_tokens,
+        )
+        run.live.add(position)
+        self._calls[request_id] = (run, position)
+        self._specs[request_id] = spec
+        self._tell(Arrived(self._now_s, spec))
+
+    def _patience_ends(self, run: _UnitRun) -> None:
+        if run.is_over:
+            return
+        started = any(answer.prompts_done_s for answer, _ in run.answers.values())
+        if not (started and hasattr(run.unit.slo, "ttft_s")):
+            self._end_unit(run, "abandoned")
+
+    def _call_refused(self, request_id: RequestId, status: Status, retry_after_s: float | None) -> None:
+        run, position = self._calls[request_id]
+        run.live.discard(position)
+        if run.is_over:
+            return
+        if run.retries < self._setup.retries and not run.answers and len(run.unit.calls) == 1:
+            run.is_over = True
+            self._at(self._now_s + (retry_after_s or _RETRY_S), self._unit_arrives, run.number)
+            return
+        self._end_unit(run, status)
+
+    def _call_ended(self, run: _UnitRun, position: int) -> None:
+        run.live.discard(position)
+        run.ended.add(position)
+        if run.is_over:
+            return
+        unit = run.unit
+        if len(run.ended) == len(unit.calls):
+            self._end_unit(run, "finished")
+            return
+        for later, call in enumerate(unit.calls):
+            if position in call.parents:
+                run.missing[later] -= 1
+                if run.missing[later] == 0:
+                    self._at(self._now_s + call.gap_s, self._release, (run, later))
+
+    def _end_unit(self, run: _UnitRun, status: Status) -> None:
+        run.is_over = True
+        run.status = status
+        self._decided += 1
+        for position in sorted(run.live):
+            request_id = RequestId(run.unit.calls[position].request_id)
+            self._tell(Cancelled(self._now_s, request_id))
+        if run.unit.is_program:
+            self._tell(ProgramFinished(self._now_s, ProgramId(run.unit.unit_id), is_complete=status == "finished"))
+
+    # ---- router and replicas ----
+
+    def _tick(self, _: None) -> None:
+        self._at(self._now_s + _TICK_S, self._tick, None)
+        self._tell(Ticked(self._now_s))
+
+    def _tell(self, event: Event) -> None:
+        for action in self._core.handle(event):
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._dispatch(action)
+            case Retune(replica_id=replica_id, standings=standings):
+                self._replicas[replica_id].retune(standings)
+            case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
+                self._replicas[replica_id].abort(dispatch_id)
+                self._at(self._now_s, self._wake, self._replicas[replica_id])
+            case Reject(request_id=request_id, retry_after_s=retry_after_s):
+                self._call_refused(request_id, "refused", retry_after_s)
+            case Expire(request_id=request_id):
+                self._call_refused(request_id, "expired", None)
+            case Evict(request_id=request_id):
+                raise TempoError(f"{request_id!r} was evicted, but no simulated replica is ever lost")
+            case Admit() | Relegate():
+                pass
+
+    def _dispatch(self, action: Dispatch) -> None:
+        run, position = self._calls[action.request_id]
+        replica = self._replicas[action.replica_id]
+        spec = self._specs[action.request_id]
+        lengths = self._core.lengths_of(action.request_id)
+        answer = replica.submit(
+            action.dispatch_id, spec, lengths, action.standing, run.unit.calls[position].output_tokens, self._now_s
+        )
+        run.answers[position] = (answer, replica)
+        self._dispatches[action.dispatch_id] = (run, position)
+        # After all that happens at this moment: what is dispatched together runs together.
+        self._at(self._now_s, self._wake, replica)
+
+    def _wake(self, replica: SimulatedReplica) -> None:
+        if not replica.is_idle:
+            return
+        cancelled = replica.take_cancelled()
+        if cancelled:
+            self._tell(Progressed(self._now_s, replica.replica_id, replica.load(), finished=tuple(cancelled)))
+        duration_s = replica.begin_step(self._now_s)
+        if duration_s is not None:
+            self._at(self._now_s + duration_s, self._step_ends, replica)
+
+    def _step_ends(self, replica: SimulatedReplica) -> None:
+        news = replica.end_step(self._now_s)
+        if news is not None:
+            self._tell(news)
+            for finished in news.finished:
+                self._note_finished(finished)
+        self._wake(replica)
+
+    def _note_finished(self, finished: CallFinished) -> None:
+        run, position = self._dispatches.pop(finished.dispatch_id)
+        if finished.reason == "completed":
+            self._call_ended(run, position)
+
+    # ---- the end ----
+
+    def _report(self) -> Report:
+        outcomes: list[UnitOutcome] = []
+        gaps: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+        for unit, run in zip(self._trace.units, self._runs, strict=True):
+            deliveries = self._deliveries(run) if run is not None else []
+            name = "program" if unit.is_program else slo_class(unit.slo)
+            outcomes.append(unit_outcome(unit, name, run.status if run is not None else "cut", deliveries))
+            if name == "latency":
+                gaps.extend(np.diff(delivery.times_s) for delivery in deliveries if len(delivery.times_s) > 1)
+        replicas = list(self._replicas.values())
+        return Report(
+            units=outcomes,
+            stream_gaps_s=np.concatenate(gaps) if gaps else np.zeros(0),
+            duration_s=self._now_s,
+            arrival_span_s=self._trace.span_s,
+            steps=sum(replica.step_count for replica in replicas),
+            preemptions=sum(replica.planner.evictions for replica in replicas),
+            recomputed_tokens=sum(replica.planner.recomputed_tokens for replica in replicas),
+            produced_tokens=sum(replica.produced_tokens for replica in replicas),
+            prefix_hit_tokens=sum(replica.planner.prefix_hit_tokens for replica in replicas),
+        )
+
+    def _deliveries(self, run: _UnitRun) -> list[CallDelivery]:
+        deliveries = []
+        for position in sorted(run.answers):
+            answer, replica = run.answers[position]
+            times = replica.token_times_s(answer)
+            if hasattr(run.unit.slo, "ttlt_s") and len(times) > 2:
+                times = [times[0], times[-1]]
+            tokens = answer.call.new_tokens
+            prompt = run.unit.calls[position].prompt_tokens
+            deliveries.append(CallDelivery(prompt, tokens, times, position in run.ended))
+        return deliveries
+
+
+def _stages(unit: Unit) -> list[list[tuple[int, int, float]]]:
+    """Per stage its calls as (missing prompt tokens, output tokens, gap before it)."""
+    stages: list[list[tuple[int, int, float]]] = [[] for _ in range(1 + max(call.stage for call in unit.calls))]
+    for call in unit.calls:
+        stages[call.stage].append((call.prompt_tokens - call.prefix_tokens, call.output_tokens, call.gap_s))
+    return stages

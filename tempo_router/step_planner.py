@@ -1,0 +1,553 @@
+"""What one engine computes in its next step: who decodes, which prompts go on, who is held, who loses its KV cache.
+
+The same planner runs inside the simulator and inside a worker's engine. It decides and counts; it computes nothing and
+reads no clock. Nearly every step all decoding calls run; then a step costs O(prompts in it), not O(live calls): tokens
+of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tempo_router.facts import facts_of
+from tempo_router.kv_blocks import KvBlocks
+from tempo_router.ledger import Ledger
+from tempo_router.policies.base import Context, Policy
+from tempo_router.prediction import Lengths
+from tempo_router.request import DispatchId, Latency, RequestSpec
+from tempo_router.standing import Standing
+from tempo_router.step_time import StepTimeModel
+
+LEAST_CHUNK = 64
+"""Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap. Source: scheduler study."""
+
+CAP_SHARE = 0.2
+"""A capped step takes at most this share of the tightest time between tokens that is served. Measured in simulation."""
+
+
+class LiveCall:
+    """A call in the engine, as the planner knows it. Satisfies `Job`.
+
+    to_compute: context that its next token needs; computed: what of it is in the KV cache.
+    blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
+    segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
+    """
+
+    __slots__ = (
+        "_clock",
+        "blocks",
+        "call_id",
+        "computed",
+        "facts",
+        "is_decoding",
+        "joined",
+        "key",
+        "lengths",
+        "produced",
+        "segments",
+        "since_s",
+        "spec",
+        "standing",
+        "ticket",
+        "to_compute",
+    )
+
+    def __init__(
+        self,
+        call_id: DispatchId,
+        spec: RequestSpec,
+        lengths: Lengths,
+        standing: Standing,
+        ticket: int,
+        since_s: float,
+        clock: "_Clock",
+    ) -> None:
+        self.call_id = call_id
+        self.spec = spec
+        self.lengths = lengths
+        self.standing = standing
+        self.facts = facts_of(spec)
+        self.ticket = ticket
+        self.since_s = since_s
+        self.to_compute = spec.context_tokens
+        self.computed = 0
+        self.produced = 0
+        self.blocks = 0
+        self.is_decoding = False
+        self.joined = 0
+        self.key = 0.0
+        self.segments: list[tuple[int, int]] = []
+        self._clock = clock
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that this attempt has produced."""
+        return self.produced + (self._clock.steps - self.joined if self.is_decoding else 0)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of the whole answer so far."""
+        return self.spec.generated_tokens + self.new_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the next one is computed from."""
+        return self.spec.context_tokens + self.new_tokens
+
+    @property
+    def missing_tokens(self) -> int:
+        """Context still to be computed; 0 when it can decode."""
+        return self.to_compute - self.computed
+
+    @property
+    def is_relegated(self) -> bool:
+        """It can no longer meet its SLO."""
+        return self.standing.is_relegated
+
+
+class _Clock:
+    """Counts the steps in which calls decode."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. prefills: (call, tokens of its context to compute). decodes: how many of the decoding calls run: all or
+    none of them; those that shall not run are held. context_tokens: summed context of these.
+    """
+
+    prefills: tuple[tuple[LiveCall, int], ...]
+    decodes: int
+    context_tokens: int
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of the step."""
+        return sum(tokens for _, tokens in self.prefills)
+
+    @property
+    def attention_tokens(self) -> float:
+        """Sum over the prompts of tokens x (tokens before + half of them)."""
+        return sum(tokens * (call.computed + tokens / 2) for call, tokens in self.prefills)
+
+
+class StepPlanner:
+    """Plans the steps of one engine. `add`, then in turns `plan` and `stepped`; `remove` what has ended.
+
+    slots: sequences in one step. max_step_tokens: tokens in one step, whatever the rule. kv: the engine's blocks.
+    steps: step-time model of this engine, fed by its owner.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        slots: int,
+        max_step_tokens: int,
+        kv: KvBlocks,
+        steps: StepTimeModel,
+        ledger: Ledger | None = None,
+        mean_length: float = 230.0,
+    ) -> None:
+        self._policy = policy
+        self._slots = slots
+        self._max_step_tokens = max_step_tokens
+        self._kv = kv
+        self._steps = steps
+        self._ledger = ledger if ledger is not None else Ledger()
+        self._mean_length = mean_length
+        self._clock = _Clock()
+        self._tickets = 0
+        self._live: dict[DispatchId, LiveCall] = {}
+        self._prefilling: dict[DispatchId, LiveCall] = {}
+        self._decoding: dict[DispatchId, LiveCall] = {}
+        self._held: dict[DispatchId, LiveCall] = {}
+        self._streams: dict[DispatchId, LiveCall] = {}
+        self._context_tokens = 0
+        self._crossings = [0] * kv.block_size
+        self._order: list[LiveCall] = []
+        self._resumed: list[LiveCall] = []
+        self._is_dirty = True
+        self._arrange_at_s = 0.0
+        self._now_s = 0.0
+        self._full_until_s = -1.0
+        self._slack_s = 0.0
+        self._slack_until_s = -1.0
+        self.evictions = 0
+        self.holds = 0
+        self.recomputed_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    # ---- who is here ----
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @property
+    def live(self) -> Iterable[LiveCall]:
+        """Everything that was added and not removed, in order of coming."""
+        return self._live.values()
+
+    @property
+    def decoding(self) -> Iterable[LiveCall]:
+        """Calls that produce a token in every step."""
+        return self._decoding.values()
+
+    @property
+    def waiting(self) -> int:
+        """Calls of which nothing is computed yet."""
+        return sum(call.computed == 0 for call in self._prefilling.values())
+
+    @property
+    def held(self) -> int:
+        """Calls that could decode and were told to wait."""
+        return len(self._held)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps in which calls decoded."""
+        return self._clock.steps
+
+    def find(self, call_id: DispatchId) -> LiveCall | None:
+        """A live call."""
+        return self._live.get(call_id)
+
+    def add(
+        self, call_id: DispatchId, spec: RequestSpec, lengths: Lengths, standing: Standing, now_s: float
+    ) -> LiveCall:
+        """A call entered the engine."""
+        self._tickets += 1
+        call = LiveCall(call_id, spec, lengths, standing, self._tickets, now_s, self._clock)
+        self._live[call_id] = call
+        self._prefilling[call_id] = call
+        self._is_dirty = True
+        return call
+
+    def remove(self, call: LiveCall) -> None:
+        """A call left the engine; its blocks are free, its prefix may stay cached."""
+        context = call.computed if not call.is_decoding else call.context_tokens
+        self._withdraw(call)
+        self._release(call)
+        if call.spec.prefix_id:
+            self._kv.keep(call.spec.prefix_id, context)
+        del self._live[call.call_id]
+        self._is_dirty = True
+
+    def retune(self, call_id: DispatchId, standing: Standing) -> None:
+        """How a call stands among all others has changed."""
+        call = self._live.get(call_id)
+        if call is not None:
+            call.standing = standing
+
+    # ---- a step ----
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step; None when nothing can run."""
+        if not self._live:
+            return None
+        self._now_s = now_s
+        self._arrange(now_s)
+        rule = self._policy.batch
+        if rule.kind == "prefill_first":
+            prefills = self._whole_prompts(rule.step_tokens)
+            if prefills:
+                return StepPlan(tuple(prefills), 0, 0)
+        self._make_room_for_decodes(now_s)
+        if rule.kind == "prefill_first":
+            budget = 0
+        elif rule.kind == "chunked":
+            budget = min(rule.step_tokens, self._max_step_tokens) - len(self._decoding)
+        else:
+            budget = self._capped_budget(now_s, rule.cap_s)
+        prefills = self._prefills(budget)
+        if not prefills and not self._decoding:
+            # Nothing fits: what is held must give way, or go on.
+            prefills = self._unblock()
+            if not prefills and not self._decoding:
+                return None
+        return StepPlan(tuple(prefills), len(self._decoding), self._context_tokens + len(self._decoding))
+
+    def stepped(self, plan: StepPlan) -> list[LiveCall]:
+        """The planned step was computed. Returns the calls whose prompt it completed: each made one token."""
+        if plan.decodes:
+            decodes = len(self._decoding)
+            self._kv.take(self._crossings[-self._clock.steps % self._kv.block_size])
+            self._clock.steps += 1
+            self._context_tokens += decodes
+        completed: list[LiveCall] = []
+        for call, tokens in plan.prefills:
+            call.computed += tokens
+            if call.computed >= call.to_compute:
+                completed.append(call)
+        for call in completed:
+            call.produced += 1
+            del self._prefilling[call.call_id]
+            self._join(call)
+        if completed:
+            self._is_dirty = True
+        return completed
+
+    # ---- order ----
+
+    def context(self, now_s: float) -> Context:
+        """What the policy is told."""
+        pace = self._steps.pace()
+        return Context(
+            now_s,
+            pace,
+            self._mean_length,
+            self._ledger,
+            self._slots,
+            max(1.0, self._steps.mean_decodes / max(pace.tau_s, 1e-6)),
+        )
+
+    def _arrange(self, now_s: float) -> None:
+        """Look at the order again where there is a choice, and hold or resume what it says."""
+        is_crowded = len(self._live) > self._slots
+        if not is_crowded and self._held:
+            self._resume_all()
+        has_choice = is_crowded or len(self._prefilling) > 1
+        if not has_choice:
+            self._order = list(self._prefilling.values())
+            return
+        if now_s < self._arrange_at_s:
+            if not self._is_dirty:
+                return
+            if is_crowded and now_s < self._arrange_at_s - self._policy.frame_s / 2:
+                known = {call.call_id for call in self._order}
+                self._order += [call for call in self._prefilling.values() if call.call_id not in known]
+                return
+        self._is_dirty = False
+        self._arrange_at_s = now_s + self._policy.frame_s
+        if not is_crowded:
+            self._order = self._sorted(list(self._prefilling.values()), now_s)
+            return
+        if self._policy.preempts:
+            ordered = self._sorted(list(self._live.values()), now_s)
+            chosen = ordered[: self._slots]
+            for call in ordered[self._slots :]:
+                if call.is_decoding:
+                    self._hold(call)
+            for call in chosen:
+                if call.call_id in self._held:
+                    self._resume(call)
+            self._order = [call for call in chosen if call.call_id in self._prefilling]
+        else:
+            self._order = self._sorted(list(self._prefilling.values()), now_s)
+
+    def _sorted(self, calls: list[LiveCall], now_s: float) -> list[LiveCall]:
+        keys = self._policy.arrange(calls, self.context(now_s))
+        for call, key in zip(calls, keys, strict=True):
+            call.key = key
+        calls.sort(key=_rank)
+        return calls
+
+    # ---- room ----
+
+    def _prefills(self, budget: int) -> list[tuple[LiveCall, int]]:
+        prefills: list[tuple[LiveCall, int]] = []
+        rows = self._slots - len(self._decoding)
+        for call in list(self._order):
+            if budget <= 0 or rows <= len(prefills):
+                break
+            if call.call_id not in self._prefilling or not self._begin(call):
+                continue
+            tokens = min(budget, call.missing_tokens)
+            prefills.append((call, tokens))
+            budget -= tokens
+        return prefills
+
+    def _whole_prompts(self, step_tokens: int) -> list[tuple[LiveCall, int]]:
+        prefills: list[tuple[LiveCall, int]] = []
+        budget = step_tokens
+        for call in list(self._order):
+            if len(self._decoding) + len(prefills) >= self._slots:
+                break
+            if call.call_id not in self._prefilling or (prefills and call.missing_tokens > budget):
+                continue
+            if not self._begin(call):
+                break
+            prefills.append((call, call.missing_tokens))
+            budget -= call.missing_tokens
+        return prefills
+
+    def _begin(self, call: LiveCall) -> bool:
+        """Give a call room for its whole context and one token, at the cost of those behind it. False: no room."""
+        if call.blocks:
+            return True
+        needed = self._kv.blocks_for(call.to_compute + 1)
+        if needed > self._room() and not self._evict_for(call, needed):
+            return False
+        # The last token of a prompt is always computed: it gives the first token of the answer.
+        cached = min(self._kv.use(call.spec.prefix_id, call.spec.prefix_tokens), call.to_compute - 1)
+        if not self._kv.take(needed):
+            return False
+        call.blocks = needed
+        call.computed = max(cached, 0)
+        self.prefix_hit_tokens += call.computed
+        return True
+
+    def _room(self) -> int:
+        """Free blocks that the decoding calls of this step do not need."""
+        return self._kv.free - self._crossings[-self._clock.steps % self._kv.block_size]
+
+    def _evict_for(self, call: LiveCall, needed: int) -> bool:
+        """Free blocks from the end of the order; never a call that is ahead of the one that asks."""
+        if not self._policy.preempts or not call.standing.is_admitted or self._now_s < self._full_until_s:
+            return False
+        ordered = self._sorted(list(self._live.values()), self._now_s)
+        behind = [other for other in ordered[ordered.index(call) + 1 :] if other.blocks]
+        if sum(self._blocks_of(other) for other in behind) + self._room() < needed:
+            self._full_until_s = self._now_s + self._policy.frame_s
+            return False
+        while needed > self._room():
+            self._evict(behind.pop())
+        return True
+
+    def _make_room_for_decodes(self, now_s: float) -> None:
+        """Every decoding call gets its next block; the last in the order gives way."""
+        while self._crossings[-self._clock.steps % self._kv.block_size] > self._kv.free:
+            holders = [call for call in self._live.values() if call.blocks]
+            self._evict(self._sorted(holders, now_s)[-1])
+
+    def _unblock(self) -> list[tuple[LiveCall, int]]:
+        """Nothing runs: resume what is held, or start the first that fits after the last holder gave way."""
+        if self._held:
+            self._resume_all()
+            return []
+        for call in self._order:
+            if call.call_id not in self._prefilling:
+                continue
+            holders = [other for other in self._live.values() if other.blocks and other is not call]
+            while holders and not call.blocks and self._kv.blocks_for(call.to_compute + 1) > self._kv.free:
+                self._evict(self._sorted(holders, self._now_s).pop())
+            if self._begin(call):
+                return [(call, min(call.missing_tokens, self._max_step_tokens))]
+        return []
+
+    def _capped_budget(self, now_s: float, cap_s: float | None) -> int:
+        cap = cap_s if cap_s is not None else self._cap_s()
+        slack_s = self._least_slack_s(now_s)
+        decodes = len(self._decoding)
+        fits = self._steps.budget_tokens(min(cap, slack_s), decodes, self._context_tokens + decodes)
+        free = int(self._steps.pace().knee_tokens) - decodes
+        return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
+
+    def _cap_s(self) -> float:
+        """A fifth of the tightest time between tokens of the streams here; of a tenth of a second without any."""
+        tightest = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
+        return CAP_SHARE * tightest
+
+    def _least_slack_s(self, now_s: float) -> float:
+        """Time until the next due token of the streams that can still be on time.
+
+        Between two looks it shrinks at most by the time that passed, so nobody is looked at while that is ample.
+        """
+        if now_s < self._slack_until_s:
+            return self._slack_s
+        least = 10.0
+        for call in self._streams.values():
+            if not call.is_decoding:
+                continue
+            slo = call.spec.slo
+            assert isinstance(slo, Latency)
+            slack = call.spec.arrival_s + slo.ttft_s + call.generated_tokens * slo.tbt_s - now_s
+            if 0.0 < slack < least:
+                least = slack
+        self._slack_s = least / 2
+        self._slack_until_s = now_s + least / 2
+        return least
+
+    # ---- changes of phase ----
+
+    def _join(self, call: LiveCall) -> None:
+        """Its prompt is computed, or it was held: it decodes from the next step on."""
+        call.is_decoding = True
+        call.joined = self._clock.steps
+        context = call.spec.context_tokens + call.produced
+        self._decoding[call.call_id] = call
+        self._context_tokens += context
+        self._crossings[(context - call.joined) % self._kv.block_size] += 1
+        if isinstance(call.spec.slo, Latency):
+            self._streams[call.call_id] = call
+            self._slack_until_s = -1.0
+
+    def _part(self, call: LiveCall) -> None:
+        """It no longer decodes."""
+        context = call.context_tokens
+        started = call.spec.context_tokens + call.produced
+        self._crossings[(started - call.joined) % self._kv.block_size] -= 1
+        call.produced = call.new_tokens
+        call.segments.append((call.joined, self._clock.steps))
+        call.is_decoding = False
+        call.blocks = self._kv.blocks_for(context)
+        self._context_tokens -= context
+        del self._decoding[call.call_id]
+        self._streams.pop(call.call_id, None)
+
+    def _hold(self, call: LiveCall) -> None:
+        self._part(call)
+        call.to_compute = call.computed = call.spec.context_tokens + call.produced
+        self._held[call.call_id] = call
+        self.holds += 1
+
+    def _resume(self, call: LiveCall) -> None:
+        del self._held[call.call_id]
+        self._join(call)
+        self._resumed.append(call)
+
+    def take_resumed(self) -> list[LiveCall]:
+        """Calls that were held and decode again, since the last question."""
+        resumed, self._resumed = self._resumed, []
+        return resumed
+
+    def _resume_all(self) -> None:
+        for call in list(self._held.values()):
+            if len(self._decoding) < self._slots:
+                self._resume(call)
+
+    def _evict(self, call: LiveCall) -> None:
+        """It loses its KV cache and computes it again when its turn comes."""
+        self._withdraw(call)
+        self._release(call)
+        self.recomputed_tokens += call.spec.context_tokens + call.produced if call.new_tokens else call.computed
+        call.to_compute = call.spec.context_tokens + call.produced
+        call.computed = 0
+        self._prefilling[call.call_id] = call
+        self.evictions += 1
+        self._is_dirty = True
+
+    def _withdraw(self, call: LiveCall) -> None:
+        if call.is_decoding:
+            self._part(call)
+        self._held.pop(call.call_id, None)
+        self._prefilling.pop(call.call_id, None)
+
+    def _release(self, call: LiveCall) -> None:
+        self._kv.give_back(call.blocks)
+        call.blocks = 0
+
+    def _blocks_of(self, call: LiveCall) -> int:
+        return self._kv.blocks_for(call.context_tokens) if call.is_decoding else call.blocks
+
+    def audit(self) -> None:
+        """Check all invariants. Raises AssertionError."""
+        phases = [*self._prefilling, *self._decoding, *self._held]
+        assert sorted(phases) == sorted(self._live), f"{len(self._live)} live calls, {len(phases)} in a phase"
+        assert sum(self._blocks_of(call) for call in self._live.values()) == self._kv.held, "blocks do not add up"
+        context = sum(call.context_tokens for call in self._decoding.values())
+        assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
+        assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
+        self._kv.audit()
+
+
+def _rank(call: LiveCall) -> tuple[float, int]:
+    return (call.key, call.ticket)
+
+
+def _tbt_s(call: LiveCall) -> float:
+    slo = call.spec.slo
+    return slo.tbt_s if isinstance(slo, Latency) else 0.1

@@ -1,0 +1,345 @@
+"""The plan over all that waits and runs: what each unit is worth per GPU second, and who fits (docs/scheduling.md).
+
+A unit is a request alone or a whole program. Everything here is computed for all of them at once, in arrays.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tempo_router.config import SchedulingConfig
+from tempo_router.facts import (
+    CONTEXT,
+    DEADLINE,
+    DEADLINE_S,
+    FIRST_DUE_S,
+    GENERATED,
+    KIND,
+    LIMIT,
+    PROGRAM,
+    PROMPT,
+    STREAM,
+    TBT_S,
+)
+from tempo_router.ledger import Program
+from tempo_router.policies.base import Context, Job
+from tempo_router.program_history import NOTHING, Forecast, ProgramHistory
+from tempo_router.replicas import Call
+from tempo_router.request import ProgramCall
+from tempo_router.reserve import Reserve
+from tempo_router.standing import Standing
+from tempo_router.step_time import Pace
+from tempo_router.timeline import BUCKET_ENDS_S, admit, due_in_bucket
+from tempo_router.value import PREFILL_WALL_RATIO
+from tempo_router.waiting import WaitingRequest
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_UPPER_SHARE = 0.7
+_SPREAD = 0.25
+_SPREAD_S = 0.3
+_UNSURE = 1.5
+"""Factor on what work is believed to take while the step-time model is far off."""
+
+INPUT_WEIGHT = 1.0
+OUTPUT_WEIGHT = 8.0
+
+
+class _Left:
+    """What is left of each answer, given its length's distribution and the tokens that exist. Arrays over calls."""
+
+    def __init__(self, jobs: Sequence[Job], generated: Floats, limit: Floats) -> None:
+        self.atoms = np.minimum(np.stack([job.lengths.row for job in jobs]), limit[:, None])
+        self.generated = generated
+        count = self.atoms.shape[1]
+        self.is_above = self.atoms > generated[:, None]
+        self.above = self.is_above.sum(axis=1)
+        some = self.above > 0
+        sums = np.where(self.is_above, self.atoms, 0.0).sum(axis=1)
+        self.tail = np.maximum(16.0, 0.2 * generated)
+        self.mean = np.maximum(np.where(some, sums / np.maximum(self.above, 1) - generated, self.tail), 1.0)
+        first = count - self.above
+        pick = np.minimum(first + np.ceil(_UPPER_SHARE * self.above).astype(np.int64) - 1, count - 1)
+        upper = np.take_along_axis(self.atoms, np.maximum(pick, 0)[:, None], axis=1)[:, 0] - generated
+        self.upper = np.maximum(np.where(some, upper, np.maximum(16.0, 0.35 * generated)), 1.0)
+
+    def within(self, tokens: Floats) -> tuple[Floats, Floats]:
+        """(P(at most so many more tokens), expected whole length counting only those that fit)."""
+        fits = self.is_above & (self.atoms <= (self.generated + tokens)[:, None])
+        above = np.maximum(self.above, 1)
+        share = fits.sum(axis=1) / above
+        length = np.where(fits, self.atoms, 0.0).sum(axis=1) / above
+        tail_share = 1.0 - np.exp(-np.maximum(tokens, 0.0) / self.tail)
+        some = self.above > 0
+        probability = np.where(some, share, tail_share)
+        expected = np.where(some, length, tail_share * (self.generated + self.tail))
+        return np.where(tokens > 0, probability, 0.0), np.where(tokens > 0, expected, 0.0)
+
+    def beyond(self, lost: Floats) -> Floats:
+        """Expected tokens still to come after the next `lost` ones."""
+        above = np.maximum(self.above, 1)
+        rest = np.maximum(self.atoms - (self.generated + lost)[:, None], 0.0)
+        known = np.where(self.is_above, rest, 0.0).sum(axis=1) / above
+        tail = np.where(lost < 5.0 * self.tail, self.tail * np.exp(-lost / self.tail), 0.0)
+        return np.where(self.above > 0, known, tail)
+
+
+class TempoPlan:
+    """Makes plans and keeps what they need between two of them: the reserve.
+
+    `arrived` for every new unit, `make` as often as wanted; `make` writes `standing` of every job it is given.
+    """
+
+    def __init__(self, config: SchedulingConfig) -> None:
+        self._config = config
+        self._switches = config.switches
+        self._reserve = Reserve()
+        self._new: list[Job] = []
+        self.last_s = float("-inf")
+
+    def arrived(self, job: Job, *, is_new: bool) -> None:
+        """A request came. is_new: it is not a further call of a program that is known."""
+        if is_new:
+            self._new.append(job)
+
+    def make(
+        self,
+        waiting: Sequence[WaitingRequest],
+        running: Sequence[Call],
+        context: Context,
+        history: ProgramHistory,
+        *,
+        replicas: int,
+    ) -> None:
+        """Give every job its standing. replicas: how many share the work; GPU seconds per second."""
+        self.last_s = context.now_s
+        jobs: list[WaitingRequest | Call] = [*running, *waiting]
+        if not jobs:
+            self._new.clear()
+            return
+        units = _Units(jobs, context, history, self._config)
+        density = self._density(units, context)
+        self._note_arrivals(units, density, context.now_s)
+        order = np.argsort(-density, kind="stable")
+        admitted = np.zeros(units.count, dtype=np.bool_)
+        worthy = order[density[order] > 0.0]
+        if self._switches.timeline:
+            admitted[worthy] = self._admit(units, density, worthy, context.now_s, replicas)
+        else:
+            admitted[worthy] = True
+        later = units.later_s if self._switches.look_ahead else np.zeros(units.count)
+        for job, unit in zip(jobs, units.unit_of.tolist(), strict=True):
+            standing = Standing(
+                float(density[unit]), bool(admitted[unit]), float(later[unit]), bool(units.is_hopeless[unit])
+            )
+            if standing != job.standing:
+                job.standing = standing
+
+    def _density(self, units: "_Units", context: Context) -> Floats:
+        density = units.value / np.maximum(units.cost_s, 1e-9)
+        phi = self._config.tenant_exponent
+        if phi > 0:
+            density = density * _tenant_factors(units, context) ** phi
+        return np.where(np.isfinite(density), np.maximum(density, 0.0), 0.0)
+
+    def _note_arrivals(self, units: "_Units", density: Floats, now_s: float) -> None:
+        """New units enter the histogram with the density that they came with."""
+        for job in self._new:
+            unit = units.index_of(job)
+            if unit is not None:
+                self._reserve.add(float(density[unit]), float(units.cost_s[unit]), now_s)
+        self._new.clear()
+
+    def _admit(
+        self, units: "_Units", density: Floats, order: Ints, now_s: float, replicas: int
+    ) -> npt.NDArray[np.bool_]:
+        config = self._config
+        capacity = config.capacity_factor * replicas * BUCKET_ENDS_S
+        allowance = np.broadcast_to(capacity, (order.size, capacity.size))
+        if self._switches.reserve:
+            rates = self._reserve.rates(density[order], now_s)
+            allowance = capacity[None, :] - config.reserve_factor * rates[:, None] * BUCKET_ENDS_S[None, :]
+        return admit(units.demand()[order], allowance)
+
+
+class _Units:
+    """Calls grouped into units, with value, cost and demand of each unit. All arrays are over units but `unit_of`."""
+
+    def __init__(
+        self,
+        jobs: Sequence[WaitingRequest | Call],
+        context: Context,
+        history: ProgramHistory,
+        config: SchedulingConfig,
+    ) -> None:
+        self._config = config
+        self._now_s = context.now_s
+        pace = context.pace
+        self._number: dict[object, int] = {}
+        self.programs: list[Program | None] = []
+        self.first: list[WaitingRequest | Call] = []
+        unit_of: list[int] = []
+        ledger = context.ledger
+        for job in jobs:
+            slo = job.spec.slo
+            name: object = slo.program_id if isinstance(slo, ProgramCall) else job.spec.request_id
+            number = self._number.get(name)
+            if number is None:
+                number = self._number[name] = len(self.programs)
+                self.programs.append(ledger.program(job.spec))
+                self.first.append(job)
+            unit_of.append(number)
+        self.unit_of: Ints = np.array(unit_of, dtype=np.int64)
+        self.count = len(self.programs)
+        self._measure_calls(jobs, pace)
+        self._forecast(history)
+        self._worth(context)
+
+    def index_of(self, job: Job) -> int | None:
+        """The unit of a job that is in the plan."""
+        slo = job.spec.slo
+        return self._number.get(slo.program_id if isinstance(slo, ProgramCall) else job.spec.request_id)
+
+    def _measure_calls(self, jobs: Sequence[WaitingRequest | Call], pace: Pace) -> None:
+        """Per call: what is left of it, what it costs, how long its prefill takes."""
+        facts = self._facts = np.array([job.facts for job in jobs])
+        generated = np.array([job.generated_tokens for job in jobs], dtype=np.float64)
+        self.missing = np.array([job.missing_tokens for job in jobs], dtype=np.float64)
+        context_tokens = facts[:, CONTEXT]
+        produced = generated - facts[:, GENERATED]
+        self.generated = generated
+        self.left = _Left(jobs, generated, facts[:, LIMIT])
+        margin = _UNSURE if pace.is_unsure else 1.0
+        past = np.maximum(context_tokens - self.missing, 0.0)
+        self.prefill_s = margin * self.missing * (pace.prefill_token_s + pace.attention_s * (past + self.missing / 2))
+        now = context_tokens + produced
+        self.token_s = pace.share_s + pace.decode_s + pace.context_token_s * (now + self.left.mean / 2)
+        rest = self.left.mean
+        missing_s = self.prefill_s
+        if not self._config.switches.remaining_cost:
+            rest = rest + generated
+            missing_s = margin * context_tokens * (pace.prefill_token_s + pace.attention_s * context_tokens / 2)
+        self.call_cost_s = missing_s + margin * rest * self.token_s
+        self.wall_s = PREFILL_WALL_RATIO * self.prefill_s
+        self.tau_s = margin * pace.tau_s
+        self._pace = pace
+
+    def _forecast(self, history: ProgramHistory) -> None:
+        """Per unit: what is still to come after its current stage."""
+        is_ahead = self._config.switches.look_ahead
+        forecasts: list[Forecast] = [
+            history.forecast(program) if program is not None and is_ahead else NOTHING for program in self.programs
+        ]
+        pace = self._pace
+        calls = np.array([one.calls for one in forecasts])
+        prompts = np.array([one.prompt_tokens for one in forecasts])
+        squared = np.array([one.squared_prompts for one in forecasts])
+        self.later_tokens = np.array([one.output_tokens for one in forecasts])
+        chain_tokens = np.array([one.chain_tokens for one in forecasts])
+        chain_prompts = np.array([one.chain_prompt_tokens for one in forecasts])
+        gaps = np.array([one.gaps_s for one in forecasts])
+        stages = np.array([one.stages for one in forecasts])
+        mean_context = (prompts + self.later_tokens / 2) / np.maximum(calls, 1e-9)
+        token_s = pace.share_s + pace.decode_s + pace.context_token_s * mean_context
+        self.later_cost_s = (
+            prompts * pace.prefill_token_s + pace.attention_s * squared / 2 + self.later_tokens * token_s
+        )
+        chain_prefill_s = PREFILL_WALL_RATIO * chain_prompts * pace.prefill_token_s
+        self.later_s = chain_tokens * self.tau_s + chain_prefill_s + gaps + stages * self.tau_s
+
+    def _worth(self, context: Context) -> None:
+        now_s = self._now_s
+        kind = self._facts[:, KIND]
+        self.tbt_s = self._facts[:, TBT_S]
+        self.due_s = self._facts[:, FIRST_DUE_S] + self.generated * self.tbt_s - now_s
+        left_s = self._facts[:, DEADLINE_S] - now_s
+        is_fresh = self.missing > 0
+        unit_of, count = self.unit_of, self.count
+        # What is the same for all calls of a unit: taken from its last call.
+        self.kind = np.zeros(count)
+        self.kind[unit_of] = kind
+        self.left_s = np.zeros(count)
+        self.left_s[unit_of] = left_s
+        self.live_cost_s = np.bincount(unit_of, self.call_cost_s, count)
+        self.cost_s = self.live_cost_s + self.later_cost_s
+        tokens, chance = self._streams(kind, is_fresh)
+        deadline_tokens, deadline_chance = self._deadlines(left_s)
+        is_deadline = kind == DEADLINE
+        tokens = np.where(is_deadline, deadline_tokens, tokens)
+        chance = np.where(is_deadline, deadline_chance, chance)
+        good = np.zeros(count)
+        good[unit_of] = tokens
+        self.chance = np.zeros(count)
+        self.chance[unit_of] = chance
+        crit_s = np.zeros(count)
+        np.maximum.at(crit_s, unit_of, self.wall_s + self.left.upper * self.tau_s)
+        self.crit_s = crit_s + self.later_s
+        is_program = self.kind == PROGRAM
+        with np.errstate(invalid="ignore"):
+            z = (self.left_s - self.crit_s) / (_SPREAD * self.crit_s + _SPREAD_S)
+            program_chance = np.where(is_program, _normal(z), 0.0)
+        done = np.array([0.0 if one is None else one.done_tokens for one in self.programs])
+        expected = np.bincount(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
+        self.chance = np.where(is_program, program_chance, self.chance)
+        good = np.where(is_program, program_chance * expected, good)
+        prompt_tokens = np.bincount(unit_of, self._facts[:, PROMPT], count)
+        self.value = self._value(good, prompt_tokens, is_program, context.mean_length)
+        self.is_hopeless = (is_program & (self.left_s <= 0.0)) | (is_program & (program_chance <= 0.0))
+
+    def _streams(self, kind: Floats, is_fresh: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """(tokens that will be on time, chance that all are) of streams; zeros for others."""
+        is_stream = kind == STREAM
+        wall_s = np.where(is_fresh, self.wall_s, self.prefill_s)
+        late_s = np.where(is_stream, wall_s + self.tau_s - self.due_s, 0.0)
+        catch_up_s = np.maximum(self.tbt_s - self.tau_s, 1e-3 * self.tbt_s)
+        first_lost = (self.generated == 0) & (late_s > 0)
+        lost = np.maximum(late_s, 0.0) / catch_up_s + first_lost
+        tokens = np.where(is_stream, self.left.beyond(lost), 0.0)
+        return tokens, np.where(is_stream & (late_s <= 0.0), 1.0, 0.0)
+
+    def _deadlines(self, left_s: Floats) -> tuple[Floats, Floats]:
+        possible = np.where(np.isfinite(left_s), (left_s - self.wall_s) / self.tau_s, 0.0)
+        chance, tokens = self.left.within(possible)
+        return tokens, chance
+
+    def _value(self, good: Floats, prompts: Floats, is_program: npt.NDArray[np.bool_], mean_length: float) -> Floats:
+        config = self._config
+        if config.objective == "gain":
+            value: Floats = INPUT_WEIGHT * prompts * self.chance + OUTPUT_WEIGHT * good
+            return value
+        bonus = np.where(is_program, config.dag_weight, 1.0) * mean_length
+        mixed: Floats = (1 - config.request_weight) * good + config.request_weight * bonus * self.chance
+        return mixed
+
+    def demand(self) -> Floats:
+        """Cumulative GPU seconds that each unit needs by the end of each bucket: (units, buckets)."""
+        first = np.zeros(self.count, dtype=np.int64)
+        first[self.unit_of] = np.arange(self.unit_of.size)
+        is_stream = (self.kind == STREAM)[:, None]
+        due_s, tbt_s = self.due_s[first], self.tbt_s[first]
+        with np.errstate(invalid="ignore"):
+            tokens = np.clip((BUCKET_ENDS_S[None, :] - due_s[:, None]) / tbt_s[:, None] + 1, 0, None)
+        tokens = np.minimum(np.where(is_stream, tokens, 0.0), self.left.mean[first][:, None])
+        streams = due_in_bucket(self.prefill_s[first], np.where(np.isfinite(due_s), due_s, 0.0))
+        streams = streams + self.token_s[first][:, None] * tokens
+        finite = np.where(np.isfinite(self.left_s), self.left_s, 0.0)
+        whole = due_in_bucket(self.live_cost_s, finite - self.later_s) + due_in_bucket(self.later_cost_s, finite)
+        demand: Floats = np.where(is_stream, streams, whole)
+        return demand
+
+
+def _normal(z: Floats) -> Floats:
+    """Distribution function of the standard normal, to three digits."""
+    return 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * z**3)))
+
+
+def _tenant_factors(units: _Units, context: Context) -> Floats:
+    """(mean served/offered) / (own served/offered), within a factor of eight."""
+    shares = {name: (one.served + 1.0) / (one.offered + 1.0) for name, one in context.ledger.tenants.items()}
+    mean = sum(shares.values()) / max(len(shares), 1)
+    own = np.array([shares.get(job.spec.tenant, mean) for job in units.first])
+    factors: Floats = np.clip(mean / np.maximum(own, 1e-12), 1 / 8, 8)
+    return factors
