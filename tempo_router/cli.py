@@ -362,6 +362,7 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         with tqdm(total=len(cells), unit="run", disable=None, file=sys.stderr, bar_format=_BAR) as bar:
             for done, cell in enumerate(cells):
+                _measure_reference(cell)
                 bar.set_description_str(f"{cell.policy} at {cell.load:g}x")
                 rows.append(run_cell(cell, _Progress(bar, done), clock=time.perf_counter))
                 bar.n = done + 1
@@ -377,6 +378,15 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0 if is_complete else EXIT_INTERRUPTED
 
 
+def _measure_reference(cell: "Cell") -> None:
+    """What load 1.0 means: known from earlier runs or measured now, with a bar of its own, since it takes as long."""
+    from tempo_router.simulation.experiment import fleet, saturated_tokens_per_s
+
+    with tqdm(total=1, disable=None, file=sys.stderr, bar_format=_REFERENCE_BAR, leave=False) as bar:
+        saturated_tokens_per_s(cell.trace, fleet(cell), cell.slots, on_progress=_Progress(bar, 0))
+
+
+_REFERENCE_BAR = "speed from a backlog {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
 
 
