@@ -1,0 +1,438 @@
+"""One cell of a comparison: a trace, a fleet, a load, a policy and a seed make one row.
+
+Load is relative: offered output tokens per second over what the fleet delivers from a backlog under first come, first
+served with chunked prefill. That reference depends on trace, profile and slots alone, so it is measured once and kept
+in a cache on disk, and so is the upper bound.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+
+from tempo_router.config import PolicyName, SchedulingConfig, SwitchesConfig, unknown_key_message
+from tempo_router.errors import ConfigError
+from tempo_router.request import BestEffort
+from tempo_router.simulation import transform
+from tempo_router.simulation.report import UnitOutcome
+from tempo_router.simulation.rows import measures
+from tempo_router.simulation.simulator import Knowledge, Setup, simulate
+from tempo_router.simulation.step_profiles import LayeredStepTime, LinearStepTime, StepProfile, StepTime, load_profile
+from tempo_router.simulation.trace import Trace, Unit
+
+OnProgress = Callable[[float], None]
+"""Told the share of the work that is done, 0 to 1."""
+
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "token": {"objective": "mix", "request_weight": 0.0},
+    "balanced": {"objective": "mix", "request_weight": 0.75, "dag_weight": 4.0},
+    "request": {"objective": "mix", "request_weight": 1.0},
+    "gain": {"objective": "gain"},
+}
+"""Settings of the scheduler by the name of what a success counts."""
+
+BACKLOG_SHARE = 0.95
+"""The reference is measured until this share of the backlog's tokens are out: the emptying at the end is left out."""
+
+_REFERENCE_FORMAT = 1
+"""To be raised when the engine's model changes, so that references that were measured before are not used."""
+
+_MOST_REPLICAS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is run.
+
+    profile_names: one per replica, presets or names in the file profile_path. load: above 0, see the module.
+    objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
+    slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
+    knowledge: of lengths and programs: learned, none or true. time_scale, kv_scale: of all profiles.
+    switches: names of SwitchesConfig or SchedulingConfig with their values, over those of the objective.
+    """
+
+    trace: Trace
+    profile_names: tuple[str, ...]
+    profile_path: Path | None
+    load: float
+    policy: str
+    objective: str = "token"
+    seed: int = 0
+    slots: int = 128
+    sheds: bool | None = None
+    knowledge: str = "learned"
+    time_scale: float = 1.0
+    kv_scale: float = 1.0
+    switches: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FigureCache:
+    """Numbers that are expensive to compute and depend on nothing but their key; one small file for each."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = default_cache_folder() if folder is None else folder
+
+    def get(self, name: str, key: str) -> float | None:
+        """The number, or None when it is not there or its file is damaged."""
+        try:
+            value = json.loads(self._path(name, key).read_text(encoding="utf-8"))["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    def put(self, name: str, key: str, value: float, about: Mapping[str, Any]) -> None:
+        """Keep it, whole or not at all. about: for the human who opens the file."""
+        try:
+            write_atomically(self._path(name, key), json.dumps({"value": value, **about}, indent=1))
+        except OSError as e:
+            raise ConfigError(f"cannot keep figures in {self.folder}: {e}; set XDG_CACHE_HOME to another folder") from e
+
+    def _path(self, name: str, key: str) -> Path:
+        return self.folder / f"{name}-{key}.json"
+
+
+def default_cache_folder() -> Path:
+    """Where a user's caches belong: XDG_CACHE_HOME, else ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "tempo" / "figures"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write the file so that whoever reads it sees the old or the new text and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.close()
+            # Made private by tempfile; results are to be as readable as any other file.
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+# ---- one cell
+
+
+def run_cell(
+    cell: Cell,
+    on_progress: OnProgress | None = None,
+    *,
+    clock: Callable[[], float] | None = None,
+    with_bound: bool = False,
+    cache: FigureCache | None = None,
+) -> dict[str, Any]:
+    """Simulate and measure: a row with all of rows.COLUMNS.
+
+    clock: read before and after the simulation, for wall_s; without it wall_s is None. with_bound: compute the upper
+    bound too. Raises ConfigError for what is unknown or out of range, before anything runs.
+    """
+    setup_of = _checked(cell)
+    cache = cache or FigureCache()
+    profiles = fleet(cell)
+    saturated = saturated_tokens_per_s(cell.trace, profiles, cell.slots, cache=cache)
+    trace = offered(cell, saturated)
+    began_s = clock() if clock else 0.0
+    report = simulate(trace, setup_of(profiles), on_progress=on_progress)
+    wall_s = clock() - began_s if clock else None
+    bound = bound_tokens_per_s(trace, profiles, cell.slots, cache=cache) if with_bound else None
+    return {
+        **identity(cell),
+        "saturated_tokens_per_s": saturated,
+        **measures(report, trace),
+        "bound_token_goodput": bound,
+        "wall_s": wall_s,
+    }
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """The columns that say which cell a row belongs to. Equal for equal cells; no simulation needed."""
+    return {
+        "trace": cell.trace.name,
+        "trace_digest": trace_digest(cell.trace),
+        "profile": fleet_name(cell.profile_names),
+        "replicas": len(cell.profile_names),
+        "load": cell.load,
+        "policy": cell.policy,
+        "objective": cell.objective,
+        "seed": cell.seed,
+        "slots": cell.slots,
+        "sheds": cell.sheds is not False,
+        "knowledge": cell.knowledge,
+        "time_scale": cell.time_scale,
+        "kv_scale": cell.kv_scale,
+        "switches": dict(cell.switches),
+    }
+
+
+def scheduling_of(cell: Cell) -> SchedulingConfig:
+    """The scheduler's settings of a cell: policy, objective and switches. Raises ConfigError for unknown names."""
+    objective = dict(OBJECTIVES[nearest(cell.objective, tuple(OBJECTIVES), "objective")])
+    policy = nearest(cell.policy, get_args(PolicyName), "policy")
+    settings: dict[str, Any] = {"policy": policy, **objective}
+    parts: dict[str, Any] = {}
+    valid = (*SwitchesConfig.model_fields, *SchedulingConfig.model_fields)
+    for name, value in cell.switches.items():
+        if name not in valid:
+            raise ConfigError(f"switches: {unknown_key_message(name, valid)}")
+        (parts if name in SwitchesConfig.model_fields else settings)[name] = value
+    if parts:
+        settings["switches"] = parts
+    try:
+        return SchedulingConfig.model_validate(settings)
+    except ValueError as e:
+        raise ConfigError(f"switches={dict(cell.switches)}: {e}") from e
+
+
+def nearest(name: str, valid: Sequence[str], what: str) -> str:
+    """The name itself if it is valid. Raises ConfigError that proposes the nearest valid one."""
+    if name in valid:
+        return name
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(valid)}"
+    raise ConfigError(f"{what}={name!r}: no such {what}; {hint}")
+
+
+def fleet(cell: Cell) -> tuple[StepProfile, ...]:
+    """The profiles of a cell's replicas, scaled. Raises ConfigError for unknown names."""
+    loaded = {name: load_profile(name, cell.profile_path) for name in dict.fromkeys(cell.profile_names)}
+    return tuple(scaled_profile(loaded[name], cell.time_scale, cell.kv_scale) for name in cell.profile_names)
+
+
+def fleet_name(profile_names: Sequence[str]) -> str:
+    """A name for several profiles: 2 x a + b."""
+    counts = Counter(profile_names)
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
+
+
+def offered(cell: Cell, saturated: float) -> Trace:
+    """The cell's trace in the order of its seed, arrivals moved so that it offers `load` times `saturated` tokens/s."""
+    trace = transform.permuted(cell.trace, cell.seed)
+    return transform.faster(trace, cell.load * saturated / recorded_tokens_per_s(cell.trace))
+
+
+def recorded_tokens_per_s(trace: Trace) -> float:
+    """Output tokens/s that the trace offers at its own speed. Raises ConfigError for a trace that has no rate."""
+    tokens = sum(unit.output_tokens for unit in trace.units)
+    if not trace.span_s > 0 or not tokens:
+        raise ConfigError(
+            f"trace {trace.name!r}: {len(trace.units)} units within {trace.span_s} s have no rate of arrivals, so a"
+            " load means nothing; take a trace with at least two arrival times"
+        )
+    return tokens / trace.span_s
+
+
+def replicas_needed(
+    cell: Cell,
+    attainment: float = 0.95,
+    *,
+    most: int = _MOST_REPLICAS,
+    run: Callable[[Cell], Mapping[str, Any]] = run_cell,
+) -> tuple[int | None, dict[int, dict[str, Any]]]:
+    """Smallest number of replicas of cell.profile_names[0] that meets `attainment` of all units; and the rows run.
+
+    The rate of arrivals is fixed: cell.load times what *one* replica delivers from a backlog. None: `most` are not
+    enough. Bisection, so more replicas are taken to be no worse.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+
+    def is_enough(replicas: int) -> bool:
+        names = (cell.profile_names[0],) * replicas
+        rows[replicas] = dict(run(replace(cell, profile_names=names, load=cell.load / replicas)))
+        share = rows[replicas]["attainment"]
+        return share is not None and share >= attainment
+
+    upper = max(1, math.ceil(cell.load))
+    lower = 0
+    while not is_enough(upper):
+        if upper >= most:
+            return None, rows
+        lower, upper = upper, min(most, max(upper + 1, math.ceil(upper * 1.3)))
+    while upper - lower > 1:
+        middle = (lower + upper) // 2
+        if is_enough(middle):
+            upper = middle
+        else:
+            lower = middle
+    return upper, rows
+
+
+# ---- references
+
+
+def saturated_tokens_per_s(
+    trace: Trace,
+    profiles: Sequence[StepProfile],
+    slots: int,
+    *,
+    cache: FigureCache | None = None,
+    on_progress: OnProgress | None = None,
+) -> float:
+    """Output tokens/s of the fleet from a backlog of the trace's calls, first come, first served, chunked prefill.
+
+    The calls wait from the start in the trace's order, those of programs without their dependencies: what is measured
+    is the speed of full engines. Each kind of replica is measured alone; a fleet delivers the sum.
+    """
+    cache = cache or FigureCache()
+    total = 0.0
+    for profile, count in Counter(profiles).items():
+        key = _key(trace_digest(trace), repr(profile), str(slots))
+        alone = cache.get("saturated", key)
+        if alone is None:
+            alone = _measure_saturated(trace, profile, slots, on_progress)
+            about = {"trace": trace.name, "profile": profile.name, "slots": slots, "unit": "tokens/s"}
+            cache.put("saturated", key, alone, about)
+        total += count * alone
+    return total
+
+
+def bound_tokens_per_s(
+    trace: Trace, profiles: Sequence[StepProfile], slots: int, *, cache: FigureCache | None = None
+) -> float:
+    """Good tokens/s that no scheduler exceeds on this trace as it is; see tempo_router.simulation.bound."""
+    # Not for everyone who runs a cell: it loads a solver.
+    from tempo_router.simulation.bound import token_goodput_bound
+
+    cache = cache or FigureCache()
+    key = _key(trace_digest(trace), repr(tuple(profiles)), str(slots))
+    bound = cache.get("bound", key)
+    if bound is None:
+        bound = token_goodput_bound(trace, profiles, slots).per_s
+        names = fleet_name([profile.name for profile in profiles])
+        cache.put("bound", key, bound, {"trace": trace.name, "profile": names, "slots": slots, "unit": "tokens/s"})
+    return bound
+
+
+def backlog(trace: Trace) -> Trace:
+    """All calls of the trace as units of their own, waiting from the start, without targets."""
+    units = [
+        Unit(
+            unit_id=f"{unit.unit_id}/{number}",
+            arrival_s=0.0,
+            slo=BestEffort(),
+            calls=(replace(call, stage=0, parents=(), gap_s=0.0),),
+            app=unit.app,
+            tenant=unit.tenant,
+        )
+        for unit in trace.units
+        for number, call in enumerate(unit.calls)
+    ]
+    return Trace(trace.name, tuple(units))
+
+
+def backlog_rate(outcomes: Sequence[UnitOutcome], share: float = BACKLOG_SHARE) -> float:
+    """Tokens/s until `share` of the tokens of all finished calls were out.
+
+    A call's tokens are taken to come evenly between its first and its last.
+    """
+    spans = np.array(
+        [(o.ttft_s, o.ttlt_s, o.output_tokens) for o in outcomes if o.ttft_s is not None and o.ttlt_s is not None],
+        dtype=np.float64,
+    ).reshape(-1, 3)
+    first_s, last_s, tokens = spans.T
+    wanted = share * tokens.sum()
+    if not wanted > 0:
+        raise ConfigError("no call of this trace could be finished by this engine; is its KV memory too small?")
+    lengths_s = np.maximum(last_s - first_s, 1e-9)
+
+    def is_out(at_s: float) -> bool:
+        return bool((tokens * np.clip((at_s - first_s) / lengths_s, 0.0, 1.0)).sum() >= wanted)
+
+    lower, upper = 0.0, float(last_s.max()) + 1e-6
+    for _ in range(60):
+        middle = (lower + upper) / 2
+        lower, upper = (lower, middle) if is_out(middle) else (middle, upper)
+    return float(wanted / upper)
+
+
+def _measure_saturated(trace: Trace, profile: StepProfile, slots: int, on_progress: OnProgress | None) -> float:
+    calls = backlog(trace)
+    waiting_tokens = sum(unit.calls[0].prompt_tokens for unit in calls.units)
+    scheduling = SchedulingConfig.model_validate(
+        {
+            "policy": "fcfs",
+            # A backlog is no overload: nothing is to be refused.
+            "max_waiting_requests": len(calls.units) + 1,
+            "max_waiting_tokens": waiting_tokens + 1,
+        }
+    )
+    setup = Setup(policy="fcfs", profiles=(profile,), scheduling=scheduling, max_running=slots, sheds=False)
+    return backlog_rate(simulate(calls, setup, on_progress=on_progress).units)
+
+
+def trace_digest(trace: Trace) -> str:
+    """A hash of all that the trace contains but its name."""
+    return _key(repr(trace.units))
+
+
+def _key(*parts: str) -> str:
+    text = "\n".join((version("tempo-serve"), str(_REFERENCE_FORMAT), *parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- other engines
+
+
+def scaled_profile(profile: StepProfile, time_scale: float = 1.0, kv_scale: float = 1.0) -> StepProfile:
+    """The same engine with all step times and its KV memory multiplied. Raises ConfigError for factors not above 0."""
+    for name, scale in (("time_scale", time_scale), ("kv_scale", kv_scale)):
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(f"{name}={scale}: must be above zero")
+    if time_scale == kv_scale == 1.0:
+        return profile
+    shape = profile.shape
+    kv_tokens = int(shape.kv_tokens * kv_scale) // shape.block_size * shape.block_size
+    if kv_tokens < shape.block_size:
+        raise ConfigError(f"kv_scale={kv_scale}: leaves {profile.name} without a block of KV memory")
+    shape = replace(shape, kv_tokens=kv_tokens, max_model_len=min(shape.max_model_len, kv_tokens))
+    return replace(profile, step_time=_scaled_time(profile.step_time, time_scale), shape=shape)
+
+
+def _scaled_time(step_time: StepTime, scale: float) -> StepTime:
+    if not isinstance(step_time, LinearStepTime | LayeredStepTime):
+        raise ConfigError(f"step times of kind {type(step_time).__name__} cannot be scaled")
+    values: dict[str, Any] = {}
+    for name in step_time.__dataclass_fields__:
+        value = getattr(step_time, name)
+        if name == "linear_s":
+            values[name] = tuple(scale * seconds for seconds in value)
+        elif name.endswith("_s") or "_s_per_" in name or name.startswith("s_per_"):
+            values[name] = scale * value
+    return replace(step_time, **values)
+
+
+def _checked(cell: Cell) -> Callable[[tuple[StepProfile, ...]], Setup]:
+    """What is wrong with a cell is said before the first simulation; returns what makes its set-up from profiles."""
+    if not (math.isfinite(cell.load) and cell.load > 0):
+        raise ConfigError(f"load={cell.load}: must be above zero; 1.0 offers what the engines can just deliver")
+    if not cell.profile_names:
+        raise ConfigError("profile_names is empty: name one step-time profile for each replica")
+    if cell.slots < 1:
+        raise ConfigError(f"slots={cell.slots}: must be at least 1")
+    knowledge = cast(Knowledge, nearest(cell.knowledge, get_args(Knowledge), "knowledge"))
+    scheduling = scheduling_of(cell)
+    recorded_tokens_per_s(cell.trace)
+
+    def setup_of(profiles: tuple[StepProfile, ...]) -> Setup:
+        return Setup(
+            policy=cell.policy,
+            profiles=profiles,
+            scheduling=scheduling,
+            seed=cell.seed,
+            max_running=cell.slots,
+            sheds=cell.sheds is not False,
+            knowledge=knowledge,
+        )
+
+    return setup_of
