@@ -595,8 +595,8 @@ class _Model:
         self._origin_s = min((plan.start_s for plan in plans), default=0.0)
         horizon_s = max((plan.end_s for plan in plans), default=0.0) - self._origin_s
         levels = 1 + max((self._level(plan) for plan in plans), default=0)
-        coarse = max(1, math.ceil(horizon_s / (bucket_s * 2 ** (levels - 1))))
-        self._sizes = [coarse << (levels - 1 - level) for level in range(levels)]
+        coarse = max(1, math.ceil(horizon_s / (bucket_s * (1 << (levels - 1)))))
+        self._sizes: list[int] = [coarse << (levels - 1 - level) for level in range(levels)]
         self._uses: dict[tuple[int, int, int], tuple[list[int], list[float]]] = {}
         self._steps: list[list[int]] = []
         if plans:
@@ -653,7 +653,7 @@ class _Model:
             for level in range(len(self._sizes) - 1, -1, -1):
                 for bucket in range(self._sizes[level]):
                     if level:
-                        top = self._most(resource) * 2 ** (level - 1)
+                        top = self._most(resource) * (1 << (level - 1))
                         for half in (2 * bucket, 2 * bucket + 1):
                             handed = self.program.column(0.0, top)
                             self._use(resource, level, bucket, handed, -1.0)
@@ -703,7 +703,7 @@ class _Model:
 
     def _spread(self, window: tuple[float, float], level: int, top: float, per_s: float) -> _Spread:
         """Columns up to `top`, and up to per_s times the seconds that the window has in a bucket."""
-        width = self._bucket_s * 2**level
+        width = self._bucket_s * (1 << level)
         first, last = self._bucket(window[0], level), self._bucket(window[1], level)
         columns = []
         for k in range(first, last + 1):
@@ -714,7 +714,7 @@ class _Model:
         return _Spread(first, tuple(columns))
 
     def _bucket(self, at_s: float, level: int) -> int:
-        k = math.floor((at_s - self._origin_s) / (self._bucket_s * float(2**level)))
+        k = math.floor((at_s - self._origin_s) / (self._bucket_s * (1 << level)))
         return min(max(0, k), self._sizes[level] - 1)
 
     def _follow(self, before: _Spread, after: _Spread) -> None:

@@ -1,0 +1,270 @@
+"""The bound against optima known by hand, and against what a plain schedule achieves."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from tempo_router.errors import ConfigError
+from tempo_router.request import BestEffort, Deadline, Latency
+from tempo_router.simulation.bound import request_goodput_bound, token_goodput_bound
+from tempo_router.simulation.step_profiles import (
+    EngineShape,
+    LayeredStepTime,
+    LinearStepTime,
+    Prefill,
+    StepProfile,
+    StepTime,
+)
+from tempo_router.simulation.trace import Trace, TraceCall, Unit, UnitSlo
+
+SHAPE = EngineShape(kv_tokens=100_000, block_size=16, max_running=8, max_step_tokens=100, max_model_len=8192)
+
+
+def profile(step_time: StepTime, shape: EngineShape = SHAPE) -> StepProfile:
+    return StepProfile("test", "made up", step_time, shape)
+
+
+def linear(
+    base_s: float = 0.01, token_s: float = 0.001, decode_s: float = 0.001, context_s: float = 0.0, pair_s: float = 0.0
+) -> StepProfile:
+    return profile(LinearStepTime(base_s, token_s, decode_s, context_s, pair_s))
+
+
+LAYERED = profile(
+    LayeredStepTime(
+        host_s=0.001,
+        layers=4,
+        linear_tokens=(1, 8, 32, 100),
+        linear_s=(0.001, 0.0012, 0.003, 0.012),
+        decode_fixed_s=0.0001,
+        decode_s_per_context_token=1e-7,
+        prefill_fixed_s=0.0002,
+        prefill_s_per_chunk_x_past=1e-6,
+        prefill_s_per_chunk_squared=8e-7,
+        all_reduces=2,
+        all_reduce_fixed_s=0.0001,
+        all_reduce_s_per_token=1e-5,
+        head_fixed_s=0.0005,
+        head_s_per_row=0.0001,
+    )
+)
+
+
+def call(prompt: int, output: int, parents: tuple[int, ...] = (), gap_s: float = 0.0, prefix: int = 0) -> TraceCall:
+    return TraceCall("call", prompt, output, parents=parents, gap_s=gap_s, prefix_id="p", prefix_tokens=prefix)
+
+
+def unit(slo: UnitSlo, *calls: TraceCall, arrival_s: float = 0.0) -> Unit:
+    return Unit("unit", arrival_s, slo, calls, is_program=len(calls) > 1)
+
+
+def trace(*units: Unit) -> Trace:
+    return Trace("test", tuple(sorted(units, key=lambda unit: unit.arrival_s)))
+
+
+def total(trace: Trace, *profiles: StepProfile, slots: int = 4, bucket_s: float = 0.05) -> float:
+    return token_goodput_bound(trace, profiles or (linear(),), slots, bucket_s=bucket_s).total
+
+
+def test_a_unit_that_fits_counts_in_full():
+    # Prefill 0.11 s, then nine steps of 0.011 s: 0.209 s.
+    assert total(trace(unit(Deadline(0.22), call(100, 10)))) == pytest.approx(10)
+
+
+def test_a_unit_that_cannot_end_in_time_alone_on_the_engine_counts_nothing():
+    assert total(trace(unit(Deadline(0.19), call(100, 10)))) == 0
+
+
+def test_a_cached_prefix_makes_a_unit_possible():
+    assert total(trace(unit(Deadline(0.19), call(100, 10, prefix=50)))) == pytest.approx(10)
+
+
+def test_of_two_units_that_exclude_each_other_little_more_than_one_counts():
+    """Each needs 1.1 s of prefill in 1.2 s; what a fraction of the other adds is the relaxation's slack."""
+    rivals = [unit(Deadline(1.2), call(1000, 1)) for _ in range(2)]
+    bound = request_goodput_bound(trace(*rivals), [linear()], 4, bucket_s=0.05)
+    assert 1 <= bound.total <= 1.2 / 1.1 + 0.05
+
+
+def test_two_replicas_serve_two_units_that_one_cannot():
+    rivals = [unit(Deadline(1.2), call(1000, 1)) for _ in range(2)]
+    assert total(trace(*rivals), linear(), linear()) == pytest.approx(2)
+    assert total(trace(*rivals), linear(), linear(base_s=0.02)) == pytest.approx(2)
+
+
+def test_a_stream_that_starts_late_counts_from_the_token_where_it_has_caught_up():
+    """First token at 0.11 s, due 0.0 + 0.02 i; token i comes at 0.11 + 0.011 i at best: in time from 13 on."""
+    assert total(trace(unit(Latency(0.0, 0.02), call(100, 20)))) == pytest.approx(7)
+
+
+def test_a_stream_paced_faster_than_a_step_counts_up_to_where_it_falls_behind():
+    """Token i comes at 0.11 + 0.011 i at best and is due at 0.13 + 0.001 i: the first three."""
+    assert total(trace(unit(Latency(0.13, 0.001), call(100, 20)))) == pytest.approx(3)
+
+
+def test_a_stream_with_a_late_token_is_not_a_met_request():
+    late = trace(unit(Latency(0.13, 0.001), call(100, 20)))
+    assert request_goodput_bound(late, [linear()], 4).total == 0
+    in_time = trace(unit(Latency(0.13, 0.02), call(100, 20)))
+    assert request_goodput_bound(in_time, [linear()], 4).total == pytest.approx(1)
+
+
+def test_a_program_whose_critical_path_is_too_long_counts_nothing():
+    """Two calls one after the other take 0.418 s, and 0.1 s pass between them; side by side they would fit."""
+    chain = (call(100, 10), call(100, 10, parents=(0,), gap_s=0.1))
+    assert total(trace(unit(Deadline(0.51), *chain))) == 0
+    assert total(trace(unit(Deadline(0.53), *chain))) == pytest.approx(20)
+    assert total(trace(unit(Deadline(0.51), call(100, 10), call(100, 10)))) == pytest.approx(20)
+
+
+def test_a_long_answer_forbids_the_large_steps_that_would_serve_more_prompts():
+    """Its tokens come one in a step, so it needs 90 steps: 1 s of 1.1. Three more rows in a step do not help it."""
+    long_answer = unit(Deadline(1.1), call(1, 90))
+    prompts = [unit(Deadline(1.1), call(100, 1)) for _ in range(10)]
+    assert 91 <= total(trace(long_answer, *prompts)) <= 91.5
+
+
+def test_best_effort_counts_nothing():
+    bound = token_goodput_bound(trace(unit(BestEffort(), call(10, 10))), [linear()], 4)
+    assert (bound.total, bound.per_s, bound.solve_s) == (0, 0, 0)
+
+
+def test_the_optimum_is_told_by_class_and_sums_to_the_bound():
+    units = [
+        unit(Latency(0.5, 0.1), call(50, 5)),
+        unit(Deadline(1.0), call(50, 7), arrival_s=0.5),
+        unit(Deadline(2.0), call(50, 4), call(50, 9, parents=(0,)), arrival_s=1.0),
+    ]
+    bound = token_goodput_bound(trace(*units), [linear()], 4, bucket_s=0.1)
+    assert bound.offered == {"latency": 5, "deadline": 7, "program": 13}
+    assert bound.accepted == pytest.approx(bound.offered)
+    assert bound.total == pytest.approx(25)
+    assert bound.per_s == pytest.approx(25)
+
+
+def test_step_times_of_unknown_form_are_refused():
+    class Constant:
+        def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+            return 1.0
+
+    with pytest.raises(ConfigError, match="Constant"):
+        token_goodput_bound(trace(), [profile(Constant())], 4)
+
+
+@pytest.mark.parametrize(("profiles", "slots", "bucket_s"), [([], 4, 1.0), ([linear()], 0, 1.0), ([linear()], 4, 0.0)])
+def test_settings_out_of_range_are_refused(profiles, slots, bucket_s):
+    with pytest.raises(ConfigError, match="above zero"):
+        token_goodput_bound(trace(), profiles, slots, bucket_s=bucket_s)
+
+
+# ---- laws over random traces ----
+
+
+def random_unit(rng: random.Random) -> Unit:
+    kind = rng.choice(["stream", "deadline", "program"])
+    calls = [call(rng.randint(1, 250), rng.randint(1, 30), prefix=rng.choice([0, 0, 40]))]
+    if kind == "program":
+        for i in range(1, rng.randint(2, 4)):
+            parents = tuple(sorted(rng.sample(range(i), rng.randint(0, i))))
+            calls.append(call(rng.randint(1, 250), rng.randint(1, 30), parents, rng.choice([0.0, 0.1])))
+    slo = Latency(rng.uniform(0.05, 1), rng.uniform(0.005, 0.05)) if kind == "stream" else Deadline(rng.uniform(0.1, 3))
+    return unit(slo, *calls, arrival_s=rng.uniform(0, 2))
+
+
+def random_trace(rng: random.Random) -> Trace:
+    return trace(*(random_unit(rng) for _ in range(rng.randint(1, 10))))
+
+
+def achieved(  # noqa: C901 - an engine in one place reads best
+    trace: Trace, profile: StepProfile, slots: int, rng: random.Random
+) -> int:
+    """Good tokens of a plain engine that takes units in random order of importance and batches what is ready."""
+    rank = {id(unit): rng.random() for unit in trace.units}
+    chunk_limit = rng.choice([16, 50, profile.shape.max_step_tokens])
+    now = 0.0
+    past: dict[tuple[int, int], int] = {}
+    made: dict[tuple[int, int], list[float]] = {}
+    while True:
+        ready, wake = [], []
+        for u, unit in enumerate(trace.units):
+            for c, call in enumerate(unit.calls):
+                if len(made.get((u, c), ())) == call.output_tokens:
+                    continue
+                ends = [made.get((u, p), []) for p in call.parents]
+                if any(len(e) < unit.calls[p].output_tokens for e, p in zip(ends, call.parents, strict=True)):
+                    continue
+                release = max((e[-1] for e in ends), default=unit.arrival_s) + (call.gap_s if ends else 0.0)
+                (ready if release <= now else wake).append((rank[id(unit)], u, c, release))
+        if not ready and not wake:
+            break
+        if not ready:
+            now = min(release for *_, release in wake)
+            continue
+        prefills, decoding, context, budget = [], [], 0, profile.shape.max_step_tokens
+        computed = []
+        for _, u, c, _ in sorted(ready)[:slots]:
+            call = trace.units[u].calls[c]
+            done = past.setdefault((u, c), min(call.prefix_tokens, call.prompt_tokens - 1))
+            if budget == 0:
+                break
+            if done < call.prompt_tokens:
+                chunk = min(budget, chunk_limit, call.prompt_tokens - done)
+                prefills.append(Prefill(chunk, done))
+                computed.append((u, c, chunk))
+                budget -= chunk
+            else:
+                decoding.append((u, c))
+                context += call.prompt_tokens + len(made[u, c])
+                budget -= 1
+        now += profile.step_time.duration_s(prefills, len(decoding), context)
+        for u, c, chunk in computed:
+            past[u, c] += chunk
+            if past[u, c] == trace.units[u].calls[c].prompt_tokens:
+                made[u, c] = [now]
+        for key in decoding:
+            made[key].append(now)
+    return sum(good_tokens(unit, [made[u, c] for c in range(len(unit.calls))]) for u, unit in enumerate(trace.units))
+
+
+def good_tokens(unit: Unit, times: Sequence[Sequence[float]]) -> int:
+    match unit.slo:
+        case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+            return sum(at <= unit.arrival_s + ttft_s + i * tbt_s for i, at in enumerate(times[0]))
+        case Deadline(ttlt_s=ttlt_s):
+            return unit.output_tokens if max(t[-1] for t in times) <= unit.arrival_s + ttlt_s else 0
+        case _:
+            return 0
+
+
+PROFILES = [linear(), linear(context_s=1e-6, pair_s=1e-6), linear(base_s=0.002, token_s=0.0003), LAYERED]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), slots=st.integers(1, 5), which=st.sampled_from(PROFILES), bucket_s=st.floats(0.03, 1.0)
+)
+def test_no_schedule_gets_more_than_the_bound(seed, slots, which, bucket_s):
+    rng = random.Random(seed)
+    workload = random_trace(rng)
+    bound = total(workload, which, slots=slots, bucket_s=bucket_s)
+    best = max(achieved(workload, which, slots, rng) for _ in range(5))
+    note(f"seed {seed}: bound {bound}, achieved {best}")
+    assert bound >= best - 1e-6
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 5))
+def test_more_slots_a_faster_engine_and_more_units_never_lower_the_bound(seed, slots):
+    rng = random.Random(seed)
+    workload = random_trace(rng)
+    slow = linear(context_s=1e-6, pair_s=1e-6)
+    fast = linear(base_s=0.008, token_s=0.0009, decode_s=0.0009, context_s=9e-7, pair_s=9e-7)
+    base = total(workload, slow, slots=slots)
+    assert total(workload, slow, slots=slots + 1) >= base - 0.01
+    assert total(workload, fast, slots=slots) >= base - 0.01
+    # One that does not move the origin of the buckets.
+    more = unit(Deadline(1.0), call(50, 10), arrival_s=workload.units[-1].arrival_s)
+    assert total(trace(*workload.units, more), slow, slots=slots) >= base - 0.01
