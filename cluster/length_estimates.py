@@ -144,6 +144,10 @@ class LengthEstimates:
 
     # ---- what is stored ----
 
+    def rows(self) -> list[TrainingRow]:
+        """The answers to learn from."""
+        return self._window.rows()
+
     async def save(self, store: Callable[[bytes], Awaitable[None]]) -> None:
         """Have the answers to learn from stored, if there are new ones. What `store` raises comes out of here."""
         if self._is_saved:

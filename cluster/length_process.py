@@ -22,8 +22,8 @@ from cluster import die_with_parent
 from tempo_router.errors import LengthModelError
 from tempo_router.length_regressor import CallFeatures, LengthRegressor, TrainingRow
 
-_PATIENCE_S = 60.0
-"""Longest wait for an answer; a fit takes 0.3 s, the first one 3 s more for its imports."""
+_PATIENCE_S = 120.0
+"""Longest wait for an answer; a fit takes 0.3 s, the first one 3 s more for its imports, on a busy machine 30 s."""
 _NICENESS = 10
 _LARGEST = 1 << 28
 _HEADER = struct.Struct(">I")

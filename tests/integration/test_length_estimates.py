@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -16,16 +17,17 @@ from cluster.embedded_redis import start_embedded_redis
 from cluster.length_estimates import MAX_QUEUED, LengthEstimates, LengthModel
 from cluster.length_process import LengthProcess
 from cluster.redis_store import RedisStore
-from tempo_router.config import SchedulingConfig
+from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.errors import InvalidSnapshotError, LeaseLostError, LengthModelError
 from tempo_router.events import Predicted
 from tempo_router.length_regressor import LengthRegressor, TrainingWindow, features_of
 from tempo_router.prediction import ATOMS, LengthHistograms, LengthSample
 from tempo_router.request import RequestId
 from tests.builders import request
+from tests.fleet import Fleet, call, submit
 
 SEED = 11
-WAIT_S = 30.0
+WAIT_S = 120.0
 CONFIG = SchedulingConfig(length_training_s=0.001)
 HANGS = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 ENDS = [sys.executable, "-c", "pass"]
@@ -107,6 +109,13 @@ def test_closing_ends_a_call_that_waits():
     thread.join(WAIT_S)
     assert not thread.is_alive()
     assert len(failures) == 1
+
+
+def test_the_router_itself_does_not_load_what_fits_forests():
+    """It is seconds of its start and 100 MB of its memory."""
+    program = "import sys, cluster.router_server; print(sorted({'sklearn', 'scipy'} & sys.modules.keys()))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=WAIT_S)
+    assert told.stdout == "[]\n"
 
 
 # --- beside the decision path
@@ -311,6 +320,39 @@ async def test_answers_outlive_the_router_and_a_router_that_was_replaced_cannot_
         task.cancel()
         estimates.close()
     finally:
+        await store.close()
+        await asyncio.to_thread(server.stop)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("length_model", ["auto", "histogram"])
+async def test_the_router_collects_answers_and_finds_them_again_after_its_end(tmp_path, length_model):
+    server = await asyncio.to_thread(start_embedded_redis, tmp_path)
+    store = await RedisStore.connect(server.url, "app")
+    config = TempoConfig(
+        scheduling=SchedulingConfig(settle_s=0.0, length_model=length_model),
+        engine=EngineConfig(kind="simulated", time_scale=0.01),
+    )
+    fleet = Fleet(config, store)
+    try:
+        await fleet.start()
+        for number in range(3):
+            await submit(fleet.clients[0], call(f"r{number}", output_tokens=7))
+        await eventually(lambda: len(fleet.clients[0].ended) == 3, "the answers end")
+        if length_model == "histogram":
+            assert fleet.router.estimates is None
+            await fleet.router._save_lengths()
+            assert await store.load_snapshot("answers") is None
+            return
+        await eventually(lambda: fleet.router.snapshot()["length_estimates"].answers == 3, "they are collected")
+        assert [app.scored for app in fleet.router.snapshot()["length_estimates"].apps] == [3]
+        await fleet.router._save_lengths()
+        kept = fleet.router.estimates.rows()
+        await fleet.replace_router()
+        assert fleet.router.estimates.rows() == kept
+        assert [row.tokens for row in kept] == [7, 7, 7]
+    finally:
+        await fleet.close()
         await store.close()
         await asyncio.to_thread(server.stop)
 
