@@ -159,6 +159,9 @@ class SchedulingConfig(StrictModel):
     tenant_exponent: float = Field(
         0.0, ge=0, le=4, description="0: tenants do not matter; 1: the less served count for more"
     )
+    step_cap_share: float = Field(
+        0.2, gt=0, le=1, description="longest step, as a share of the tightest time between tokens served"
+    )
     plan_s: float = Field(0.5, gt=0, description="seconds between plans over the whole queue, without arrivals")
     switches: SwitchesConfig = SwitchesConfig()
     max_waiting_requests: int = Field(10_000, gt=0, description="beyond it requests get 429 (guessed)")

@@ -20,9 +20,6 @@ from tempo_router.step_time import StepTimeModel
 LEAST_CHUNK = 64
 """Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap. Source: scheduler study."""
 
-CAP_SHARE = 0.2
-"""A capped step takes at most this share of the tightest time between tokens that is served. Measured in simulation."""
-
 
 class LiveCall:
     """A call in the engine, as the planner knows it. Satisfies `Job`.
@@ -261,7 +258,7 @@ class StepPlanner:
         elif rule.kind == "chunked":
             budget = min(rule.step_tokens, self._max_step_tokens) - len(self._decoding)
         else:
-            budget = self._capped_budget(now_s, rule.cap_s)
+            budget = self._capped_budget(now_s)
         prefills = self._prefills(budget)
         if not prefills and not self._decoding:
             # Nothing fits: what is held must give way, or go on.
@@ -428,18 +425,19 @@ class StepPlanner:
                 return [(call, min(call.missing_tokens, self._max_step_tokens))]
         return []
 
-    def _capped_budget(self, now_s: float, cap_s: float | None) -> int:
-        cap = cap_s if cap_s is not None else self._cap_s()
+    def _capped_budget(self, now_s: float) -> int:
+        rule = self._policy.batch
+        cap = rule.cap_s if rule.cap_s is not None else self._cap_s(rule.cap_share)
         slack_s = self._least_slack_s(now_s)
         decodes = len(self._decoding)
         fits = self._steps.budget_tokens(min(cap, slack_s), decodes, self._context_tokens + decodes)
         free = int(self._steps.pace().knee_tokens) - decodes
         return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
 
-    def _cap_s(self) -> float:
-        """A fifth of the tightest time between tokens of the streams here; of a tenth of a second without any."""
+    def _cap_s(self, share: float) -> float:
+        """A share of the tightest time between tokens of the streams here; of a tenth of a second without any."""
         tightest = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
-        return CAP_SHARE * tightest
+        return share * tightest
 
     def _least_slack_s(self, now_s: float) -> float:
         """Time until the next due token of the streams that can still be on time.

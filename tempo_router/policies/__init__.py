@@ -24,7 +24,7 @@ from tempo_router.policies.qlm import RequestGroups
 from tempo_router.policies.qoserve import DeadlinePlusWork
 from tempo_router.policies.slos_serve import PlannedAdmission
 from tempo_router.policies.srpt import ShortestRemaining
-from tempo_router.policies.tempo import CAPPED, Tempo
+from tempo_router.policies.tempo import Tempo
 from tempo_router.policies.vllm_fcfs import WholePromptsFirst
 from tempo_router.policies.vtc import VirtualTokenCounter
 
@@ -45,7 +45,7 @@ def build_policy(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case 
         case "tempo":
             switches = config.switches
             by_density = not (switches.urgency and switches.timeline)
-            batch = CAPPED if switches.step_cap else BatchRule(step_tokens=512)
+            batch = BatchRule("capped", cap_share=config.step_cap_share) if switches.step_cap else BatchRule(step_tokens=512)
             return Tempo(by_density, switches.gap_bound, batch)
         case "vllm_fcfs":
             return WholePromptsFirst()
