@@ -44,8 +44,6 @@ _LIKELY_LONGER = 1.2
 """Length of an answer that was cut off after all others had ended, as a multiple of what was seen. Guessed."""
 _CHUNK = 256
 """Calls foretold at once: each needs 40 kB meanwhile."""
-_SINGLE_BINS = 16
-"""The first bins hold one length each."""
 
 _Array = NDArray[np.float64]
 
@@ -349,7 +347,8 @@ def _atoms_of(masses: _Array) -> _Array:
     mass = np.take_along_axis(masses, index, axis=1)
     below = np.take_along_axis(upto, index, axis=1) - mass
     inside = np.clip((wanted - below) / np.maximum(mass, 1e-12), 0.0, 1.0)
-    atoms = np.where(index < _SINGLE_BINS, edges[index], lows[index] + inside * (edges[index] - lows[index]))
+    widths = (edges - lows)[index]
+    atoms = np.where(widths == 1, edges[index], lows[index] + inside * widths)
     return np.maximum.accumulate(np.maximum(atoms, 1.0), axis=1)
 
 

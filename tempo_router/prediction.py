@@ -161,8 +161,12 @@ def _tail_mean(generated: int) -> float:
 
 
 def _bin_edges() -> tuple[int, ...]:
-    """Upper edges of the bins: exact up to 16 tokens, then eight to an octave up to 2^18."""
-    return (*range(1, 17), *(round(16 * 2 ** (step / 8)) for step in range(1, 8 * 14 + 1)))
+    """Upper edges of the bins: exact up to 16 tokens, then eight to an octave up to 2^18, and powers of two exact.
+
+    Bounds on answers are often powers of two, so many answers have just this length.
+    """
+    octaves = [round(16 * 2 ** (step / 8)) for step in range(1, 8 * 14 + 1)]
+    return (*range(1, 17), *sorted([*octaves, *(2**power - 1 for power in range(5, 19))]))
 
 
 BIN_EDGES = _bin_edges()
@@ -206,8 +210,9 @@ def _atoms_of(masses: _Masses) -> Lengths:
         mass = masses[index]
         inside = min(1.0, max(0.0, (wanted - below) / mass)) if mass > 0 else 1.0
         low = BIN_EDGES[index - 1] if index else 0
-        # The first bins hold one length each: nothing to interpolate.
-        atoms.append(float(BIN_EDGES[index]) if index < 16 else low + inside * (BIN_EDGES[index] - low))
+        high = BIN_EDGES[index]
+        # Some bins hold one length: nothing to interpolate.
+        atoms.append(float(high) if high - low == 1 else low + inside * (high - low))
     return Lengths(tuple(atoms))
 
 

@@ -113,6 +113,15 @@ def test_a_long_chain_of_calls_uses_few_histograms():
     assert len(histograms) <= 2 * 9 + 2
 
 
+def test_a_bound_that_many_answers_reach_is_an_atom_of_its_own():
+    """A third of the answers end at 1024, which the bin below must not blur: they would all read as longer."""
+    histograms = LengthHistograms()
+    for index in range(600):
+        histograms.observe(request(), 1024 if index % 3 == 0 else 950 + index % 70, is_complete=True)
+    atoms = histograms.lookup(request()).atoms
+    assert 5 <= sum(atom == 1024 for atom in atoms) <= 8
+
+
 def test_few_answers_move_the_estimate_a_little():
     histograms = LengthHistograms()
     prior = histograms.lookup(request()).mean
