@@ -685,7 +685,8 @@ class _Model:
     def _add(self, plan: _Plan) -> None:
         level = self._level(plan)
         calls = [self._call(work, level) for work in plan.works]
-        late = self._spread((plan.start_s, plan.end_s), level, plan.late_gpu_s, math.inf)
+        growth_s = plan.s_per_context_token * sum(index for index, _ in plan.dues) if plan.counts_tokens else 0.0
+        late = self._spread((plan.start_s, plan.end_s), level, plan.late_gpu_s + growth_s, math.inf)
         for k, column in enumerate(late.columns, late.first):
             self._use(_GPU, level, k, column, 1.0)
         if plan.counts_tokens:
