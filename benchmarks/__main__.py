@@ -17,6 +17,7 @@ SHORT = {
     "router_core": ["benchmarks.router_core", "--waiting", "10000", "--events", "5000"],
     "transport": ["benchmarks.transport", "--seconds", "4"],
     "ordering": ["benchmarks.ordering", "--seeds", "1", "--counted", "12"],
+    "goodput": ["benchmarks.goodput", "--quick"],
     "overhead": ["benchmarks.overhead", "--repetitions", "3", "--scale", "0.7"],
     "overhead_simulated": ["benchmarks.overhead", "--engine", "simulated", "--seconds", "10"],
 }

@@ -28,7 +28,7 @@ from tempo_router.simulation import transform
 from tempo_router.simulation.report import UnitOutcome
 from tempo_router.simulation.rows import measures
 from tempo_router.simulation.simulator import Knowledge, Setup, simulate
-from tempo_router.simulation.step_profiles import LayeredStepTime, LinearStepTime, StepProfile, StepTime, load_profile
+from tempo_router.simulation.step_profiles import StepProfile, load_profile, scaled
 from tempo_router.simulation.trace import Trace, Unit
 
 OnProgress = Callable[[float], None]
@@ -208,7 +208,9 @@ def nearest(name: str, valid: Sequence[str], what: str) -> str:
 def fleet(cell: Cell) -> tuple[StepProfile, ...]:
     """The profiles of a cell's replicas, scaled. Raises ConfigError for unknown names."""
     loaded = {name: load_profile(name, cell.profile_path) for name in dict.fromkeys(cell.profile_names)}
-    return tuple(scaled_profile(loaded[name], cell.time_scale, cell.kv_scale) for name in cell.profile_names)
+    if (cell.time_scale, cell.kv_scale) != (1.0, 1.0):
+        loaded = {name: scaled(profile, cell.time_scale, cell.kv_scale) for name, profile in loaded.items()}
+    return tuple(loaded[name] for name in cell.profile_names)
 
 
 def fleet_name(profile_names: Sequence[str]) -> str:
@@ -400,37 +402,6 @@ def _digest(same: _Same) -> str:
 def _key(*parts: str) -> str:
     text = "\n".join((version("tempo-serve"), str(_REFERENCE_FORMAT), *parts))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# ---- other engines
-
-
-def scaled_profile(profile: StepProfile, time_scale: float = 1.0, kv_scale: float = 1.0) -> StepProfile:
-    """The same engine with all step times and its KV memory multiplied. Raises ConfigError for factors not above 0."""
-    for name, scale in (("time_scale", time_scale), ("kv_scale", kv_scale)):
-        if not (math.isfinite(scale) and scale > 0):
-            raise ConfigError(f"{name}={scale}: must be above zero")
-    if time_scale == kv_scale == 1.0:
-        return profile
-    shape = profile.shape
-    kv_tokens = int(shape.kv_tokens * kv_scale) // shape.block_size * shape.block_size
-    if kv_tokens < shape.block_size:
-        raise ConfigError(f"kv_scale={kv_scale}: leaves {profile.name} without a block of KV memory")
-    shape = replace(shape, kv_tokens=kv_tokens, max_model_len=min(shape.max_model_len, kv_tokens))
-    return replace(profile, step_time=_scaled_time(profile.step_time, time_scale), shape=shape)
-
-
-def _scaled_time(step_time: StepTime, scale: float) -> StepTime:
-    if not isinstance(step_time, LinearStepTime | LayeredStepTime):
-        raise ConfigError(f"step times of kind {type(step_time).__name__} cannot be scaled")
-    values: dict[str, Any] = {}
-    for name in step_time.__dataclass_fields__:
-        value = getattr(step_time, name)
-        if name == "linear_s":
-            values[name] = tuple(scale * seconds for seconds in value)
-        elif name.endswith("_s") or "_s_per_" in name or name.startswith("s_per_"):
-            values[name] = scale * value
-    return replace(step_time, **values)
 
 
 def _checked(cell: Cell) -> Callable[[tuple[StepProfile, ...]], Setup]:

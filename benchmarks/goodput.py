@@ -1,0 +1,521 @@
+"""How much useful work each policy gets out of the same engines: goodput and attainment over the load, side by side.
+
+    python -m benchmarks.goodput --quick
+    python -m benchmarks.goodput --traces a.csv.gz b.csv.gz --profile llama-3-8b:a100-80g:1 \
+        --profile-path step_time.json --loads 0.75,0.9,1.0,1.25,1.5,2.0 --policies all --objectives token,balanced \
+        --seeds 3 --bound --ablation --out bench-results/goodput.json --report docs/results.md
+    python -m benchmarks.goodput --render bench-results/goodput.json --report docs/results.md
+
+Every policy runs as in production, in virtual time: router, step planner, length estimates. Loads are relative to what
+the engines deliver from a backlog under first come, first served. Rivals that know no objective run once; those in
+OBJECTIVE_AWARE run under each. Rows go to --out as they come, so an interrupted run keeps them, marked by
+"complete": false; --resume goes on with it. --quick: a generated workload, few policies, three minutes on two cores.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, get_args
+
+import tempo_router
+from benchmarks.goodput_report import Results, read_results, write_report
+from benchmarks.goodput_tables import OURS, aims_markdown, policies_markdown
+from tempo_router.config import PolicyName, SwitchesConfig
+from tempo_router.errors import ConfigError, TempoError
+from tempo_router.simulation import transform
+from tempo_router.simulation.experiment import (
+    OBJECTIVES,
+    Cell,
+    bound_tokens_per_s,
+    fleet,
+    identity,
+    nearest,
+    offered,
+    recorded_tokens_per_s,
+    replicas_needed,
+    run_cell,
+    saturated_tokens_per_s,
+    scheduling_of,
+)
+from tempo_router.simulation.generate import GeneratorConfig, generate
+from tempo_router.simulation.trace import Trace
+from tempo_router.simulation.trace_file import read_trace
+
+POLICIES: tuple[str, ...] = (OURS, *(name for name in get_args(PolicyName) if name != OURS))
+OBJECTIVE_AWARE = frozenset({OURS, "density"})
+"""Policies whose order depends on the objective."""
+
+QUICK_POLICIES = (OURS, "fcfs", "edf", "class_priority", "qoserve", "jitserve", "jitserve_tuned")
+QUICK_LOADS = (1.0, 1.5)
+QUICK_PROFILE = "llama-3-8b:h100-80g:1"
+QUICK_WORKLOAD = GeneratorConfig(duration_s=900.0)
+
+DEFAULT_LOADS = (0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
+REPLICA_RATES = (2.0, 4.0)
+"""--replicas-needed: rates of arrivals, as multiples of what one replica delivers from a backlog."""
+REPLICA_ATTAINMENT = 0.95
+REPLICA_MOST = 16
+
+EXIT_INTERRUPTED = 130
+
+
+# ---- what is run
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All cells of a run, and the searches for numbers of replicas; conditions: what a reader must know."""
+
+    cells: tuple[Cell, ...]
+    searches: tuple[Cell, ...]
+    with_bound: bool
+    conditions: Mapping[str, Any]
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan that the options ask for. Raises TempoError for what is unknown or cannot be read."""
+    traces = _traces(options)
+    profiles = options.profile or [QUICK_PROFILE]
+    policies = _policies(options)
+    objectives = [nearest(name, tuple(OBJECTIVES), "objective") for name in options.objectives]
+    base = {"profile_path": options.profile_path, "slots": options.slots, "sheds": options.sheds == "on",
+            "time_scale": options.time_scale, "kv_scale": options.kv_scale}  # fmt: skip
+    cells: list[Cell] = []
+    # Seeds outermost: what an interrupted run has is complete for its first seeds.
+    for seed in range(options.seeds):
+        for load in options.loads:
+            for profile in profiles:
+                for trace in traces:
+                    names = (profile,) * options.replicas
+                    blank = Cell(trace, names, load=load, policy=OURS, seed=seed, **base)
+                    cells += _variants(blank, policies, objectives, with_ablation=options.ablation)
+    searches = []
+    if options.replicas_needed:
+        for trace in traces:
+            for profile in profiles:
+                for rate in options.rates:
+                    blank = Cell(trace, (profile,), load=rate, policy=OURS, **base)
+                    searches += _variants(blank, policies, objectives, with_ablation=False)
+    # All that can be wrong is said now and not in the third hour.
+    for trace in traces:
+        recorded_tokens_per_s(trace)
+    for cell in {(_engines(cell), cell.policy, cell.objective): cell for cell in (*cells, *searches)}.values():
+        scheduling_of(cell)
+    for cell in {_engines(cell): cell for cell in (*cells, *searches)}.values():
+        fleet(cell)
+    return Plan(tuple(cells), tuple(searches), options.bound, _conditions(options, traces, profiles))
+
+
+def _variants(blank: Cell, policies: Sequence[str], objectives: Sequence[str], *, with_ablation: bool) -> list[Cell]:
+    cells = [
+        replace(blank, policy=policy, objective=objective)
+        for policy in policies
+        for objective in (objectives if policy in OBJECTIVE_AWARE else objectives[:1])
+    ]
+    if with_ablation:
+        for objective in objectives:
+            ours = replace(blank, objective=objective)
+            cells += [replace(ours, switches={name: False}) for name in SwitchesConfig.model_fields]
+            cells += [replace(ours, knowledge="none"), replace(ours, knowledge="true")]
+    return cells
+
+
+def _traces(options: argparse.Namespace) -> list[Trace]:
+    traces = [read_trace(path) for path in options.traces] or [generate(QUICK_WORKLOAD, seed=0)]
+    if options.window_s is not None:
+        traces = [transform.first_s(trace, options.window_s) for trace in traces]
+    if options.slo_scale != 1.0:
+        traces = [transform.with_slo_scale(trace, options.slo_scale) for trace in traces]
+    names = [trace.name for trace in traces]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two traces are called {name!r}; rows could not be told apart: rename a file")
+    return traces
+
+
+def _policies(options: argparse.Namespace) -> list[str]:
+    names: list[str] = options.policies
+    if names == ["all"]:
+        return list(POLICIES)
+    return list(dict.fromkeys(nearest(name, POLICIES, "policy") for name in names))
+
+
+def _conditions(options: argparse.Namespace, traces: Sequence[Trace], profiles: Sequence[str]) -> dict[str, Any]:
+    return {
+        "traces": {
+            trace.name: f"{len(trace.units)} units, {trace.calls} calls, {trace.span_s:.0f} s" for trace in traces
+        },
+        "profiles": list(profiles),
+        "replicas": options.replicas,
+        "slots": options.slots,
+        "seeds": options.seeds,
+        "loads": list(options.loads),
+        "sheds": options.sheds,
+        "time_scale": options.time_scale,
+        "kv_scale": options.kv_scale,
+        "slo_scale": options.slo_scale,
+        "window_s": options.window_s,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "tempo": version("tempo-serve"),
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "code": code_digest(),
+    }
+
+
+def code_digest() -> str:
+    """A hash of the scheduler's and the simulator's sources: rows of different code are not to be mixed."""
+    digest = hashlib.sha256()
+    root = Path(tempo_router.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# ---- results of earlier runs
+
+
+def resumed(path: Path, conditions: Mapping[str, Any]) -> Results:
+    """The earlier run's rows, to go on with. Raises ConfigError when they were measured with other code."""
+    before = read_results(path)
+    if before.conditions["code"] != conditions["code"]:
+        raise ConfigError(
+            f"{path}: its rows were measured with other code (sources {before.conditions['code']}, now"
+            f" {conditions['code']}), and would not be comparable; run without --resume or with another --out"
+        )
+    # What failed is tried again.
+    return Results(path, {**conditions, "date": before.conditions["date"]}, before.rows, before.needs)
+
+
+def key_of(columns: Mapping[str, Any]) -> str:
+    """What tells cells and rows apart."""
+    names = ("trace_digest", "profile", "replicas", "load", "policy", "objective", "seed", "slots", "sheds",
+             "knowledge", "time_scale", "kv_scale", "switches")  # fmt: skip
+    return json.dumps([columns[name] for name in names], sort_keys=True)
+
+
+# ---- running
+
+
+def execute(plan: Plan, results: Results, pool: Executor, jobs: int, say: Callable[[str], None]) -> bool:
+    """Run what is not in the results yet, `jobs` at a time; whether everything is there at the end.
+
+    A cell that fails is noted and does not keep the others from running. On an interrupt the rows that are there have
+    been written; KeyboardInterrupt goes on to the caller.
+    """
+    have = {key_of(row) for row in results.rows}
+    cells = [cell for cell in plan.cells if key_of(identity(cell)) not in have]
+    searched = {_need_key(need) for need in results.needs}
+    searches = [cell for cell in plan.searches if _need_key(_need_of(cell)) not in searched]
+    results.write(is_complete=False)
+    if have:
+        say(f"{len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there already")
+    crew = Crew(pool, jobs, say)
+    _fill_cache(crew, cells, searches, with_bound=plan.with_bound)
+    for row in crew.each(_run, [(cell, plan.with_bound) for cell in cells], "cells", results.failures):
+        results.rows.append(row)
+        results.write(is_complete=False)
+    for need in crew.each(_search, [(cell,) for cell in searches], "searches", results.failures):
+        results.needs.append(need)
+        results.write(is_complete=False)
+    # In the order of the plan, whichever was ready first.
+    order = {key_of(identity(cell)): number for number, cell in enumerate(plan.cells)}
+    results.rows.sort(key=lambda row: order.get(key_of(row), len(order)))
+    needs_order = {_need_key(_need_of(cell)): number for number, cell in enumerate(plan.searches)}
+    results.needs.sort(key=lambda need: needs_order.get(_need_key(need), len(needs_order)))
+    is_complete = not results.failures
+    results.write(is_complete=is_complete)
+    return is_complete
+
+
+def process_pool(jobs: int) -> ProcessPoolExecutor:
+    """Fresh interpreters: what a simulation remembers, another one must not find."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fill_cache(crew: "Crew", cells: Sequence[Cell], searches: Sequence[Cell], *, with_bound: bool) -> None:
+    """Compute once what several cells need. What fails here fails again, and is reported, in the cells."""
+    engines = {(id(cell.trace), *_engines(cell)): cell for cell in (*cells, *searches)}
+    for _ in crew.each(_saturate, [(cell,) for cell in engines.values()], "references", []):
+        pass
+    if with_bound:
+        offers = {(id(cell.trace), *_engines(cell), cell.load, cell.seed): cell for cell in cells}
+        for _ in crew.each(_bound, [(cell,) for cell in offers.values()], "bounds", []):
+            pass
+
+
+def _engines(cell: Cell) -> tuple[Any, ...]:
+    return cell.profile_names, cell.slots, cell.time_scale, cell.kv_scale
+
+
+def _saturate(cell: Cell) -> float:
+    return saturated_tokens_per_s(cell.trace, fleet(cell), cell.slots)
+
+
+def _bound(cell: Cell) -> float:
+    profiles = fleet(cell)
+    saturated = saturated_tokens_per_s(cell.trace, profiles, cell.slots)
+    return bound_tokens_per_s(offered(cell, saturated), profiles, cell.slots)
+
+
+def _run(cell: Cell, with_bound: bool) -> dict[str, Any]:
+    return run_cell(cell, clock=time.perf_counter, with_bound=with_bound)
+
+
+def _search(cell: Cell) -> dict[str, Any]:
+    replicas, rows = replicas_needed(cell, REPLICA_ATTAINMENT, most=REPLICA_MOST)
+    found = rows[replicas if replicas is not None else max(rows)]
+    return {
+        **_need_of(cell),
+        "replicas": replicas,
+        "attainment": found["attainment"],
+        "token_goodput": found["token_goodput"],
+        "tried": {str(count): row["attainment"] for count, row in sorted(rows.items())},
+    }
+
+
+def _need_of(cell: Cell) -> dict[str, Any]:
+    names = (
+        "trace",
+        "trace_digest",
+        "profile",
+        "policy",
+        "objective",
+        "seed",
+        "slots",
+        "sheds",
+        "time_scale",
+        "kv_scale",
+    )
+    columns = identity(cell)
+    return {
+        **{name: columns[name] for name in names},
+        "rate": cell.load,
+        "wanted": REPLICA_ATTAINMENT,
+        "most": REPLICA_MOST,
+    }
+
+
+def _need_key(need: Mapping[str, Any]) -> str:
+    found = ("replicas", "attainment", "token_goodput", "tried")
+    return json.dumps({name: value for name, value in need.items() if name not in found}, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Processes that work through lists of tasks, `jobs` at a time, and say how far they are."""
+
+    pool: Executor
+    jobs: int
+    say: Callable[[str], None]
+
+    def each(
+        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str, failures: list[dict[str, Any]]
+    ) -> Iterator[Any]:
+        """Results as they come; the first argument is a cell. Failed tasks go to `failures`."""
+        bar = Bar(what, len(arguments), self.say)
+        # One more than there are hands: a task carries its trace, and what waits here can be left undone.
+        waiting = deque(arguments)
+        running: dict[Future[Any], Cell] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) <= self.jobs:
+                    one = waiting.popleft()
+                    running[self.pool.submit(task, *one)] = one[0]
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in [future for future in running if future in done]:
+                    cell = running.pop(future)
+                    try:
+                        result = future.result()
+                    except BrokenExecutor as e:
+                        raise ConfigError(
+                            f"a process was killed ({e}); is there memory for {self.jobs}? see --jobs"
+                        ) from e
+                    except Exception as e:  # noqa: BLE001  # one policy's bug must not cost the others' hours
+                        failures.append({**identity(cell), "error": f"{type(e).__name__}: {e}"})
+                        self.say(
+                            f"failed: {cell.policy} on {cell.trace.name} at {cell.load:g}x: {failures[-1]['error']}"
+                        )
+                    else:
+                        yield result
+                    bar.step(f"{cell.trace.name} {cell.load:g}x {cell.policy}")
+        except BaseException:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            # Else they would be waited for, to the end of what they are at.
+            for child in active_children():
+                child.terminate()
+            raise
+
+
+class Bar:
+    """Progress: one line that changes on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str, total: int, say: Callable[[str], None]) -> None:
+        self._what = what
+        self._total = total
+        self._say = say
+        self._done = 0
+        self._began_s = time.monotonic()
+        self._shown_s = -math.inf
+        self._is_live = sys.stderr.isatty()
+
+    def step(self, last: str) -> None:
+        """One more is done."""
+        self._done += 1
+        now_s = time.monotonic()
+        is_last = self._done == self._total
+        if not (is_last or self._is_live or now_s - self._shown_s > 20.0):
+            return
+        self._shown_s = now_s
+        spent_s = now_s - self._began_s
+        left = f", about {_duration(spent_s / self._done * (self._total - self._done))} left" if not is_last else ""
+        filled = round(24 * self._done / self._total)
+        text = (
+            f"{self._what} [{'#' * filled}{'.' * (24 - filled)}] {self._done}/{self._total}, {_duration(spent_s)}{left}"
+        )
+        if self._is_live:
+            sys.stderr.write(f"\r\033[K{text}  {last}" + ("\n" if is_last else ""))
+            sys.stderr.flush()
+        else:
+            self._say(text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# ---- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write and print; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        if options.render:
+            results = [read_results(path) for path in options.render]
+            write_report(options.report, results, options.detail_load)
+            print(options.report)
+            return 0
+        return _measure(options)
+    except TempoError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the rows so far are in {options.out}, go on with --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _measure(options: argparse.Namespace) -> int:
+    plan = plan_of(options)
+    results = resumed(options.out, plan.conditions) if options.resume and options.out.exists() else Results(
+        options.out, plan.conditions
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, _interrupt)
+    with process_pool(options.jobs) as pool:
+        is_complete = execute(plan, results, pool, options.jobs, lambda text: print(text, file=sys.stderr, flush=True))
+    if results.rows:
+        loads = {row["load"] for row in results.rows}
+        print(policies_markdown(results.rows, options.detail_load if options.detail_load in loads else max(loads)))
+        if options.traces:
+            # Aims are for half an hour of traffic; a short workload would say something else every time.
+            print("\n" + aims_markdown(results.rows))
+        write_report(options.report, [results], options.detail_load)
+        print(f"\n{options.out}\n{options.report}")
+    if not is_complete:
+        print(f'{len(results.failures)} cells failed; see "failures" in {options.out}', file=sys.stderr)
+    return 0 if is_complete else 1
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--traces", type=Path, nargs="+", default=[], metavar="FILE", help="workloads; default: a generated one, short")
+    add("--profile", action="append", metavar="NAME", help=f"engine; may be repeated; default {QUICK_PROFILE}")
+    add("--profile-path", type=Path, metavar="FILE", help="a file with more profiles")
+    add("--replicas", type=_positive, default=1, help="engines of the profile (default 1)")
+    add("--loads", type=_loads, default=None, help="comma-separated; default 0.75,0.9,1.0,1.25,1.5,2.0")
+    add("--policies", type=_names, default=None, help="comma-separated, or all (the default)")
+    add("--objectives", type=_names, default=["token", "balanced"], help=f"some of {', '.join(OBJECTIVES)}")
+    add("--seeds", type=_positive, default=None, help="number of seeds (default 3; 0 is the trace as recorded)")
+    add("--slots", type=_positive, default=128, help="calls that a replica runs at once (default 128)")
+    add("--sheds", choices=("on", "off"), default="on", help="whether hopeless work is dropped (default on)")
+    add("--time-scale", type=_factor, default=1.0, help="factor on step times")
+    add("--kv-scale", type=_factor, default=1.0, help="factor on KV memory")
+    add("--slo-scale", type=_factor, default=1.0, help="factor on all targets; below 1 is tighter")
+    add("--window-s", type=_factor, default=None, help="only the first seconds of each trace")
+    add("--ablation", action="store_true", help="also our policy with each part left out, blind, and clairvoyant")
+    add("--bound", action="store_true", help="also the upper bound for any scheduler (minutes per load and seed)")
+    add("--replicas-needed", action="store_true", help="also the replicas needed for 95 %% attainment, by policy")
+    add("--rates", type=_loads, default=REPLICA_RATES, help="rates for --replicas-needed, in replicas' capacities")
+    add("--quick", action="store_true", help="a generated workload, few policies, two loads, one seed")
+    add("--jobs", type=_positive, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    add("--out", "--json", type=Path, default=Path("bench-results/goodput.json"), help="rows (default %(default)s)")
+    add("--resume", action="store_true", help="keep the rows that --out has and run the missing ones")
+    add("--report", type=Path, default=None, help="Markdown with tables and pictures; default: beside --out")
+    add("--render", type=Path, nargs="+", metavar="FILE", help="run nothing; write --report from these results")
+    add("--detail-load", type=_factor, default=1.5, help="load of the tables and pictures that show one (default 1.5)")
+    options = parser.parse_args(arguments)
+    if options.quick and options.traces:
+        parser.error("--quick has a workload of its own: leave --traces out")
+    is_short = options.quick or not options.traces
+    options.loads = options.loads or (QUICK_LOADS if is_short else DEFAULT_LOADS)
+    options.policies = options.policies or (list(QUICK_POLICIES) if is_short else ["all"])
+    options.seeds = options.seeds or (1 if is_short else 3)
+    options.report = options.report or options.out.with_suffix(".md")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected comma-separated names")
+    return names
+
+
+def _loads(text: str) -> tuple[float, ...]:
+    return tuple(_factor(part) for part in text.split(","))
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

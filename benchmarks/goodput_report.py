@@ -1,0 +1,175 @@
+"""The file that benchmarks.goodput writes rows into, and the report that it makes of it.
+
+The report is Markdown with pictures in a folder of its name; in a file that exists it goes between two marks, so that
+what people wrote around them stays.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.goodput_tables import (
+    ablation_markdown,
+    aims_markdown,
+    grouped,
+    low_load_markdown,
+    policies_markdown,
+    replicas_markdown,
+    summary_csv,
+)
+from tempo_router.errors import ConfigError
+from tempo_router.simulation.experiment import write_atomically
+from tempo_router.simulation.rows import columns_markdown
+
+BEGIN_MARK = "<!-- benchmarks.goodput: from here to the closing mark the text is generated -->"
+END_MARK = "<!-- benchmarks.goodput: end of the generated text -->"
+
+
+@dataclass(slots=True)
+class Results:
+    """What has been measured so far, and where it is kept. Every change is written at once, whole."""
+
+    path: Path
+    conditions: Mapping[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    needs: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, *, is_complete: bool) -> None:
+        """Replace the file."""
+        content = {
+            "complete": is_complete,
+            "conditions": dict(self.conditions),
+            "failures": self.failures,
+            "replicas_needed": self.needs,
+            "rows": self.rows,
+        }
+        try:
+            write_atomically(self.path, json.dumps(content, allow_nan=False, indent=None, separators=(",", ":")) + "\n")
+        except OSError as e:
+            raise ConfigError(f"{self.path}: cannot be written: {e.strerror or e}") from e
+
+
+def read_results(path: Path) -> Results:
+    """A file of an earlier run. Raises ConfigError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Results(path, content["conditions"], content["rows"], content["replicas_needed"], content["failures"])
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: not a result of benchmarks.goodput: {type(e).__name__}: {e}") from e
+
+
+def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[str]], detail_load: float) -> str:
+    """Conditions, tables and pictures. pictures: paths as a reader of the report follows them, by kind."""
+    rows = [row for one in results for row in one.rows]
+    needs = [need for one in results for need in one.needs]
+    failures = [failure for one in results for failure in one.failures]
+    parts = ["## Conditions", _conditions_markdown(results)]
+    if failures:
+        names = sorted({f"`{failure['policy']}` ({failure['error']})" for failure in failures})
+        parts.append(f"**{len(failures)} cells failed and are missing below:** {'; '.join(names)}.")
+    aims = aims_markdown(rows)
+    if aims:
+        note = (
+            "Mean over seeds (least..most); the rival is named, the best of all at that place; **bold**: below the aim."
+        )
+        parts += ["## Aims", note, aims]
+    parts += _pictures("## Over the load", pictures.get("load", ()), _LOAD_NOTE)
+    parts += ["## All policies", _POLICIES_NOTE, policies_markdown(rows, detail_load)]
+    parts += _pictures(
+        "## By class", pictures.get("classes", ()), "Policies by good tokens/s; italics: knows the future."
+    )
+    note = "Curves end below 1 where units were refused or given up. Colours as above; grey: all other policies."
+    parts += _pictures("## Distributions", pictures.get("distributions", ()), note)
+    low = low_load_markdown(rows)
+    if low:
+        parts += ["## Up to 0.9x", low]
+    ablation = ablation_markdown(rows)
+    if ablation:
+        parts += ["## What each part is worth", ablation, *_images(pictures.get("ablation", ()))]
+    if needs:
+        note = (
+            f"For {100 * needs[0]['wanted']:.0f} % attainment over all units at a fixed rate of arrivals, which is a"
+            " multiple of what one replica delivers from a backlog."
+        )
+        parts += ["## Replicas needed", note, replicas_markdown(needs)]
+    parts += ["## Columns of the rows", columns_markdown()]
+    return "\n\n".join(part for part in parts if part)
+
+
+_LOAD_NOTE = (
+    "Lines are means over seeds, named where they end; bars at our points: least and most. In colour: our policy and"
+    " the rivals that lead by tokens, attainment or worst class, or are the better JITServe; grey: all others; dotted:"
+    " knows the future; dashed: upper bound."
+)
+_POLICIES_NOTE = "† knows true lengths: no rival in practice. 1:1 and 1:8: weights of prompt and output tokens."
+
+
+def _conditions_markdown(results: Sequence[Results]) -> str:
+    lines = [line for one in results for line in _conditions_of(one)]
+    saturated = {
+        (row["trace"], place.engine): row["saturated_tokens_per_s"]
+        for place, seeds_by_line in grouped(row for one in results for row in one.rows).items()
+        for seeds in seeds_by_line.values()
+        for row in seeds.values()
+    }
+    listed = ", ".join(f"{trace} on {engine} {rate:,.0f}" for (trace, engine), rate in saturated.items())
+    return "\n".join([*lines, f"- 1.0x, in output tokens/s: {listed}."])
+
+
+def _conditions_of(results: Results) -> list[str]:
+    told = results.conditions
+    versions = f"tempo {told['tempo']}, Python {told['python']}, numpy {told['numpy']}"
+    scales = ("time_scale", "kv_scale", "slo_scale")
+    settings = [f"{name.replace('_', ' ')} {told[name]:g}" for name in scales if told[name] != 1.0]
+    if told["window_s"] is not None:
+        settings.append(f"first {told['window_s']:g} s of each trace")
+    conditions = ", ".join([f"shedding of hopeless work {told['sheds']}", *settings])
+    engines = ", ".join(f"`{name}`" for name in told["profiles"])
+    traces = "; ".join(f"`{name}` ({size})" for name, size in told["traces"].items())
+    return [
+        f"- Simulated, {told['date']}: {versions}; {len(results.rows)} runs, {told['seeds']} seeds; {conditions}.",
+        f"- Engines: {engines}; replicas {told['replicas']}, {told['slots']} slots each.",
+        f"- Traces: {traces}.",
+    ]
+
+
+def _pictures(title: str, paths: Sequence[str], note: str) -> list[str]:
+    return [title, note, *_images(paths)] if paths else []
+
+
+def _images(paths: Iterable[str]) -> list[str]:
+    return [f"![{Path(path).stem.replace('-', ' ')}]({path})" for path in paths]
+
+
+def write_report(path: Path, results: Sequence[Results], detail_load: float = 1.5) -> None:
+    """Tables and pictures into the Markdown file (between its marks, if it has them) and the folder of its name."""
+    # Only who draws needs it, and it takes a second.
+    from benchmarks.goodput_plots import draw_all
+
+    rows = [row for one in results for row in one.rows]
+    if not rows:
+        raise ConfigError("there are no rows to report")
+    loads = {row["load"] for row in rows}
+    detail_load = detail_load if detail_load in loads else max(loads)
+    _between_marks(path, "")
+    folder = path.with_suffix("")
+    drawn = draw_all(rows, folder, detail_load)
+    write_atomically(folder / "summary.csv", summary_csv(rows))
+    pictures = {kind: [f"{folder.name}/{picture.name}" for picture in paths] for kind, paths in drawn.items()}
+    generated = f"{BEGIN_MARK}\n\n{report_markdown(results, pictures, detail_load)}\n\n{END_MARK}"
+    write_atomically(path, _between_marks(path, generated))
+
+
+def _between_marks(path: Path, generated: str) -> str:
+    if not path.exists():
+        return f"# Results\n\n{generated}\n"
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.find(BEGIN_MARK), text.find(END_MARK)
+    if begin < 0 or end < begin:
+        raise ConfigError(f"{path}: has no marks between which to write; add the lines {BEGIN_MARK!r} and {END_MARK!r}")
+    return text[:begin] + generated + text[end + len(END_MARK) :]

@@ -1,0 +1,441 @@
+"""What the rows of benchmarks.goodput say: who is compared with whom, ratios with their spread, tables in Markdown.
+
+Means are over seeds. A ratio is taken seed by seed, since two policies see the same arrivals; its spread is
+least..most. Rivals are chosen by their mean over the seeds, afresh for each trace, engine and load: the best one there.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+Role = Literal["ours", "rival", "oracle", "ablation"]
+
+OURS = "tempo"
+ORACLES = frozenset({"srpt"})
+"""Policies that read true lengths: no rivals in practice, whatever `knowledge` says."""
+LOW_LOAD = 0.9
+"""Up to this load all policies should be equal."""
+
+AIMS: Mapping[tuple[str, str], Mapping[float, float]] = {
+    ("token", "jitserve"): {1.0: 1.05, 1.25: 1.25, 1.5: 1.5, 2.0: 1.85},
+    ("token", "rival"): {1.0: 1.03, 1.25: 1.25, 1.5: 1.3, 2.0: 1.45},
+    ("token", "bound"): {1.0: 0.96, 1.25: 0.93, 1.5: 0.90, 2.0: 0.88},
+    ("balanced", "rival"): {1.0: 1.03, 1.25: 1.2, 1.5: 1.2, 2.0: 1.3},
+    ("balanced", "attainment"): {1.0: 0.985, 1.25: 0.94, 1.5: 0.90, 2.0: 0.86},
+    ("balanced", "worst"): {1.0: 0.98, 1.25: 0.90, 1.5: 0.78, 2.0: 0.30},
+}
+"""What we want to reach, by objective, measure and load."""
+
+TITLES: Mapping[tuple[str, str], str] = {
+    ("token", "jitserve"): "Token objective: good tokens/s over the better of the JITServe forms",
+    ("token", "rival"): "Token objective: good tokens/s over the best practical rival",
+    ("token", "bound"): "Token objective: share of the clairvoyant upper bound",
+    ("balanced", "rival"): "Balanced objective: good tokens/s over the best practical rival",
+    ("balanced", "attainment"): "Balanced objective: attainment",
+    ("balanced", "worst"): "Balanced objective: attainment of the worst-served class",
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where policies are compared: everything is equal but the policy."""
+
+    profile: str
+    trace: str
+    load: float
+    slots: int
+    time_scale: float
+    kv_scale: float
+
+    @property
+    def engine(self) -> str:
+        """The engine and how it was changed."""
+        scales = [f"{name} x {scale:g}" for name, scale in (("time", self.time_scale), ("KV", self.kv_scale))
+                  if scale != 1.0]  # fmt: skip
+        return ", ".join([self.profile, *scales])
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Line:
+    """A policy with its settings: what becomes one line of a picture. switches: as JSON."""
+
+    policy: str
+    objective: str
+    sheds: bool
+    knowledge: str
+    switches: str
+
+    @property
+    def role(self) -> Role:
+        """Whether it is our policy, a practical rival, one that knows the future, or ours with a part removed."""
+        if self.policy == OURS:
+            if self.knowledge == "learned" and self.switches == "{}":
+                return "ours"
+            return "ablation"
+        if self.policy in ORACLES or self.knowledge == "true":
+            return "oracle"
+        return "rival"
+
+    @property
+    def label(self) -> str:
+        """Short and unlike the other lines' labels."""
+        parts = [self.policy]
+        if self.policy == OURS or self.objective != "token":
+            parts.append(f"({self.objective})")
+        if not self.sheds:
+            parts.append("no shedding")
+        if self.knowledge != "learned":
+            parts.append({"true": "clairvoyant", "none": "no predictor"}[self.knowledge])
+        parts += [f"{name}={value}" for name, value in json.loads(self.switches).items()]
+        return " ".join(parts)
+
+
+def place_of(row: Row) -> Place:
+    """Where a row was measured."""
+    return Place(row["profile"], row["trace"], row["load"], row["slots"], row["time_scale"], row["kv_scale"])
+
+
+def line_of(row: Row) -> Line:
+    """The line that a row belongs to."""
+    switches = json.dumps(row["switches"], sort_keys=True)
+    return Line(row["policy"], row["objective"], row["sheds"], row["knowledge"], switches)
+
+
+Lines = Mapping[Line, Mapping[int, Row]]
+"""By line and seed, at one place."""
+
+
+def grouped(rows: Iterable[Row]) -> dict[Place, dict[Line, dict[int, Row]]]:
+    """Rows by place, line and seed, places in order; of two rows of the same cell the later one counts."""
+    places: dict[Place, dict[Line, dict[int, Row]]] = {}
+    for row in rows:
+        places.setdefault(place_of(row), {}).setdefault(line_of(row), {})[row["seed"]] = row
+    return {place: places[place] for place in sorted(places)}
+
+
+def mean(seeds: Mapping[int, Row], column: str) -> float | None:
+    """Over the seeds that have a value."""
+    values = [row[column] for row in seeds.values() if row[column] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def best(lines: Lines, column: str, is_candidate: Callable[[Line], bool]) -> Line | None:
+    """The candidate with the highest mean; of equals the first by name."""
+    means = {
+        line: value for line in sorted(lines) if is_candidate(line) and (value := mean(lines[line], column)) is not None
+    }
+    return max(means, key=lambda line: means[line]) if means else None
+
+
+def is_rival(line: Line) -> bool:
+    """A policy that could be used in practice and is not ours."""
+    return line.role == "rival"
+
+
+def is_jitserve(line: Line) -> bool:
+    """One of the forms of JITServe."""
+    return line.role == "rival" and line.policy.startswith("jitserve")
+
+
+def ours(lines: Lines, objective: str) -> Line | None:
+    """Our policy, complete, under that objective."""
+    return next((line for line in lines if line.role == "ours" and line.objective == objective and line.sheds), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A mean over seeds with the least and the most; against: the rival of a ratio."""
+
+    mean: float
+    least: float
+    most: float
+    against: str = ""
+
+    @staticmethod
+    def of(values: Sequence[float], against: str = "") -> "Spread | None":
+        """None for no values."""
+        return Spread(statistics.fmean(values), min(values), max(values), against) if values else None
+
+
+def ratio(lines: Lines, line: Line | None, rival: Line | None, column: str = "token_goodput") -> Spread | None:
+    """line over rival, seed by seed; None without a common seed, or where the rival has nothing."""
+    if line is None or rival is None:
+        return None
+    values = [
+        lines[line][seed][column] / row[column]
+        for seed, row in lines[rival].items()
+        if seed in lines[line] and row[column] and lines[line][seed][column] is not None
+    ]
+    return Spread.of(values, rival.label)
+
+
+def measure(lines: Lines, objective: str, name: str) -> Spread | None:
+    """One of the measures that have an aim; None where its rows are missing."""
+    line = ours(lines, objective)
+    if line is None:
+        return None
+    rows = list(lines[line].values())
+    match name:
+        case "jitserve":
+            return ratio(lines, line, best(lines, "token_goodput", is_jitserve))
+        case "rival":
+            return ratio(lines, line, best(lines, "token_goodput", is_rival))
+        case "bound":
+            bounded = [row for row in rows if row["bound_token_goodput"]]
+            return Spread.of([row["token_goodput"] / row["bound_token_goodput"] for row in bounded])
+        case "attainment":
+            return Spread.of([row["attainment"] for row in rows if row["attainment"] is not None])
+        case "worst":
+            return Spread.of(
+                [row["worst_class_attainment"] for row in rows if row["worst_class_attainment"] is not None]
+            )
+        case _:
+            raise ValueError(f"no such measure: {name!r}")
+
+
+# ---- Markdown
+
+
+def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is left-aligned text."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    return "\n".join(lines)
+
+
+def aims_markdown(rows: Sequence[Row]) -> str:
+    """All measures that have an aim: traces down, loads across; what misses its aim is bold."""
+    places = grouped(rows)
+    sections: list[str] = []
+    for (objective, name), aims in AIMS.items():
+        loads = [load for load in aims if any(place.load == load for place in places)]
+        body: list[list[str]] = []
+        for engine, trace in dict.fromkeys((place.engine, place.trace) for place in places):
+            cells = {
+                place.load: _aim_cell(measure(lines, objective, name), aims[place.load], name)
+                for place, lines in places.items()
+                if (place.engine, place.trace) == (engine, trace) and place.load in aims
+            }
+            if any(cells.values()):
+                body.append([engine, trace, *(cells.get(load, "") or "-" for load in loads)])
+        if body:
+            body.append(["", "*aim*", *(f"*≥ {_figure(aims[load], name)}*" for load in loads)])
+            header = ["engine", "trace", *(f"{load:g}x" for load in loads)]
+            sections.append(f"**{TITLES[objective, name]}**\n\n{markdown_table(header, body)}")
+    return "\n\n".join(sections)
+
+
+def _aim_cell(spread: Spread | None, aim: float, name: str) -> str:
+    if spread is None:
+        return ""
+    text = _figure(spread.mean, name)
+    if spread.mean < aim:
+        text = f"**{text}**"
+    if spread.most > spread.least:
+        text += f" ({_figure(spread.least, name)}..{_figure(spread.most, name)})"
+    return f"{text} `{spread.against}`" if spread.against else text
+
+
+def _figure(value: float, name: str) -> str:
+    return f"{value:.3f}" if name in ("jitserve", "rival") else f"{100 * value:.1f} %"
+
+
+def low_load_markdown(rows: Sequence[Row]) -> str:
+    """Up to 0.9x: how far ours is from the best policy; the best is any but those that know the future."""
+    body: list[list[str]] = []
+    for place, lines in grouped(rows).items():
+        if place.load > LOW_LOAD:
+            continue
+        for line in sorted(line for line in lines if line.role == "ours"):
+            cells = [place.engine, place.trace, f"{place.load:g}x", line.label]
+            for column in ("token_goodput", "attainment"):
+                found = ratio(lines, line, best(lines, column, is_rival), column)
+                cells.append("-" if found is None else f"{100 * (found.mean - 1):+.2f} % `{found.against}`")
+            body.append(cells)
+    if not body:
+        return ""
+    header = [
+        "engine",
+        "trace",
+        "load",
+        "policy",
+        "good tokens/s against the best rival",
+        "attainment against the best rival",
+    ]
+    return markdown_table(header, body)
+
+
+def policies_markdown(rows: Sequence[Row], load: float) -> str:
+    """All lines at one load, best first: means over seeds and traces of what every trace has for all of them."""
+    sections: list[str] = []
+    places = {place: lines for place, lines in grouped(rows).items() if place.load == load}
+    for engine in dict.fromkeys(place.engine for place in places):
+        here = [lines for place, lines in places.items() if place.engine == engine]
+        traces = [place.trace for place in places if place.engine == engine]
+        everywhere = [
+            line for line in sorted(here[0]) if line.role != "ablation" and all(line in lines for lines in here)
+        ]
+        body = [
+            [
+                f"**{line.label}**" if line.role == "ours" else line.label + (" †" if line.role == "oracle" else ""),
+                *(_cell(_over_traces(here, line, column), kind) for column, _, kind in _POLICY_COLUMNS),
+            ]
+            for line in sorted(everywhere, key=lambda line: -(_over_traces(here, line, "token_goodput") or 0.0))
+        ]
+        title = f"**{engine}, {load:g}x, mean over {', '.join(traces)}**"
+        sections.append(title + "\n\n" + markdown_table(["policy", *(head for _, head, _ in _POLICY_COLUMNS)], body))
+    return "\n\n".join(sections)
+
+
+_POLICY_COLUMNS = (
+    ("token_goodput", "good tokens/s", "count"),
+    ("request_goodput", "good units/s", "rate"),
+    ("program_goodput", "good programs/s", "rate"),
+    ("attainment", "attainment", "share"),
+    ("worst_class_attainment", "worst class", "share"),
+    ("good_tokens_1_1", "1:1 weights", "count"),
+    ("good_tokens_1_8", "1:8 weights", "count"),
+    ("service_gain", "service gain/s", "count"),
+    ("throughput", "all tokens/s", "count"),
+    ("ttft_p95_s", "TTFT P95", "ms"),
+    ("tbt_p99_s", "TBT P99", "ms"),
+    ("jain_by_tenant", "Jain", "index"),
+)
+
+
+def _over_traces(here: Sequence[Lines], line: Line, column: str) -> float | None:
+    values = [value for lines in here if (value := mean(lines[line], column)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _cell(value: float | None, kind: str) -> str:
+    if value is None:
+        return "-"
+    match kind:
+        case "count":
+            return f"{value:,.0f}"
+        case "rate":
+            return f"{value:.3f}"
+        case "share":
+            return f"{100 * value:.1f} %"
+        case "ms":
+            return f"{1000 * value:,.0f} ms"
+        case _:
+            return f"{value:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What our policy lost or won with a part changed. goodput, attainment: ratio and difference; means over all."""
+
+    part: str
+    objective: str
+    load: float
+    goodput: float
+    attainment: float
+    worst_class: float
+
+
+def part_of(line: Line) -> str:
+    """What is different in an ablation line, in words."""
+    if line.knowledge == "none":
+        return "no predictor"
+    if line.knowledge == "true":
+        return "clairvoyant"
+    changes = json.loads(line.switches)
+    return ", ".join(
+        f"without {name.removeprefix('uses_')}" if value is False else f"{name}={value}"
+        for name, value in changes.items()
+    )
+
+
+def removals(rows: Sequence[Row]) -> list[Removal]:
+    """Each ablation line against the complete policy, averaged over traces, engines and common seeds."""
+    found: dict[tuple[str, str, float], list[tuple[float, float, float]]] = {}
+    for place, lines in grouped(rows).items():
+        for line in sorted(lines):
+            whole = ours(lines, line.objective)
+            if line.role != "ablation" or whole is None:
+                continue
+            for seed, row in lines[line].items():
+                full = lines[whole].get(seed)
+                if full is not None and full["token_goodput"] and full["attainment"] is not None:
+                    found.setdefault((part_of(line), line.objective, place.load), []).append(
+                        (
+                            row["token_goodput"] / full["token_goodput"],
+                            row["attainment"] - full["attainment"],
+                            row["worst_class_attainment"] - full["worst_class_attainment"],
+                        )
+                    )
+    return [
+        Removal(*key, *(statistics.fmean(column) for column in zip(*values, strict=True)))
+        for key, values in found.items()
+    ]
+
+
+def ablation_markdown(rows: Sequence[Row]) -> str:
+    """Parts down, loads across; most important part first."""
+    sections: list[str] = []
+    all_removals = removals(rows)
+    for objective in dict.fromkeys(removal.objective for removal in all_removals):
+        here = {(one.part, one.load): one for one in all_removals if one.objective == objective}
+        loads = sorted({load for _, load in here})
+        parts = sorted(
+            {part for part, _ in here},
+            key=lambda part: min(one.goodput for (name, _), one in here.items() if name == part),
+        )
+        body = [[part, *(_removal_cell(here.get((part, load))) for load in loads)] for part in parts]
+        title = (
+            f"**{objective} objective: good tokens/s, the complete policy = 100 % (attainment, worst class: points)**"
+        )
+        sections.append(title + "\n\n" + markdown_table(["changed", *(f"{load:g}x" for load in loads)], body))
+    return "\n\n".join(sections)
+
+
+def _removal_cell(removal: Removal | None) -> str:
+    if removal is None:
+        return "-"
+    points = f"{100 * removal.attainment:+.1f}, {100 * removal.worst_class:+.1f}"
+    return f"{100 * removal.goodput:.1f} % ({points})"
+
+
+def replicas_markdown(needs: Sequence[Mapping[str, Any]]) -> str:
+    """Replicas for 95 % attainment: ours and the rivals, by rate of arrivals."""
+    body = []
+    for need in needs:
+        found = need["replicas"]
+        body.append(
+            [
+                need["trace"],
+                need["profile"],
+                f"{need['rate']:g}",
+                need["policy"] + (f" ({need['objective']})" if need["policy"] == OURS else ""),
+                str(found) if found is not None else f"> {need['most']}",
+                "-" if need["attainment"] is None else f"{100 * need['attainment']:.1f} %",
+            ]
+        )
+    return markdown_table(
+        ["trace", "engine", "arrivals ÷ one replica's capacity", "policy", "replicas", "attainment there"], body
+    )
+
+
+def summary_csv(rows: Sequence[Row]) -> str:
+    """Means over seeds of every line at every place, for spreadsheets."""
+    columns = [column for column, _, _ in _POLICY_COLUMNS]
+    out = [",".join(["engine", "trace", "load", "line", "role", "seeds", *columns])]
+    for place, lines in grouped(rows).items():
+        for line in sorted(lines):
+            values = [mean(lines[line], column) for column in columns]
+            names = [place.engine, place.trace, f"{place.load:g}", line.label, line.role, str(len(lines[line]))]
+            out.append(
+                ",".join(
+                    [
+                        *(f'"{name}"' if "," in name else name for name in names),
+                        *("" if v is None else f"{v:.6g}" for v in values),
+                    ]
+                )
+            )
+    return "\n".join(out) + "\n"

@@ -1,0 +1,513 @@
+"""The goodput benchmark: comparisons, tables, pictures, runs that are interrupted; seconds of simulated traffic."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import goodput
+from benchmarks.goodput_plots import draw_all, highlighted, line_colours, spread_apart
+from benchmarks.goodput_report import BEGIN_MARK, END_MARK, Results, read_results, report_markdown, write_report
+from benchmarks.goodput_tables import (
+    AIMS,
+    aims_markdown,
+    best,
+    grouped,
+    is_jitserve,
+    is_rival,
+    line_of,
+    low_load_markdown,
+    measure,
+    policies_markdown,
+    ratio,
+    removals,
+    replicas_markdown,
+    summary_csv,
+)
+from tempo_router.errors import ConfigError
+from tempo_router.request import Latency
+from tempo_router.simulation.generate import GeneratorConfig, generate
+from tempo_router.simulation.rows import COLUMNS
+from tempo_router.simulation.trace import Trace, TraceCall, Unit
+from tempo_router.simulation.trace_file import write_trace
+from tests.goodput_rows import goodput_row
+
+PROFILE = "llama-3-8b:h100-80g:1"
+
+
+def only_place(rows):
+    (lines,) = grouped(rows).values()
+    return lines
+
+
+# ---- who is compared with whom
+
+
+def test_best_rival_has_the_highest_mean_and_is_neither_ours_nor_an_oracle():
+    lines = only_place(
+        [
+            goodput_row("tempo", goodput=3000.0),
+            goodput_row("srpt", goodput=2900.0),
+            goodput_row("edf", goodput=2800.0, knowledge="true"),
+            goodput_row("qoserve", seed=0, goodput=2000.0),
+            goodput_row("qoserve", seed=1, goodput=2600.0),
+            goodput_row("class_priority", seed=0, goodput=2400.0),
+            goodput_row("class_priority", seed=1, goodput=2100.0),
+        ]
+    )
+    assert best(lines, "token_goodput", is_rival).policy == "qoserve"
+
+
+def test_ratio_is_taken_seed_by_seed_over_common_seeds():
+    rows = [
+        goodput_row("tempo", seed=0, goodput=3000.0),
+        goodput_row("tempo", seed=1, goodput=2000.0),
+        goodput_row("tempo", seed=2, goodput=9000.0),
+        goodput_row("edf", seed=0, goodput=1500.0),
+        goodput_row("edf", seed=1, goodput=2000.0),
+    ]
+    lines = only_place(rows)
+    found = ratio(lines, line_of(rows[0]), line_of(rows[3]))
+    assert (found.mean, found.least, found.most, found.against) == (1.5, 1.0, 2.0, "edf")
+
+
+def test_each_measure_with_an_aim_reads_its_own_column():
+    rows = [
+        goodput_row("tempo", goodput=3000.0, bound_token_goodput=4000.0),
+        goodput_row("tempo", goodput=2700.0, objective="balanced", attainment=0.93, worst_class_attainment=0.8),
+        goodput_row("jitserve", goodput=1500.0),
+        goodput_row("jitserve_tuned", goodput=2000.0),
+        goodput_row("qoserve", goodput=2500.0),
+    ]
+    lines = only_place(rows)
+    found = {key: measure(lines, *key) for key in AIMS}
+    assert {key: round(one.mean, 4) for key, one in found.items()} == {
+        ("token", "jitserve"): 1.5,
+        ("token", "rival"): 1.2,
+        ("token", "bound"): 0.75,
+        ("balanced", "rival"): 1.08,
+        ("balanced", "attainment"): 0.93,
+        ("balanced", "worst"): 0.8,
+    }
+    assert found["token", "jitserve"].against == "jitserve_tuned"
+
+
+def test_ours_without_shedding_or_a_part_is_not_ours_complete():
+    lines = only_place([goodput_row("tempo", switches={"reserve": False}), goodput_row("edf")])
+    assert measure(lines, "token", "rival") is None
+    assert [line.role for line in lines] == ["ablation", "rival"]
+
+
+def test_places_that_differ_in_anything_but_the_policy_are_never_mixed():
+    rows = [
+        goodput_row(),
+        goodput_row(load=2.0),
+        goodput_row(time_scale=1.4),
+        goodput_row(slots=64),
+        goodput_row(trace="b"),
+    ]
+    assert len(grouped(rows)) == 5
+
+
+def test_labels_tell_lines_apart():
+    variants = [
+        {},
+        {"objective": "balanced"},
+        {"sheds": False},
+        {"knowledge": "none"},
+        {"switches": {"reserve": False}},
+    ]
+    labels = [line_of(goodput_row(**values)).label for values in variants]
+    assert labels == ["tempo (token)", "tempo (balanced)", "tempo (token) no shedding", "tempo (token) no predictor",
+                      "tempo (token) reserve=False"]  # fmt: skip
+    assert line_of(goodput_row("edf")).label == "edf"
+
+
+# ---- tables
+
+
+def full_rows(loads=(0.9, 1.0, 1.5), seeds=2):
+    rivals = {"jitserve": 0.6, "jitserve_tuned": 0.7, "qoserve": 0.75, "class_priority": 0.72, "edf": 0.4, "fcfs": 0.1}
+    quality = {"tempo": 0.9, "srpt": 0.8, **rivals}
+    rows = []
+    for seed in range(seeds):
+        for load in loads:
+            for policy, share in quality.items():
+                goodput = 2000 * (share if load > 1 else 0.95) + 10 * seed
+                rows.append(goodput_row(policy, load, seed, goodput, attainment=share, bound_token_goodput=2100.0))
+            rows.append(goodput_row("tempo", load, seed, 1700.0, objective="balanced", attainment=0.95))
+            rows.append(goodput_row("tempo", load, seed, 1200.0 if load > 1 else 1900.0, switches={"reserve": False}))
+            rows.append(goodput_row("tempo", load, seed, 1900.0, knowledge="true"))
+    return rows
+
+
+def test_a_missed_aim_is_bold_and_a_met_one_is_not():
+    rows = [
+        goodput_row("tempo", 1.5, goodput=1499.0),
+        goodput_row("tempo", 2.0, goodput=1850.0),
+        *(goodput_row("jitserve", load, goodput=1000.0) for load in (1.5, 2.0)),
+    ]
+    text = aims_markdown(rows)
+    assert "| **1.499** `jitserve` | 1.850 `jitserve` |" in text
+    assert "*≥ 1.500* | *≥ 1.850*" in text
+
+
+def test_tables_have_as_many_cells_as_headings_in_every_row():
+    rows = full_rows()
+    texts = [aims_markdown(rows), policies_markdown(rows, 1.5), low_load_markdown(rows), goodput.main.__doc__]
+    for text in texts:
+        width = None
+        for line in text.splitlines():
+            if not line.startswith("|"):
+                width = None
+                continue
+            width = width or line.count("|")
+            assert line.count("|") == width, line
+
+
+def test_policies_are_listed_best_first_with_ours_bold_and_oracles_marked():
+    names = [
+        line.split("|")[1].strip() for line in policies_markdown(full_rows(), 1.5).splitlines() if line.startswith("|")
+    ]
+    assert names[2:6] == ["**tempo (token)**", "**tempo (balanced)**", "srpt †", "qoserve"]
+    assert names[-1] == "fcfs"
+
+
+def test_low_loads_name_the_best_rival_for_each_measure():
+    rows = [
+        goodput_row("tempo", 0.9, goodput=990.0, attainment=0.95),
+        goodput_row("edf", 0.9, goodput=1000.0, attainment=0.9),
+        goodput_row("fcfs", 0.9, goodput=900.0, attainment=1.0),
+    ]
+    assert "| -1.00 % `edf` | -5.00 % `fcfs` |" in low_load_markdown(rows)
+    assert low_load_markdown([goodput_row("tempo", 1.5)]) == ""
+
+
+def test_a_removed_part_is_measured_against_the_complete_policy_of_its_seed():
+    rows = [
+        goodput_row("tempo", seed=0, goodput=1000.0, attainment=0.9),
+        goodput_row("tempo", seed=1, goodput=2000.0, attainment=0.8),
+        goodput_row("tempo", seed=0, goodput=800.0, attainment=0.7, switches={"reserve": False}),
+        goodput_row("tempo", seed=1, goodput=2000.0, attainment=0.8, switches={"reserve": False}),
+        goodput_row("tempo", seed=0, goodput=1100.0, attainment=0.9, knowledge="true"),
+    ]
+    found = {removal.part: removal for removal in removals(rows)}
+    assert found["without reserve"].goodput == pytest.approx(0.9)
+    assert found["without reserve"].attainment == pytest.approx(-0.1)
+    assert found["clairvoyant"].goodput == pytest.approx(1.1)
+
+
+def test_replicas_that_were_not_enough_are_said_to_be_more_than_the_most():
+    need = {"trace": "mixed", "profile": PROFILE, "rate": 2.0, "policy": "edf", "objective": "token", "replicas": None,
+            "most": 16, "attainment": 0.4}  # fmt: skip
+    assert "| 2 | edf | > 16 | 40.0 % |" in replicas_markdown([need])
+
+
+def test_summary_has_one_line_for_each_policy_and_place():
+    rows = full_rows()
+    lines = summary_csv(rows).splitlines()
+    assert len(lines) == 1 + sum(len(lines) for lines in grouped(rows).values())
+    assert len({line.count(",") for line in lines}) == 1
+
+
+# ---- pictures
+
+
+def test_pictures_are_drawn_small_and_the_same_twice(tmp_path):
+    first = draw_all(full_rows(), tmp_path / "a")
+    again = draw_all(full_rows(), tmp_path / "b")
+    assert {kind: len(paths) for kind, paths in first.items()} == {
+        "load": 1, "classes": 1, "distributions": 1, "ablation": 1,
+    }  # fmt: skip
+    for paths, copies in zip(first.values(), again.values(), strict=True):
+        for path, copy in zip(paths, copies, strict=True):
+            assert path.read_bytes() == copy.read_bytes()
+            assert path.stat().st_size < 100_000
+            with Image.open(path) as image:
+                # Not an empty sheet: ink where lines and bars should be.
+                assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_one_load_of_one_policy_is_enough_for_the_pictures_that_need_no_more(tmp_path):
+    drawn = draw_all([goodput_row("fcfs", lateness_cdf={}, ttft_cdf=None)], tmp_path)
+    assert {kind: len(paths) for kind, paths in drawn.items()} == {
+        "load": 0, "classes": 1, "distributions": 1, "ablation": 0,
+    }  # fmt: skip
+
+
+def test_our_lines_and_leading_rivals_have_colours_of_their_own_and_weak_ones_none():
+    rows = full_rows()
+    colours = line_colours(rows)
+    named = {line.label: colour for line, colour in colours.items()}
+    assert {"tempo (token)", "tempo (balanced)", "qoserve", "jitserve_tuned"} <= set(named)
+    assert "fcfs" not in named
+    assert len(set(named.values())) == len(named)
+    lines = only_place(full_rows(loads=(1.5,)))
+    assert {line.policy for line in highlighted(lines)} == {"qoserve", "jitserve_tuned"}
+    assert best(lines, "token_goodput", is_jitserve).policy == "jitserve_tuned"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.0, 0.0, 0.5], [0.0, 0.1, 0.5]),
+        ([1.0, 1.0], [0.9, 1.0]),
+        ([0.5, 0.52, 0.58], [0.43333, 0.53333, 0.63333]),
+    ],
+)
+def test_labels_move_apart_no_further_than_they_must(wanted, expected):
+    assert spread_apart(wanted, 0.1, 0.0, 1.0) == pytest.approx(expected, abs=1e-4)
+
+
+def test_many_labels_keep_their_distance():
+    heights = spread_apart(sorted(abs(np.sin(i)) for i in range(9)), 0.1, 0.0, 1.0)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(heights))
+    assert heights[0] >= 0
+    assert heights[-1] <= 1
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def trace_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "tiny.csv.gz"
+    write_trace(generate(GeneratorConfig(duration_s=12.0, rate_per_s=2.0), seed=3), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def options(trace_path, out, *more):
+    return goodput._parse(
+        ["--traces", str(trace_path), "--loads", "1.0,1.5", "--policies", "fcfs,edf", "--objectives", "token",
+         "--seeds", "1", "--out", str(out), *more]
+    )  # fmt: skip
+
+
+def run(parsed, say=lambda _: None, results=None):
+    plan = goodput.plan_of(parsed)
+    results = results or Results(parsed.out, plan.conditions)
+    with ThreadPoolExecutor(1) as pool:
+        is_complete = goodput.execute(plan, results, pool, 1, say)
+    return is_complete, results
+
+
+def test_a_run_writes_complete_rows_with_all_documented_columns(trace_path, tmp_path):
+    is_complete, results = run(options(trace_path, tmp_path / "r.json"))
+    assert is_complete
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["complete"] is True
+    assert [(row["load"], row["policy"]) for row in content["rows"]] == [
+        (1.0, "fcfs"), (1.0, "edf"), (1.5, "fcfs"), (1.5, "edf"),
+    ]  # fmt: skip
+    for row in content["rows"]:
+        assert set(row) == {column.name for column in COLUMNS}
+        assert row["offered_tokens_per_s"] == pytest.approx(row["load"] * row["saturated_tokens_per_s"])
+        assert row["wall_s"] > 0
+    assert results.rows == content["rows"]
+
+
+class Interrupt:
+    """Presses Ctrl-C when the first row is there."""
+
+    def __call__(self, text):
+        if text.startswith("cells"):
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_its_rows_and_is_marked_incomplete_and_can_be_resumed(trace_path, tmp_path):
+    out = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(options(trace_path, out), Interrupt())
+    kept = json.loads(out.read_text())
+    assert kept["complete"] is False
+    assert len(kept["rows"]) == 1
+
+    parsed = options(trace_path, out, "--resume")
+    said = []
+    is_complete, results = run(parsed, said.append, goodput.resumed(out, goodput.plan_of(parsed).conditions))
+    assert is_complete
+    assert said[0] == "1 of 4 cells are there already"
+    assert results.rows[0] == kept["rows"][0]
+    _, fresh = run(options(trace_path, tmp_path / "fresh.json"))
+    assert [without_wall(row) for row in results.rows] == [without_wall(row) for row in fresh.rows]
+
+
+def without_wall(row):
+    return {name: value for name, value in row.items() if name != "wall_s"}
+
+
+def test_rows_of_other_code_are_not_resumed(trace_path, tmp_path):
+    out = tmp_path / "r.json"
+    conditions = goodput.plan_of(options(trace_path, out)).conditions
+    Results(out, {**conditions, "code": "0" * 16}).write(is_complete=False)
+    with pytest.raises(ConfigError, match="measured with other code"):
+        goodput.resumed(out, conditions)
+
+
+def test_a_failing_cell_is_reported_and_does_not_stop_the_others(trace_path, tmp_path):
+    """The KV memory holds no prompt of the second trace: no reference can be measured for it."""
+    units = tuple(
+        Unit(f"u{i}", float(i), Latency(2.0, 0.1), (TraceCall(f"u{i}", prompt_tokens=10**6, output_tokens=5),))
+        for i in range(2)
+    )
+    write_trace(Trace("huge", units), tmp_path / "huge.csv")
+    said = []
+    parsed = options(trace_path, tmp_path / "r.json", "--traces", str(tmp_path / "huge.csv"), str(trace_path))
+    is_complete, results = run(parsed, said.append)
+    assert not is_complete
+    assert [row["trace"] for row in results.rows] == ["tiny"] * 4
+    assert [failure["trace"] for failure in results.failures] == ["huge"] * 4
+    assert "KV memory" in results.failures[0]["error"]
+    assert any(line.startswith("failed: fcfs on huge at 1x") for line in said)
+    assert json.loads((tmp_path / "r.json").read_text())["complete"] is False
+
+
+def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(trace_path, tmp_path):
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,fcfs", "--objectives", "token,balanced",
+                     "--seeds", "2", "--ablation")  # fmt: skip
+    cells = goodput.plan_of(parsed).cells
+    of_seed = [cell for cell in cells if cell.seed == 1 and cell.load == 1.5]
+    plain = [(cell.policy, cell.objective) for cell in of_seed if not cell.switches and cell.knowledge == "learned"]
+    assert plain == [("tempo", "token"), ("tempo", "balanced"), ("fcfs", "token")]
+    changed = [cell for cell in of_seed if cell.switches or cell.knowledge != "learned"]
+    assert all(cell.policy == "tempo" for cell in changed)
+    assert {(cell.knowledge, *cell.switches) for cell in changed if cell.objective == "token"} >= {
+        ("none",), ("true",), ("learned", "reserve"), ("learned", "timeline"),
+    }  # fmt: skip
+
+
+def test_a_search_for_replicas_says_what_it_tried(trace_path, tmp_path):
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "edf", "--loads", "1.0", "--replicas-needed",
+                     "--rates", "2.0")  # fmt: skip
+    _, results = run(parsed)
+    (need,) = results.needs
+    assert need["replicas"] is not None
+    assert need["attainment"] >= 0.95
+    assert all(share < 0.95 for count, share in need["tried"].items() if int(count) < need["replicas"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "edff"], "policy='edff': no such policy; did you mean 'edf'?"),
+        (["--objectives", "tokens"], "objective='tokens': no such objective; did you mean 'token'?"),
+        (["--traces", "nowhere.csv"], "nowhere.csv"),
+        (["--profile", "llama-3-8b:h100"], "no such step-time profile"),
+        (["--render", "nowhere.json"], "nowhere.json: cannot be read"),
+    ],
+)
+def test_what_is_unknown_is_said_before_anything_runs(arguments, message, trace_path, tmp_path, capsys):
+    status = goodput.main(["--traces", str(trace_path), "--out", str(tmp_path / "r.json"), *arguments])
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--loads", "1.0,0"], ["--loads", "nan"], ["--seeds", "0"], ["--kv-scale", "-1"]]
+)
+def test_numbers_out_of_range_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        goodput.main(arguments)
+    assert refusal.value.code == 2
+    assert "above zero" in capsys.readouterr().err
+
+
+def test_two_traces_of_one_name_are_refused(trace_path, tmp_path, capsys):
+    copy = tmp_path / trace_path.name
+    copy.write_bytes(trace_path.read_bytes())
+    assert goodput.main(["--traces", str(trace_path), str(copy), "--out", str(tmp_path / "r.json")]) == 2
+    assert "rename a file" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_real_run_at_once_with_its_rows_on_disk(trace_path, tmp_path):
+    out = tmp_path / "r.json"
+    arguments = ["--traces", str(trace_path), "--loads", ",".join(str(1 + i / 100) for i in range(60)), "--policies",
+                 "fcfs,edf", "--seeds", "3", "--jobs", "1", "--out", str(out)]  # fmt: skip
+    program = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.goodput", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(goodput.__file__).parents[1],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert program.stderr is not None
+    with program.stderr:
+        for line in program.stderr:
+            if line.startswith("cells"):
+                break
+        program.send_signal(signal.SIGINT)
+        rest = program.stderr.read()
+    assert program.wait() == 130, rest
+    kept = json.loads(out.read_text())
+    assert kept["complete"] is False
+    assert 1 <= len(kept["rows"]) < 360
+    assert "--resume" in rest
+
+
+# ---- reports
+
+
+def results_of(rows, path):
+    parsed = goodput._parse(["--out", str(path)])
+    conditions = {**goodput.plan_of(parsed).conditions, "date": "2026-01-01"}
+    return Results(path, conditions, rows)
+
+
+def test_a_report_has_conditions_tables_pictures_and_columns_and_leaves_what_people_wrote_around_it(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text(f"# Ours\n\nbefore\n\n{BEGIN_MARK}\nold\n{END_MARK}\n\nafter\n")
+    write_report(path, [results_of(full_rows(), tmp_path / "r.json")])
+    text = path.read_text()
+    assert text.startswith(f"# Ours\n\nbefore\n\n{BEGIN_MARK}\n")
+    assert text.endswith(f"{END_MARK}\n\nafter\n")
+    assert "\nold\n" not in text
+    for title in ("Conditions", "Aims", "Over the load", "All policies", "By class", "Distributions", "Up to 0.9x",
+                  "What each part is worth", "Columns of the rows"):  # fmt: skip
+        assert f"\n## {title}\n" in text, title
+    linked = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert len(linked) == 4
+    assert all((tmp_path / path).is_file() for path in linked)
+    assert (tmp_path / "results" / "summary.csv").is_file()
+
+
+def test_a_file_without_marks_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.md"
+    path.write_text("mine\n")
+    with pytest.raises(ConfigError, match="has no marks"):
+        write_report(path, [results_of(full_rows(), tmp_path / "r.json")])
+    assert path.read_text() == "mine\n"
+
+
+def test_failed_cells_are_named_in_the_report(tmp_path):
+    results = results_of(full_rows(), tmp_path / "r.json")
+    results.failures.append({"policy": "vtc", "error": "KeyError: 'x'"})
+    text = report_markdown([results], {}, 1.5)
+    assert "**1 cells failed and are missing below:** `vtc` (KeyError: 'x')." in text
+
+
+def test_a_file_that_is_no_result_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(ConfigError, match="not a result of"):
+        read_results(path)
+
+
+def test_lines_have_a_total_order():
+    lines = [line_of(goodput_row(policy)) for policy in ("edf", "tempo", "bros")]
+    assert [line.policy for line in sorted(lines)] == ["bros", "edf", "tempo"]
