@@ -82,10 +82,11 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Retune:
-    """How running calls stand now; only for replicas with a step planner."""
+    """How running calls stand now; only for replicas with a step planner. step_cap_s: None leaves it to the rule."""
 
     replica_id: ReplicaId
     standings: tuple[tuple[DispatchId, Standing], ...]
+    step_cap_s: float | None = None
 
 
 Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune

@@ -129,6 +129,12 @@ class SwitchesConfig(StrictModel):
     remaining_cost: bool = Field(True, description="count only the work that is left; off: the whole cost")
     look_ahead: bool = Field(True, description="count what is still to come of a program")
     step_cap: bool = Field(True, description="bound a step's duration; off: a fixed number of tokens")
+    adaptive_cap: bool = Field(
+        True, description="choose that bound by what recent arrivals would be worth under it; off: step_cap_share"
+    )
+    serial_demand: bool = Field(
+        True, description="spread a chain's demand over the time from its latest start; off: all at its deadline"
+    )
     gap_bound: bool = Field(True, description="never pause a stream for longer than its reader would notice")
     affinity: bool = Field(True, description="prefer the replica that has a request's prefix cached")
 

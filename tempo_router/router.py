@@ -679,7 +679,8 @@ class RouterCore:
         for call in running:
             if call.replica.capacity.has_step_planner:
                 retuned.setdefault(call.replica.replica_id, []).append((call.dispatch_id, call.standing))
-        actions.extend(Retune(replica_id, tuple(standings)) for replica_id, standings in retuned.items())
+        cap_s = plan.step_cap_s
+        actions.extend(Retune(replica_id, tuple(standings), cap_s) for replica_id, standings in retuned.items())
 
     def _dispatch_while_possible(self, actions: list[Action]) -> None:
         if not self._is_settled or not self._waiting:

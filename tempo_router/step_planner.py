@@ -5,6 +5,7 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -135,7 +136,7 @@ class StepPlanner:
     """Plans the steps of one engine. `add`, then in turns `plan` and `stepped`; `remove` what has ended.
 
     slots: sequences in one step. max_step_tokens: tokens in one step, whatever the rule. kv: the engine's blocks.
-    steps: step-time model of this engine, fed by its owner.
+    steps: step-time model of this engine, fed by its owner. step_cap_s: longest step of a capped rule; None: its own.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class StepPlanner:
         self._full_until_s = -1.0
         self._slack_s = 0.0
         self._slack_until_s = -1.0
+        self.step_cap_s: float | None = None
         self.evictions = 0
         self.holds = 0
         self.recomputed_tokens = 0
@@ -313,9 +315,8 @@ class StepPlanner:
         if now_s < self._arrange_at_s:
             if not self._is_dirty:
                 return
-            if is_crowded and now_s < self._arrange_at_s - self._policy.frame_s / 2:
-                known = {call.call_id for call in self._order}
-                self._order += [call for call in self._prefilling.values() if call.call_id not in known]
+            if is_crowded and self._policy.preempts:
+                self._patch(now_s)
                 return
         self._is_dirty = False
         self._arrange_at_s = now_s + self._policy.frame_s
@@ -334,6 +335,22 @@ class StepPlanner:
             self._order = [call for call in chosen if call.call_id in self._prefilling]
         else:
             self._order = self._sorted(list(self._prefilling.values()), now_s)
+
+    def _patch(self, now_s: float) -> None:
+        """Between two looks at the whole order: newcomers take their place in it, free slots go to the best held."""
+        self._is_dirty = False
+        known = {call.call_id for call in self._order}
+        context = None
+        for call in self._prefilling.values():
+            if call.call_id not in known:
+                context = context or self.context(now_s)
+                call.key = self._policy.key(call, context)
+                insort(self._order, call, key=_rank)
+        self._order = [call for call in self._order if call.call_id in self._prefilling]
+        spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._order)
+        if spare > 0 and self._held:
+            for call in sorted(self._held.values(), key=_rank)[:spare]:
+                self._resume(call)
 
     def _sorted(self, calls: list[LiveCall], now_s: float) -> list[LiveCall]:
         keys = self._policy.arrange(calls, self.context(now_s))
@@ -427,7 +444,7 @@ class StepPlanner:
 
     def _capped_budget(self, now_s: float) -> int:
         rule = self._policy.batch
-        cap = rule.cap_s if rule.cap_s is not None else self._cap_s(rule.cap_share)
+        cap = self.step_cap_s or rule.cap_s or self._cap_s(rule.cap_share)
         slack_s = self._least_slack_s(now_s)
         decodes = len(self._decoding)
         fits = self._steps.budget_tokens(min(cap, slack_s), decodes, self._context_tokens + decodes)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tempo_router.config import SchedulingConfig
 from tempo_router.facts import (
+    BEST_EFFORT,
     CONTEXT,
     DEADLINE,
     DEADLINE_S,
@@ -30,6 +31,7 @@ from tempo_router.replicas import Call
 from tempo_router.request import ProgramCall
 from tempo_router.reserve import Reserve
 from tempo_router.standing import Standing
+from tempo_router.step_cap import ArrivedUnit, StepCap
 from tempo_router.step_time import Pace
 from tempo_router.timeline import BUCKET_ENDS_S, admit, due_in_bucket
 from tempo_router.value import PREFILL_WALL_RATIO
@@ -98,6 +100,8 @@ class TempoPlan:
         self._switches = config.switches
         self._reserve = Reserve()
         self._new: list[Job] = []
+        self._cap = StepCap()
+        self.step_cap_s: float | None = None
         self.last_s = float("-inf")
 
     def arrived(self, job: Job, *, is_new: bool) -> None:
@@ -123,6 +127,8 @@ class TempoPlan:
         units = _Units(jobs, context, history, self._config)
         density = self._density(units, context)
         self._note_arrivals(units, density, context.now_s)
+        if self._switches.adaptive_cap and self._switches.step_cap:
+            self.step_cap_s = self._cap.choose(context.pace, replicas, context.now_s)
         order = np.argsort(-density, kind="stable")
         admitted = np.zeros(units.count, dtype=np.bool_)
         worthy = order[density[order] > 0.0]
@@ -151,6 +157,9 @@ class TempoPlan:
             unit = units.index_of(job)
             if unit is not None:
                 self._reserve.add(float(density[unit]), float(units.cost_s[unit]), now_s)
+                arrived = units.as_arrived(unit, now_s)
+                if arrived is not None:
+                    self._cap.note(arrived)
         self._new.clear()
 
     def _admit(
@@ -238,17 +247,18 @@ class _Units:
         prompts = np.array([one.prompt_tokens for one in forecasts])
         squared = np.array([one.squared_prompts for one in forecasts])
         self.later_tokens = np.array([one.output_tokens for one in forecasts])
-        chain_tokens = np.array([one.chain_tokens for one in forecasts])
+        chain_tokens = self.chain_tokens = np.array([one.chain_tokens for one in forecasts])
         chain_prompts = np.array([one.chain_prompt_tokens for one in forecasts])
-        gaps = np.array([one.gaps_s for one in forecasts])
+        gaps = self.gaps_s = np.array([one.gaps_s for one in forecasts])
         stages = np.array([one.stages for one in forecasts])
         mean_context = (prompts + self.later_tokens / 2) / np.maximum(calls, 1e-9)
         token_s = pace.share_s + pace.decode_s + pace.context_token_s * mean_context
         self.later_cost_s = (
             prompts * pace.prefill_token_s + pace.attention_s * squared / 2 + self.later_tokens * token_s
         )
-        chain_prefill_s = PREFILL_WALL_RATIO * chain_prompts * pace.prefill_token_s
-        self.later_s = chain_tokens * self.tau_s + chain_prefill_s + gaps + stages * self.tau_s
+        self.chain_prefill_s = chain_prompts * pace.prefill_token_s
+        chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
+        self.later_s = chain_tokens * self.tau_s + chain_s + gaps + stages * self.tau_s
 
     def _worth(self, context: Context) -> None:
         now_s = self._now_s
@@ -258,6 +268,8 @@ class _Units:
         left_s = self._facts[:, DEADLINE_S] - now_s
         is_fresh = self.missing > 0
         unit_of, count = self.unit_of, self.count
+        self._last_call = np.zeros(count, dtype=np.int64)
+        self._last_call[unit_of] = np.arange(unit_of.size)
         # What is the same for all calls of a unit: taken from its last call.
         self.kind = np.zeros(count)
         self.kind[unit_of] = kind
@@ -286,7 +298,8 @@ class _Units:
         self.chance = np.where(is_program, program_chance, self.chance)
         good = np.where(is_program, program_chance * expected, good)
         prompt_tokens = np.bincount(unit_of, self._facts[:, PROMPT], count)
-        self.value = self._value(good, prompt_tokens, is_program, context.mean_length)
+        self.value = self._value(good, prompt_tokens, is_program, self.chance, context.mean_length)
+        self.full_value = self._value(expected, prompt_tokens, is_program, np.ones(count), context.mean_length)
         self.is_hopeless = (is_program & (self.left_s <= 0.0)) | (is_program & (program_chance <= 0.0))
 
     def _streams(self, kind: Floats, is_fresh: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
@@ -305,19 +318,47 @@ class _Units:
         chance, tokens = self.left.within(possible)
         return tokens, chance
 
-    def _value(self, good: Floats, prompts: Floats, is_program: npt.NDArray[np.bool_], mean_length: float) -> Floats:
+    def _value(
+        self,
+        good: Floats,
+        prompts: Floats,
+        is_program: npt.NDArray[np.bool_],
+        chance: Floats,
+        mean_length: float,
+    ) -> Floats:
         config = self._config
         if config.objective == "gain":
-            value: Floats = INPUT_WEIGHT * prompts * self.chance + OUTPUT_WEIGHT * good
+            value: Floats = INPUT_WEIGHT * prompts * chance + OUTPUT_WEIGHT * good
             return value
         bonus = np.where(is_program, config.dag_weight, 1.0) * mean_length
-        mixed: Floats = (1 - config.request_weight) * good + config.request_weight * bonus * self.chance
+        mixed: Floats = (1 - config.request_weight) * good + config.request_weight * bonus * chance
         return mixed
+
+    def as_arrived(self, unit: int, now_s: float) -> ArrivedUnit | None:
+        """What the choice of the step cap needs of a unit that has just come; None for best effort."""
+        if self.kind[unit] == BEST_EFFORT:
+            return None
+        first = self._last_call[unit]
+        is_stream = self.kind[unit] == STREAM
+        rest = float(self.left.mean[first])
+        upper = float(self.left.upper[first])
+        work_s = float(self.prefill_s[first] + rest * (self.token_s[first] - self._pace.share_s))
+        later_s = float(self.later_cost_s[unit] - self.later_tokens[unit] * self._pace.share_s)
+        return ArrivedUnit(
+            at_s=now_s,
+            work_s=max(work_s + later_s, 1e-6),
+            prefill_s=float(self.prefill_s[first] + self.chain_prefill_s[unit]),
+            serial_tokens=rest + float(self.chain_tokens[unit]),
+            spread_tokens=(upper - rest) + 0.15 * float(self.chain_tokens[unit]),
+            gaps_s=float(self.gaps_s[unit]),
+            left_s=float("inf") if is_stream else float(self.left_s[unit]),
+            tbt_s=float(self.tbt_s[first]) if is_stream else float("inf"),
+            value=float(self.full_value[unit]),
+        )
 
     def demand(self) -> Floats:
         """Cumulative GPU seconds that each unit needs by the end of each bucket: (units, buckets)."""
-        first = np.zeros(self.count, dtype=np.int64)
-        first[self.unit_of] = np.arange(self.unit_of.size)
+        first = self._last_call
         is_stream = (self.kind == STREAM)[:, None]
         due_s, tbt_s = self.due_s[first], self.tbt_s[first]
         with np.errstate(invalid="ignore"):
@@ -326,7 +367,14 @@ class _Units:
         streams = due_in_bucket(self.prefill_s[first], np.where(np.isfinite(due_s), due_s, 0.0))
         streams = streams + self.token_s[first][:, None] * tokens
         finite = np.where(np.isfinite(self.left_s), self.left_s, 0.0)
-        whole = due_in_bucket(self.live_cost_s, finite - self.later_s) + due_in_bucket(self.later_cost_s, finite)
+        if self._config.switches.serial_demand:
+            # A chain of calls cannot be hurried: it must be served from its latest start on, all the way.
+            chain_s = np.maximum(self.crit_s, 1e-3)
+            latest_s = np.maximum(finite - chain_s, 0.0)
+            share = np.clip((BUCKET_ENDS_S[None, :] - latest_s[:, None]) / chain_s[:, None], 0.0, 1.0)
+            whole = self.cost_s[:, None] * share
+        else:
+            whole = due_in_bucket(self.live_cost_s, finite - self.later_s) + due_in_bucket(self.later_cost_s, finite)
         demand: Floats = np.where(is_stream, streams, whole)
         return demand
 

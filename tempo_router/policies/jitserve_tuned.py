@@ -56,6 +56,7 @@ class JitServeTuned(Policy):
     input_weight: float = 0.0
     counts_prefill: bool = True
     splits_stages: bool = True
+    looks_ahead: bool = False
     stall_weight: float = 0.0
     paces: bool = False
     is_static: ClassVar[bool] = False
@@ -109,10 +110,26 @@ class JitServeTuned(Policy):
         slo = first.spec.slo
         if isinstance(slo, Latency):
             goodput = self._stream(first, slo, lefts[0], context)
+            on_time = 1.0
         else:
             goodput = self._whole(gang, lefts, context)
-            goodput *= min(self._on_time(one, time_s, context) for one, time_s in zip(gang, times, strict=True))
-        return min(goodput / max(sum(times), tau_s), _MOST)
+            on_time = min(self._on_time(one, time_s, context) for one, time_s in zip(gang, times, strict=True))
+            goodput *= on_time
+        needed_s = max(sum(times), tau_s)
+        if self.looks_ahead and isinstance(slo, ProgramCall):
+            ahead = self._ahead(first.spec, context.ledger)
+            live = sum(one.generated_tokens + left for one, left in zip(gang, lefts, strict=True))
+            goodput += on_time * ahead * live
+            needed_s *= 1 + ahead
+        return min(goodput / needed_s, _MOST)
+
+    def _ahead(self, spec: RequestSpec, ledger: Ledger) -> float:
+        """Time of the stages to come, as a multiple of this one's."""
+        through = ledger.share_through(spec.app, spec.stage)
+        before = ledger.share_through(spec.app, spec.stage - 1) or 0.0
+        if through is None or through <= before:
+            return 0.0
+        return (1.0 - through) / (through - before)
 
     def _left(self, job: Job) -> float:
         return quantile_left(job.lengths, self.share, job.generated_tokens, job.spec.max_output_tokens)

@@ -43,7 +43,7 @@ class Tempo(Policy):
     batch: BatchRule = CAPPED
     is_static: ClassVar[bool] = False
     preempts: ClassVar[bool] = True
-    frame_s: ClassVar[float] = 0.1
+    frame_s: ClassVar[float] = 0.3
 
     def key(self, request: Job, context: Context) -> float:
         """Where it stands by the last plan, and how urgent it is now."""

@@ -93,8 +93,9 @@ class SimulatedReplica:
             answer.is_over = True
             self._cancelled.append(answer)
 
-    def retune(self, standings: Iterable[tuple[DispatchId, Standing]]) -> None:
+    def retune(self, standings: Iterable[tuple[DispatchId, Standing]], step_cap_s: float | None) -> None:
         """How calls stand was planned anew."""
+        self.planner.step_cap_s = step_cap_s
         for dispatch_id, standing in standings:
             self.planner.retune(dispatch_id, standing)
 

@@ -317,8 +317,8 @@ class _Run:
         match action:
             case Dispatch():
                 self._dispatch(action)
-            case Retune(replica_id=replica_id, standings=standings):
-                self._replicas[replica_id].retune(standings)
+            case Retune(replica_id=replica_id, standings=standings, step_cap_s=step_cap_s):
+                self._replicas[replica_id].retune(standings, step_cap_s)
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
                 self._replicas[replica_id].abort(dispatch_id)
                 self._at(self._now_s, self._wake, self._replicas[replica_id])
