@@ -55,7 +55,7 @@ class JitServeTuned(Policy):
     cutoff: float = 1.0
     input_weight: float = 0.0
     counts_prefill: bool = True
-    splits_stages: bool = True
+    splits_above: int = 96
     looks_ahead: bool = False
     stall_weight: float = 0.0
     paces: bool = False
@@ -149,17 +149,17 @@ class JitServeTuned(Policy):
         return done + live + self.input_weight * sum(one.spec.prompt_tokens for one in gang)
 
     def _on_time(self, job: Job, needed_s: float, context: Context) -> float:
-        due_s = self._due_s(job.spec, context.ledger)
+        due_s = self._due_s(job.spec, context.ledger, splits=context.slots > self.splits_above)
         spec = job.spec
         taken_s = max(context.now_s - spec.arrival_s, 0.0) + needed_s
         return discount(due_s - spec.arrival_s, taken_s, self.alpha)
 
-    def _due_s(self, spec: RequestSpec, ledger: Ledger) -> float:
+    def _due_s(self, spec: RequestSpec, ledger: Ledger, *, splits: bool) -> float:
         match spec.slo:
             case Deadline(ttlt_s=ttlt_s):
                 return spec.arrival_s + ttlt_s
             case ProgramCall(ttlt_s=ttlt_s):
-                through = ledger.share_through(spec.app, spec.stage) if self.splits_stages else None
+                through = ledger.share_through(spec.app, spec.stage) if splits else None
                 before = ledger.share_through(spec.app, spec.stage - 1) or 0.0
                 if through is None or before >= 1.0:
                     return spec.arrival_s + ttlt_s

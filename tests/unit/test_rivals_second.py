@@ -311,9 +311,27 @@ def test_a_stage_must_end_by_its_part_of_what_is_left_to_its_program():
     ledger.program_ended(ProgramId("done"))
     one = waiting(staged("first", 0, ttlt_s=8.0), 1, exactly(190))
     ledger.arrived(one)
-    split, whole = JitServeTuned(), JitServeTuned(splits_stages=False)
-    assert split.key(one, context(0.0, ledger=ledger)) == whole.key(one, context(0.0, ledger=ledger))
-    assert split.key(one, context(3.0, ledger=ledger)) > whole.key(one, context(3.0, ledger=ledger))
+    tuned = JitServeTuned(splits_above=96)
+
+    def key(now_s, slots):
+        return tuned.key(one, context(now_s, ledger=ledger, slots=slots))
+
+    assert key(0.0, 128) == key(0.0, 48)
+    assert key(3.0, 128) > key(3.0, 48)
+
+
+def test_looking_ahead_counts_the_tokens_and_the_time_of_the_stages_to_come():
+    """Three stages share the time evenly; at the second, 100 tokens are done, 100 live and 100 ahead."""
+    ledger = Ledger()
+    for stage in range(3):
+        ended(ledger, waiting(staged(f"s{stage}", stage, "done")), 1.0)
+    ledger.program_ended(ProgramId("done"))
+    ended(ledger, live(staged("before", 0), 1, HUNDRED), 1.0, output_tokens=100)
+    second = live(staged("second", 1), 2, HUNDRED)
+    ledger.arrived(second)
+    at = context(1.0, ledger=ledger)
+    assert JitServeTuned().key(second, at) == pytest.approx(-200 / (100 * TAU_S))
+    assert JitServeTuned(looks_ahead=True).key(second, at) == pytest.approx(-300 / (200 * TAU_S))
 
 
 def test_a_late_stream_is_worth_the_tokens_that_it_can_still_save():
