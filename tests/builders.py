@@ -16,6 +16,7 @@ from tempo_router.events import (
     Settled,
     StepReport,
 )
+from tempo_router.facts import Facts, facts_of
 from tempo_router.ledger import Ledger
 from tempo_router.policies import Context
 from tempo_router.prediction import LengthHistograms, Lengths
@@ -97,6 +98,11 @@ class LiveJob:
     missing_tokens: int
     is_relegated: bool = False
     standing: Standing = UNRANKED
+
+    @property
+    def facts(self) -> Facts:
+        """Its spec in numbers."""
+        return facts_of(self.spec)
 
 
 def live(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo_router.policies.base import remaining_s
+from tempo_router.policies.base import CHUNKED, BatchRule, remaining_s
 from tempo_router.policies.bros import LeastSlack
 from tempo_router.policies.class_fcfs import ClassArrival
 from tempo_router.policies.class_priority import ClassPriority
@@ -259,6 +259,7 @@ def test_bros_best_effort_goes_last_and_by_the_least_prompt_to_bring_in():
     ) == ["tool", "in cache", "small", "big"]
 
 
-@pytest.mark.parametrize("policy", [DeadlinePlusWork(), OnlineFirst(), LeastSlack()])
-def test_policies_that_watch_the_step_time_cap_it(policy):
-    assert policy.batch.kind == "capped"
+@pytest.mark.parametrize("policy", [DeadlinePlusWork, OnlineFirst, LeastSlack])
+def test_policies_that_watch_the_step_time_can_be_given_a_cap(policy):
+    assert policy().batch == CHUNKED
+    assert policy(batch=BatchRule(kind="capped", cap_s=0.05)).batch.cap_s == 0.05
