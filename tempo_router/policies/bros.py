@@ -28,10 +28,11 @@ class LeastSlack(Policy):
     past saturation it serves what is just about to be late, long answers before short ones.
     Source: BROS (arXiv 2504.09590). There a step takes real-time calls while its predicted duration stays within the
     least slack: BatchRule `capped` does that to the prompts in it, and can be set; chunks of 512 tokens earned more
-    (2959 good tokens/s against 2586 with the best cap, H100 at 1.5x load, simulated) and are the default. There tokens
-    are due a TPOT after the last one; here they are due on the schedule by which streams are judged. There best effort
-    is taken by fewest KV blocks to bring back from the host; a prompt not yet computed is counted the same way. Sharing
-    a KV block between two calls needs a kernel of its own and is left out.
+    (2959 good tokens/s against 2586 with the best cap, H100 at 1.5x load, simulated with no prompt held back at the
+    router) and are the default. There tokens are due a TPOT after the last one; here they are due on the schedule by
+    which streams are judged. There best effort is taken by fewest KV blocks to bring back from the host; a prompt not
+    yet computed is counted the same way. Sharing a KV block between two calls needs a kernel of its own and is left
+    out.
     """
 
     is_static: ClassVar[bool] = False

@@ -16,11 +16,11 @@ class OnlineFirst(Policy):
     Starves offline work, deadlines included, which it does not know: they are served in order of arrival. Relegation
     changes nothing.
     Source: HyGen (arXiv 2501.14808). There offline prompts are walked in the order of a prefix tree, and the oldest
-    goes first when the walk's choice gains too little; the trade of seconds of age against cached tokens is the same
-    in one number; between no credit and 20 ms a token the goodput moved by 3 %. There a step has a latency budget,
-    found by profiling runs. Chunks of 512 tokens earned more than the best cap between 20 and 100 ms (2814 good
-    tokens/s against 2330 on an H100 at 1.5x load, simulated), so that is the budget here; a cap can be set (BatchRule
-    `capped`).
+    goes first when the walk's choice gains too little; the trade of seconds of age against cached tokens is the same in
+    one number; between no credit and 20 ms a token the goodput moved by 3 %. There a step has a latency budget, found
+    by profiling runs. Chunks of 512 tokens earned more than the best cap between 20 and 100 ms (2814 good tokens/s
+    against 2330 on an H100 at 1.5x load, simulated with no prompt held back at the router), so that is the budget here;
+    a cap can be set (BatchRule `capped`).
     """
 
     credit_s: float = 0.001

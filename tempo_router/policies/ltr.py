@@ -13,8 +13,9 @@ class ShortestPredicted(Policy):
 
     Ties (same app, same estimate) by ticket. A call that got no token for `starved_after_s` goes ahead of all others,
     the longest waiting first, until its first token. The guard is off by default: without it 1985 good tokens/s, at 60
-    s 1890, at 30 s 1332 (mixed trace, H100, 1.5x load, simulated), since what has waited so long is late anyway.
-    Starves long answers then, but for the router's trickle. Classes, deadlines and relegation do not exist for it.
+    s 1890, at 30 s 1332 (mixed trace, H100, 1.5x load, simulated with no prompt held back at the router), since what
+    has waited so long is late anyway. Starves long answers then, but for the router's trickle. Classes, deadlines and
+    relegation do not exist for it.
     Source: Fu et al., Efficient LLM Scheduling by Learning to Rank (NeurIPS 2024). There a small model ranks the
     answers of a batch; here the mean of the project's own length distribution ranks them, the same knowledge that all
     policies get. There a starving call is promoted for a quantum of steps; here until it has started, since a policy

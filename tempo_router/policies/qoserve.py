@@ -32,11 +32,12 @@ class DeadlinePlusWork(Policy):
     stream ahead of its schedule keeps its place. Starves long prompts and long answers under overload.
     Source: QoServe (ASPLOS 2026; as Niyama arXiv 2503.22562): there 8 ms for every token, 1 ms while load is low. A
     replica with half of its slots free counts as low here; requests that wait at the router are evidence of high load.
-    On a mixed trace at 1.5x load (simulated, one seed, so differences below 5 % say little) 2 ms gave 532 good tokens/s
-    on an A100 and 2563 on an H100, 8 ms gave 513 and 2467, four times the GPU seconds 515 and 2589. There a prompt's
-    chunk is as large as the least slack of the decoding streams allows. That is BatchRule `capped`, and can be set; but
-    larger steps slow programs down, and the best cap between 20 and 100 ms earned 591 good tokens/s on the A100 and
-    2675 on the H100 where chunks of 512 tokens earned 589 and 3057, so these are the default.
+    On a mixed trace at 1.5x load (simulated with no prompt held back at the router, one seed, so differences below 5 %
+    say little) 2 ms gave 532 good tokens/s on an A100 and 2563 on an H100, 8 ms gave 513 and 2467, four times the GPU
+    seconds 515 and 2589. There a prompt's chunk is as large as the least slack of the decoding streams allows. That is
+    BatchRule `capped`, and can be set; but larger steps slow programs down, and the best cap between 20 and 100 ms
+    earned 591 good tokens/s on the A100 and 2675 on the H100 where chunks of 512 tokens earned 589 and 3057, so these
+    are the default.
     """
 
     alpha_s: float = 0.002
