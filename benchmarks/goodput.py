@@ -62,7 +62,7 @@ OBJECTIVE_AWARE = frozenset({OURS, "density"})
 QUICK_POLICIES = (OURS, "fcfs", "edf", "class_priority", "qoserve", "jitserve", "jitserve_tuned")
 QUICK_LOADS = (1.0, 1.5)
 QUICK_PROFILE = "llama-3-8b:h100-80g:1"
-QUICK_WORKLOAD = GeneratorConfig(duration_s=900.0)
+QUICK_WORKLOAD = GeneratorConfig(duration_s=1500.0)
 
 DEFAULT_LOADS = (0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
 REPLICA_RATES = (2.0, 4.0)
@@ -129,7 +129,9 @@ def _variants(blank: Cell, policies: Sequence[str], objectives: Sequence[str], *
     if with_ablation:
         for objective in objectives:
             ours = replace(blank, objective=objective)
-            cells += [replace(ours, switches={name: False}) for name in SwitchesConfig.model_fields]
+            cells += [
+                replace(ours, switches={name: not is_on}) for name, is_on in SwitchesConfig().model_dump().items()
+            ]
             cells += [replace(ours, knowledge="none"), replace(ours, knowledge="true")]
     return cells
 

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from benchmarks.goodput_tables import (
@@ -32,6 +33,7 @@ from benchmarks.goodput_tables import (
 from tempo_router.simulation.rows import CLASSES_WITH_TARGET, LATENESS_GRID, TTFT_GRID_S
 
 OUR_COLOURS: Mapping[str, str] = {"token": "#0b5cad", "balanced": "#0a8f6b", "request": "#5b7f00", "gain": "#00828a"}
+OWN_COLOURS: Mapping[str, str] = {"token": "#6f9fd0", "balanced": "#6cbfa3"}
 RIVAL_COLOURS = ("#c2410c", "#7e22ce", "#be185d", "#a16207", "#b91c1c", "#4d4d9e")
 GREY = "#c4c4c4"
 GREY_TEXT = "#8a8a8a"
@@ -134,6 +136,8 @@ def line_colours(rows: Sequence[Row]) -> dict[Line, str]:
         for line in lines:
             if line.role == "ours":
                 ours_[line] = OUR_COLOURS.get(line.objective, INK)
+            elif line.role == "own":
+                ours_[line] = OWN_COLOURS.get(line.objective, GREY_TEXT)
     ranked = sorted(leads, key=lambda line: (-leads[line], line))
     return {**ours_, **dict(zip(ranked, RIVAL_COLOURS, strict=False))}
 
@@ -246,7 +250,14 @@ def _place_labels(axes: Axes, line_height: float = 0.062) -> None:
             va="center",
             ha="left",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0.0, 0.5),
+            },
         )
 
 
@@ -426,7 +437,7 @@ def ablation_figure(rows: Sequence[Row], objective: str) -> Figure:
                 )
             axes.axvline(100, color=INK, linewidth=0.9)
             axes.set_xlim(least - 0.02 * (most - least), most + pad)
-            axes.set_xticks([tick for tick in np.linspace(0, 200, 21) if least <= tick <= most])
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axes.set_title(f"{load:g}x")
             axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(parts)), parts)

@@ -74,9 +74,7 @@ def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[
         parts.append(f"**{len(failures)} cells failed and are missing below:** {'; '.join(names)}.")
     aims = aims_markdown(rows)
     if aims:
-        note = (
-            "Mean over seeds (least..most); the rival is named, the best of all at that place; **bold**: below the aim."
-        )
+        note = "Mean over seeds (least..most); the rival is named, the best of all at that place; **bold**: aim missed."
         parts += ["## Aims", note, aims]
     parts += _pictures("## Over the load", pictures.get("load", ()), _LOAD_NOTE)
     parts += ["## All policies", _POLICIES_NOTE, policies_markdown(rows, detail_load)]
@@ -106,7 +104,10 @@ _LOAD_NOTE = (
     " the rivals that lead by tokens, attainment or worst class, or are the better JITServe; grey: all others; dotted:"
     " knows the future; dashed: upper bound."
 )
-_POLICIES_NOTE = "† knows true lengths: no rival in practice. 1:1 and 1:8: weights of prompt and output tokens."
+_POLICIES_NOTE = (
+    "† knows true lengths: no rival in practice. ‡ our own fallback: no rival either. 1:1 and 1:8: weights of prompt"
+    " and output tokens."
+)
 
 
 def _conditions_markdown(results: Sequence[Results]) -> str:

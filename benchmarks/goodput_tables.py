@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
-Role = Literal["ours", "rival", "oracle", "ablation"]
+Role = Literal["ours", "own", "rival", "oracle", "ablation"]
 
 OURS = "tempo"
 ORACLES = frozenset({"srpt"})
 """Policies that read true lengths: no rivals in practice, whatever `knowledge` says."""
+OWN = frozenset({"density"})
+"""What ours falls back to: shown, but no rival."""
 LOW_LOAD = 0.9
 """Up to this load all policies should be equal."""
 
@@ -26,8 +28,12 @@ AIMS: Mapping[tuple[str, str], Mapping[float, float]] = {
     ("balanced", "rival"): {1.0: 1.03, 1.25: 1.2, 1.5: 1.2, 2.0: 1.3},
     ("balanced", "attainment"): {1.0: 0.985, 1.25: 0.94, 1.5: 0.90, 2.0: 0.86},
     ("balanced", "worst"): {1.0: 0.98, 1.25: 0.90, 1.5: 0.78, 2.0: 0.30},
+    ("balanced", "ttft"): dict.fromkeys((0.75, 0.9, 1.0, 1.25, 1.5, 2.0), 0.3),
+    ("balanced", "tbt"): dict.fromkeys((0.75, 0.9, 1.0, 1.25, 1.5, 2.0), 0.05),
 }
 """What we want to reach, by objective, measure and load."""
+AT_MOST = frozenset({"ttft", "tbt"})
+"""Measures, in seconds, of which less is better."""
 
 TITLES: Mapping[tuple[str, str], str] = {
     ("token", "jitserve"): "Token objective: good tokens/s over the better of the JITServe forms",
@@ -36,6 +42,8 @@ TITLES: Mapping[tuple[str, str], str] = {
     ("balanced", "rival"): "Balanced objective: good tokens/s over the best practical rival",
     ("balanced", "attainment"): "Balanced objective: attainment",
     ("balanced", "worst"): "Balanced objective: attainment of the worst-served class",
+    ("balanced", "ttft"): "Balanced objective: TTFT P95 of served streams",
+    ("balanced", "tbt"): "Balanced objective: TBT P99 of streams",
 }
 
 
@@ -70,13 +78,15 @@ class Line:
 
     @property
     def role(self) -> Role:
-        """Whether it is our policy, a practical rival, one that knows the future, or ours with a part removed."""
+        """Ours; our own fallback; a practical rival; one that knows the future; ours with a part changed."""
         if self.policy == OURS:
             if self.knowledge == "learned" and self.switches == "{}":
                 return "ours"
             return "ablation"
         if self.policy in ORACLES or self.knowledge == "true":
             return "oracle"
+        if self.policy in OWN:
+            return "own"
         return "rival"
 
     @property
@@ -192,6 +202,10 @@ def measure(lines: Lines, objective: str, name: str) -> Spread | None:
             return Spread.of(
                 [row["worst_class_attainment"] for row in rows if row["worst_class_attainment"] is not None]
             )
+        case "ttft":
+            return Spread.of([row["ttft_p95_s"] for row in rows if row["ttft_p95_s"] is not None])
+        case "tbt":
+            return Spread.of([row["tbt_p99_s"] for row in rows if row["tbt_p99_s"] is not None])
         case _:
             raise ValueError(f"no such measure: {name!r}")
 
@@ -222,7 +236,8 @@ def aims_markdown(rows: Sequence[Row]) -> str:
             if any(cells.values()):
                 body.append([engine, trace, *(cells.get(load, "") or "-" for load in loads)])
         if body:
-            body.append(["", "*aim*", *(f"*≥ {_figure(aims[load], name)}*" for load in loads)])
+            sign = "≤" if name in AT_MOST else "≥"
+            body.append(["", "*aim*", *(f"*{sign} {_figure(aims[load], name)}*" for load in loads)])
             header = ["engine", "trace", *(f"{load:g}x" for load in loads)]
             sections.append(f"**{TITLES[objective, name]}**\n\n{markdown_table(header, body)}")
     return "\n\n".join(sections)
@@ -232,7 +247,7 @@ def _aim_cell(spread: Spread | None, aim: float, name: str) -> str:
     if spread is None:
         return ""
     text = _figure(spread.mean, name)
-    if spread.mean < aim:
+    if spread.mean > aim if name in AT_MOST else spread.mean < aim:
         text = f"**{text}**"
     if spread.most > spread.least:
         text += f" ({_figure(spread.least, name)}..{_figure(spread.most, name)})"
@@ -240,6 +255,8 @@ def _aim_cell(spread: Spread | None, aim: float, name: str) -> str:
 
 
 def _figure(value: float, name: str) -> str:
+    if name in AT_MOST:
+        return f"{1000 * value:.0f} ms"
     return f"{value:.3f}" if name in ("jitserve", "rival") else f"{100 * value:.1f} %"
 
 
@@ -280,7 +297,9 @@ def policies_markdown(rows: Sequence[Row], load: float) -> str:
         ]
         body = [
             [
-                f"**{line.label}**" if line.role == "ours" else line.label + (" †" if line.role == "oracle" else ""),
+                f"**{line.label}**"
+                if line.role == "ours"
+                else line.label + {"oracle": " †", "own": " ‡"}.get(line.role, ""),
                 *(_cell(_over_traces(here, line, column), kind) for column, _, kind in _POLICY_COLUMNS),
             ]
             for line in sorted(everywhere, key=lambda line: -(_over_traces(here, line, "token_goodput") or 0.0))
@@ -347,7 +366,7 @@ def part_of(line: Line) -> str:
         return "clairvoyant"
     changes = json.loads(line.switches)
     return ", ".join(
-        f"without {name.removeprefix('uses_')}" if value is False else f"{name}={value}"
+        f"without {name}" if value is False else f"with {name}" if value is True else f"{name}={value}"
         for name, value in changes.items()
     )
 

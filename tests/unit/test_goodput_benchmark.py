@@ -57,6 +57,7 @@ def test_best_rival_has_the_highest_mean_and_is_neither_ours_nor_an_oracle():
             goodput_row("tempo", goodput=3000.0),
             goodput_row("srpt", goodput=2900.0),
             goodput_row("edf", goodput=2800.0, knowledge="true"),
+            goodput_row("density", goodput=2700.0),
             goodput_row("qoserve", seed=0, goodput=2000.0),
             goodput_row("qoserve", seed=1, goodput=2600.0),
             goodput_row("class_priority", seed=0, goodput=2400.0),
@@ -96,6 +97,8 @@ def test_each_measure_with_an_aim_reads_its_own_column():
         ("balanced", "rival"): 1.08,
         ("balanced", "attainment"): 0.93,
         ("balanced", "worst"): 0.8,
+        ("balanced", "ttft"): 0.25,
+        ("balanced", "tbt"): 0.04,
     }
     assert found["token", "jitserve"].against == "jitserve_tuned"
 
@@ -158,6 +161,14 @@ def test_a_missed_aim_is_bold_and_a_met_one_is_not():
     text = aims_markdown(rows)
     assert "| **1.499** `jitserve` | 1.850 `jitserve` |" in text
     assert "*≥ 1.500* | *≥ 1.850*" in text
+
+
+def test_an_aim_for_a_latency_is_missed_by_more_not_by_less():
+    slow = goodput_row("tempo", 1.5, objective="balanced", ttft_p95_s=0.31, tbt_p99_s=0.05)
+    text = aims_markdown([slow, goodput_row("tempo", 2.0, objective="balanced", ttft_p95_s=0.2)])
+    assert "| **310 ms** | 200 ms |" in text
+    assert "| 50 ms | 40 ms |" in text
+    assert "*≤ 300 ms*" in text
 
 
 def test_tables_have_as_many_cells_as_headings_in_every_row():
