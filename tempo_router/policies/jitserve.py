@@ -37,6 +37,8 @@ class JitServe(Policy):
     could not, and injected calls went ahead in reverse order (here: the slots and the queue of everybody); matching
     of graphs by similarity of lengths within a token (here: mean shares per app); errors in the measurement, the
     transport and the swapping, which belong to no policy. Best effort, which it does not know, goes last.
+    Simulated (mixed111_poisson30, 600 s, A100, 1.5x), good tokens/s at 32, 48, 128 slots: 766, 748, 453 (its scripts
+    use 32). At 128: 476 with its own stage counted, 459 with predicted lengths for calls of programs.
     Source: the artifact of JITServe (NSDI 2026, arXiv 2504.20068 v3), jitserve/scheduler.
     """
 

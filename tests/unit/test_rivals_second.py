@@ -157,7 +157,7 @@ def test_the_tenant_with_the_least_service_goes_first():
 
 
 def test_short_answers_go_first_and_age_makes_good_each_queue():
-    alise = SpeculativeQueues()
+    alise = SpeculativeQueues(aging_s=8.0)
     short = waiting(request("short", arrival_s=10.0), lengths=exactly(20))
     longer = [waiting(request("longer", arrival_s=at_s), lengths=exactly(45)) for at_s in (10.0, 0.0)]
     keys = [alise.key(one, context()) for one in longer]
