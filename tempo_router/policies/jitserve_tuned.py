@@ -50,12 +50,12 @@ class JitServeTuned(Policy):
     schedule), relegation takes the place of the fixed wait of 5 s. Its search over replicas is the router's late
     binding.
 
-    Defaults from simulation (mixed111_poisson30, first 600 s, llama-3-8b on A100, 1.5x; good tokens/s). Slots decide
-    most: without split stages 655, 865, 953, 1037, 861, 734, 474, 361 at 16, 24, 32, 48, 56, 64, 80, 128; with them
-    453, 500, 435 at 32, 64, 128. At 48 slots, three seeds, mean of 1066: cutoff 0.8 1059; on two of them (1081): cutoff 0.5
-    1037, share 0.5 1027, 0.9 1069, 0.95 1026, alpha 4 1101, looks_ahead 1062, chunks of 256 tokens 1101 (at 128 slots
-    they cost a quarter). stall_weight 0.1 and paces: within 1 %. input_weight 1 at 32 slots: 722, with 63 % instead of
-    40 % of all targets met.
+    Defaults from simulation: mixed111_poisson30, first 600 s, llama-3-8b on A100, 1.5x; good tokens/s until the last
+    answer; alpha 100 unless told. Slots decide most: without split stages 655, 865, 953, 1037, 861, 734, 474, 361 at
+    16, 24, 32, 48, 56, 64, 80, 128; with them 453, 500, 435 at 32, 64, 128. At 48 slots, mean of three seeds 1066:
+    cutoff 0.8 1059. On two of them, 1081: cutoff 0.5 1037, share 0.5 1027, 0.9 1069, 0.95 1026, alpha 4 1101,
+    looks_ahead 1062, chunks of 256 tokens 1101 (at 128 slots they cost a quarter, and alpha 4 costs 2 %). stall_weight
+    0.1 and paces: within 1 %. input_weight 1 at 32 slots: 722, with 63 % instead of 40 % of all targets met.
     """
 
     share: float = 0.7

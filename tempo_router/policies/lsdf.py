@@ -33,7 +33,8 @@ class LargestServiceDensity(Policy):
 
     share: quantile of the bound. alpha: 1 is the default of the published code, its experiments set 100; between them
     more was met. Simulated (mixed111_poisson30, 600 s, A100, 1.5x, 48 slots), good tokens/s: share 0.95 with alpha 1,
-    10, 100: 643, 740, 689; share 0.7: 590 and 622 with 1 and 100; longest instead of summed siblings 542; 128 slots 428.
+    10, 100: 643, 740, 689; share 0.7: 590 and 622 with 1 and 100; longest instead of summed siblings 542. 128
+    slots, alpha 1: 428.
     Source: Tempo (arXiv 2504.20068 v1); the formulas are those of its code (service_gain.py). Unlike that code the
     bound never lies below what was produced, and the true length of a stream is not used.
     """
