@@ -15,6 +15,7 @@ from tempo_router.request import ProgramId
 _MAX_STAGES = 64
 _MAX_KEYS = 1024
 _SMOOTHING = 0.02
+_WAIT_SMOOTHING = 0.01
 _TRUSTED = 8
 """So many programs of an application and deadline make its own statistics better than the application's."""
 
@@ -84,13 +85,21 @@ class _Seen:
 
 
 class ProgramHistory:
-    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone."""
+    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone.
+
+    wait_s: running mean of the time from a call's release to its first token.
+    """
 
     def __init__(self) -> None:
         self._stages: dict[tuple[str, int | None], list[_Stage]] = {}
         self._seen: dict[ProgramId, _Seen] = {}
         self._forecasts: dict[tuple[str, int, int], tuple[int, Forecast]] = {}
         self._observed = 0
+        self.wait_s = 0.0
+
+    def call_started(self, wait_s: float) -> None:
+        """A call got its first token so long after its release: what later stages will have to wait, too."""
+        self.wait_s += _WAIT_SMOOTHING * (wait_s - self.wait_s)
 
     def call_came(self, program: Program, stage: int, prompt_tokens: int, now_s: float) -> None:
         """A call of the program was released. A higher stage than before closes the one before it."""

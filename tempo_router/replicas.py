@@ -129,11 +129,12 @@ class Replica:
         """Tokens of KV cache that no call has been promised; below zero when answers outgrew the expectation."""
         return self.capacity.kv_tokens - self.committed_kv
 
-    def is_open(self, queue_depth: int) -> bool:
+    def is_open(self, queue_depth: int, *, is_deep: bool = False) -> bool:
         """It takes another call: its slots and the short queue that hides the round trip are not full.
 
         Where calls wait in the engine although it has slots, its steps are full of prompts. It then gets what fills
-        the step that runs and the one after, unless its KV cache is what lacks.
+        the step that runs and the one after, unless its KV cache is what lacks. is_deep: the policy orders what waits
+        in the engine, too, so prompts need not be held back from one with a step planner.
         """
         if self.is_draining:
             return False
@@ -141,6 +142,8 @@ class Replica:
             return True
         if len(self.calls) >= self.capacity.max_running + queue_depth:
             return False
+        if is_deep and self.capacity.has_step_planner:
+            return True
         if self.load.waiting == 0 or self.unstarted < queue_depth:
             return True
         return self.unstarted_context < min(2 * self.capacity.max_step_tokens, self.load.free_kv_tokens)

@@ -42,6 +42,7 @@ from tempo_router.request import (
     DispatchId,
     GroupId,
     Latency,
+    ProgramCall,
     ProgramId,
     ReplicaId,
     RequestId,
@@ -312,7 +313,7 @@ class RouterCore:
     def _admission(self, request: WaitingRequest) -> Admit:
         spec = request.spec
         pace = self._steps.pace()
-        is_class_blind = self._config.policy == "fcfs"
+        is_class_blind = self._config.policy in ("fcfs", "vllm_fcfs", "ltr", "srpt", "vtc")
         ahead_s = self._backlog.ahead_s(slo_class(spec.slo), is_class_blind)
         takers = [replica for replica in self._replicas.values() if not replica.is_draining]
         wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
@@ -397,7 +398,7 @@ class RouterCore:
             self._queue.rekey(request, self._context())
 
     def _on_program_finished(self, program_id: ProgramId, is_complete: bool) -> None:
-        program = self._ledger.program_ended(program_id)
+        program = self._ledger.program_ended(program_id, is_complete=is_complete)
         if program is not None:
             self._history.program_ended(program, is_complete=is_complete)
 
@@ -525,6 +526,8 @@ class RouterCore:
         for call, (_, tokens) in zip(calls, event.tokens, strict=True):
             if call is not None and not call.is_aborted:
                 self._ledger.progressed(call.spec, tokens)
+                if call.new_tokens == tokens and isinstance(call.spec.slo, ProgramCall):
+                    self._history.call_started(self._now_s - call.spec.arrival_s)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._calls:
                 self._on_call_finished(call, finished, actions)
@@ -781,6 +784,7 @@ class RouterCore:
     def _fill(self, context: Context, actions: list[Action]) -> None:
         """Give requests to replicas, best first, until no slot or no request is left, or nothing seen has room."""
         passed_over: list[WaitingRequest] = []
+        gambles: list[WaitingRequest] = []
         lacking: list[int] = []
         may_trickle = self._since_trickle >= _TRICKLE - 1
         has_seen_all = has_seen_enough = False
@@ -800,6 +804,9 @@ class RouterCore:
             if needed is None:
                 self._unplaceable[request.spec.request_id] = request
                 continue
+            if starving is None and self._is_gamble(request):
+                gambles.append(request)
+                continue
             replica = choose(self._allowed(request, needed, candidates), needed, self._home(request))
             if replica is not None:
                 self._start(request, replica, context, actions)
@@ -808,10 +815,22 @@ class RouterCore:
             passed_over.append(request)
             lacking.append(needed)
             self._note_blocked(request, needed, is_urgent=starving is not None)
-        for request in passed_over:
+        for request in (*passed_over, *gambles):
             self._queue.push_back(request, context)
         self._blocked_kv = min(lacking) if lacking and (has_seen_all or has_seen_enough) else None
         self._was_all_blocked = has_seen_all
+
+    def _is_gamble(self, request: WaitingRequest) -> bool:
+        """It counts as a whole or not at all, nothing of it is done, and the plan has no room for it."""
+        if self._plan is None or not self._config.switches.commitment:
+            return False
+        standing, spec = request.standing, request.spec
+        if standing.is_admitted or standing.density <= 0.0 or request.is_relegated:
+            return False
+        if isinstance(spec.slo, Latency) or spec.generated_tokens:
+            return False
+        program = self._ledger.program(spec)
+        return program is None or (program.done_calls == 0 and program.attained_tokens == 0)
 
     def _is_worth_looking(self) -> bool:
         """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""
@@ -828,7 +847,8 @@ class RouterCore:
         """Replicas that take a call now, in order of attaching; not the one that is kept for a held request."""
         depth = self._config.replica_queue_depth
         held = self._hold[1] if self._hold is not None else None
-        return [replica for replica in self._replicas.values() if replica is not held and replica.is_open(depth)]
+        is_deep = self._policy.preempts
+        return [one for one in self._replicas.values() if one is not held and one.is_open(depth, is_deep=is_deep)]
 
     def _starving(self) -> WaitingRequest | None:
         """The oldest request, taken from the queue, if it has waited too long."""

@@ -243,6 +243,7 @@ class _Units:
             history.forecast(program) if program is not None and is_ahead else NOTHING for program in self.programs
         ]
         pace = self._pace
+        self.wait_s = history.wait_s
         calls = np.array([one.calls for one in forecasts])
         prompts = np.array([one.prompt_tokens for one in forecasts])
         squared = np.array([one.squared_prompts for one in forecasts])
@@ -258,7 +259,8 @@ class _Units:
         )
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
         chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
-        self.later_s = chain_tokens * self.tau_s + chain_s + gaps + stages * self.tau_s
+        self.waits_s = stages * history.wait_s
+        self.later_s = chain_tokens * self.tau_s + chain_s + gaps + self.waits_s + stages * self.tau_s
 
     def _worth(self, context: Context) -> None:
         now_s = self._now_s
@@ -350,7 +352,7 @@ class _Units:
             prefill_s=float(self.prefill_s[first] + self.chain_prefill_s[unit]),
             serial_tokens=rest + float(self.chain_tokens[unit]),
             spread_tokens=(upper - rest) + 0.15 * float(self.chain_tokens[unit]),
-            gaps_s=float(self.gaps_s[unit]),
+            gaps_s=float(self.gaps_s[unit] + self.waits_s[unit]) + self.wait_s * (self.kind[unit] == PROGRAM),
             left_s=float("inf") if is_stream else float(self.left_s[unit]),
             tbt_s=float(self.tbt_s[first]) if is_stream else float("inf"),
             value=float(self.full_value[unit]),

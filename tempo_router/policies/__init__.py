@@ -45,7 +45,11 @@ def build_policy(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case 
         case "tempo":
             switches = config.switches
             by_density = not (switches.urgency and switches.timeline)
-            batch = BatchRule("capped", cap_share=config.step_cap_share) if switches.step_cap else BatchRule(step_tokens=512)
+            batch = (
+                BatchRule("capped", cap_share=config.step_cap_share)
+                if switches.step_cap
+                else BatchRule(step_tokens=512)
+            )
             return Tempo(by_density, switches.gap_bound, batch)
         case "vllm_fcfs":
             return WholePromptsFirst()

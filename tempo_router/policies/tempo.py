@@ -60,6 +60,8 @@ class Tempo(Policy):
 
     def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
         """The same keys, all at once."""
+        if not jobs:
+            return []
         facts = np.array([job.facts for job in jobs])
         kind = facts[:, KIND]
         density = np.array([job.standing.density for job in jobs])
