@@ -39,9 +39,9 @@ from cluster.router_server import RouterServer
 from tempo_router.config import SchedulingConfig, TempoConfig
 from tempo_router.metrics import DeliveryTracker, Outcome, refused_outcome, summarise
 from tempo_router.request import BestEffort, Deadline, GroupId, Latency, RequestId, RequestSpec, Slo
+from tempo_router.simulation.step_profiles import load_profile
 from workers.engine import EngineCall, OnDeath, OnStep
 from workers.simulated_engine import SimulatedEngine
-from tempo_router.simulation.step_profiles import load_profile
 from workers.worker import Worker
 
 POLICIES = ("fcfs", "class_priority", "edf", "density")

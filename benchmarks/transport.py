@@ -41,9 +41,9 @@ from cluster.router_server import RouterServer
 from tempo_router.config import TempoConfig
 from tempo_router.metrics import percentile
 from tempo_router.request import GroupId, Latency, RequestId, RequestSpec
+from tempo_router.simulation.step_profiles import EngineShape, LinearStepTime, StepProfile
 from workers.engine import EngineStep
 from workers.simulated_engine import SimulatedEngine
-from tempo_router.simulation.step_profiles import EngineShape, LinearStepTime, StepProfile
 from workers.worker import Worker
 
 WARM_UP_S = 3.0

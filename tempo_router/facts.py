@@ -14,7 +14,10 @@ Facts = tuple[float, float, float, float, float, float, float, float]
 
 
 def facts_of(spec: RequestSpec) -> Facts:
-    """(kind, due time of token 0, time between tokens, deadline, prompt, context, earlier tokens, limit); inf for none."""
+    """(kind, due time of token 0, time between tokens, deadline, prompt, context, earlier tokens, limit).
+
+    A time that a request does not have is infinite.
+    """
     slo = spec.slo
     due_s, tbt_s, deadline_s = math.inf, 1.0, math.inf
     match slo:

@@ -169,7 +169,7 @@ class RouterCore:
 
     # ---- the door, and what can be asked ----
 
-    def handle(self, event: Event) -> list[Action]:
+    def handle(self, event: Event) -> list[Action]:  # noqa: C901  # one case per event
         """Take note of one event and say what to do about it, in order.
 
         Times may repeat or step back; the core's own time never does. Raises InvalidEventError, with nothing
@@ -716,8 +716,9 @@ class RouterCore:
             self._start(request, min(fitting, key=lambda one: (one.outstanding_s(), one.number)), context, actions)
 
     def _start_admitted(self, context: Context, actions: list[Action]) -> None:
-        """What the plan has admitted goes to a replica at once, beyond its slots if need be: the step planner there
-        holds what is less urgent.
+        """What the plan has admitted goes to a replica at once, beyond its slots if need be.
+
+        The step planner there holds what is less urgent.
         """
         takers = [one for one in self._replicas.values() if not one.is_draining and one.capacity.has_step_planner]
         passed_over: list[WaitingRequest] = []

@@ -19,7 +19,7 @@ from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
 
 LEAST_CHUNK = 64
-"""Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap. Source: scheduler study."""
+"""Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap (docs/scheduling.md)."""
 
 
 class LiveCall:
@@ -113,8 +113,10 @@ class _Clock:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. prefills: (call, tokens of its context to compute). decodes: how many of the decoding calls run: all or
-    none of them; those that shall not run are held. context_tokens: summed context of these.
+    """One step.
+
+    prefills: (call, tokens of its context to compute). decodes: how many of the decoding calls run: all or none of
+    them; those that shall not run are held. context_tokens: summed context of these.
     """
 
     prefills: tuple[tuple[LiveCall, int], ...]

@@ -3,7 +3,6 @@
 A unit is a request alone or a whole program. Everything here is computed for all of them at once, in arrays.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -277,7 +276,7 @@ class _Units:
         self.kind[unit_of] = kind
         self.left_s = np.zeros(count)
         self.left_s[unit_of] = left_s
-        self.live_cost_s = np.bincount(unit_of, self.call_cost_s, count)
+        self.live_cost_s = _sums(unit_of, self.call_cost_s, count)
         self.cost_s = self.live_cost_s + self.later_cost_s
         tokens, chance = self._streams(kind, is_fresh)
         deadline_tokens, deadline_chance = self._deadlines(left_s)
@@ -296,10 +295,10 @@ class _Units:
             z = (self.left_s - self.crit_s) / (_SPREAD * self.crit_s + _SPREAD_S)
             program_chance = np.where(is_program, _normal(z), 0.0)
         done = np.array([0.0 if one is None else one.done_tokens for one in self.programs])
-        expected = np.bincount(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
+        expected = _sums(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
         self.chance = np.where(is_program, program_chance, self.chance)
         good = np.where(is_program, program_chance * expected, good)
-        prompt_tokens = np.bincount(unit_of, self._facts[:, PROMPT], count)
+        prompt_tokens = _sums(unit_of, self._facts[:, PROMPT], count)
         self.value = self._value(good, prompt_tokens, is_program, self.chance, context.mean_length)
         self.full_value = self._value(expected, prompt_tokens, is_program, np.ones(count), context.mean_length)
         self.is_hopeless = (is_program & (self.left_s <= 0.0)) | (is_program & (program_chance <= 0.0))
@@ -379,6 +378,12 @@ class _Units:
             whole = due_in_bucket(self.live_cost_s, finite - self.later_s) + due_in_bucket(self.later_cost_s, finite)
         demand: Floats = np.where(is_stream, streams, whole)
         return demand
+
+
+def _sums(unit_of: Ints, amounts: Floats, count: int) -> Floats:
+    """Amounts of calls, added up by unit."""
+    sums: Floats = np.bincount(unit_of, amounts, count).astype(np.float64)
+    return sums
 
 
 def _normal(z: Floats) -> Floats:

@@ -12,8 +12,8 @@ class WaitingRequest:
     ticket: number in the order of becoming waiting, unique; breaks every tie.
     since_s: when it began to wait here. lengths: distribution of its answer's length.
     cached_tokens: leading tokens of its context that a replica is believed to have cached.
-    facts: the spec in numbers. cost_s: predicted GPU seconds, as counted in the backlog. hopeless_at_s: when it is beyond help, as predicted
-        when it came.
+    facts: the spec in numbers. cost_s: predicted GPU seconds, as counted in the backlog.
+    hopeless_at_s: when it is beyond help, as predicted when it came.
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.

@@ -12,7 +12,8 @@ from tempo_router.request import Latency, SloClass
 from tempo_router.simulation.trace import Unit, UnitSlo
 
 Status = Literal["finished", "refused", "expired", "abandoned", "cut"]
-"""refused, expired: the router would not take it, or gave it up. abandoned: its client left. cut: the run ended first."""
+"""refused, expired: the router would not take it, or gave it up. abandoned: its client left.
+cut: the run ended first."""
 
 _GAIN_ALPHA = 1.0
 
