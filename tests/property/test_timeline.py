@@ -1,0 +1,190 @@
+"""Laws of admission on the capacity timeline, and of the reserve that is kept for arrivals still to come."""
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tempo_router.reserve import BINS_PER_OCTAVE, DECAY_S, Reserve
+from tempo_router.timeline import BUCKET_ENDS_S, admit, bucket_of, due_in_bucket
+
+Floats = npt.NDArray[np.float64]
+
+WIDTH = 5
+LIMITS = settings(max_examples=150, deadline=None)
+
+
+@st.composite
+def workloads(draw: st.DrawFn, most: int = 200) -> tuple[Floats, Floats]:
+    """(demand, allowance): rows that grow along the buckets; allowances that shrink from row to row.
+
+    Eighths, so that sums are exact and the order of adding them does not matter.
+    """
+    units = draw(st.integers(0, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = draw(st.sampled_from((1, 8, 64)))
+    demand = np.cumsum(rng.integers(0, size + 1, (units, WIDTH)) * (rng.random((units, WIDTH)) < 0.4), axis=1) / 8
+    capacity = np.cumsum(rng.integers(0, draw(st.sampled_from((8, 200, 4000))), WIDTH)) / 8
+    kept = np.cumsum(rng.integers(0, draw(st.sampled_from((1, 8))), (units, 1)), axis=0) / 8
+    return demand.astype(np.float64), capacity[None, :] - kept * np.arange(1, WIDTH + 1)[None, :]
+
+
+def one_by_one(demand: Floats, allowance: Floats) -> list[bool]:
+    """Admission as one would explain it."""
+    used = [0.0] * demand.shape[1]
+    verdicts = []
+    for row, limits in zip(demand.tolist(), allowance.tolist(), strict=True):
+        fits = all(before + need <= limit for before, need, limit in zip(used, row, limits, strict=True) if need > 0)
+        verdicts.append(fits)
+        if fits:
+            used = [before + need for before, need in zip(used, row, strict=True)]
+    return verdicts
+
+
+@LIMITS
+@given(workloads())
+def test_admits_what_asking_one_after_the_other_would(workload: tuple[Floats, Floats]):
+    demand, allowance = workload
+
+    assert admit(demand, allowance).tolist() == one_by_one(demand, allowance)
+
+
+@LIMITS
+@given(workloads())
+def test_never_admits_beyond_what_a_row_may_use_in_any_bucket(workload: tuple[Floats, Floats]):
+    demand, allowance = workload
+    admitted = admit(demand, allowance)
+    used = np.cumsum(demand * admitted[:, None], axis=0)
+
+    beyond = (used > allowance) & (demand > 0) & admitted[:, None]
+    assert not beyond.any(), f"rows {np.nonzero(beyond.any(axis=1))[0]} are beyond their allowance"
+
+
+@LIMITS
+@given(workloads(), st.data())
+def test_removing_a_unit_changes_nothing_for_the_denser_and_lets_the_next_rival_in(
+    workload: tuple[Floats, Floats], data: st.DataObject
+):
+    demand, allowance = workload
+    if not demand.shape[0]:
+        return
+    gone = data.draw(st.integers(0, demand.shape[0] - 1))
+    whole = admit(demand, allowance)
+    rest = admit(np.delete(demand, gone, axis=0), np.delete(allowance, gone, axis=0))
+
+    assert rest[:gone].tolist() == whole[:gone].tolist()
+    if not whole[gone]:
+        assert rest[gone:].tolist() == whole[gone + 1 :].tolist(), "what was not admitted stood in somebody's way"
+    elif not whole[gone + 1 :].all():
+        # The first that is decided otherwise can only be one that got in instead.
+        differ = np.nonzero(rest[gone:] != whole[gone + 1 :])[0]
+        assert not differ.size or rest[gone + differ[0]]
+
+
+@LIMITS
+@given(workloads(), st.sampled_from((-20, -3, 5, 30)))
+def test_admission_knows_no_unit_of_time(workload: tuple[Floats, Floats], octaves: int):
+    demand, allowance = workload
+
+    assert admit(demand * 2.0**octaves, allowance * 2.0**octaves).tolist() == admit(demand, allowance).tolist()
+
+
+def test_a_unit_without_demand_is_admitted_even_when_nothing_is_left():
+    demand = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    allowance = np.array([[1.0, 1.0], [-5.0, -5.0], [0.0, 1.0]])
+
+    assert admit(demand, allowance).tolist() == [True, True, False]
+
+
+@LIMITS
+@given(st.floats(0.0, 500.0))
+def test_work_is_due_in_the_last_bucket_that_ends_before_its_deadline(after_s: float):
+    (bucket,) = bucket_of(np.array([after_s]))
+    (demand,) = due_in_bucket(np.array([3.0]), np.array([after_s]))
+
+    assert BUCKET_ENDS_S[bucket] <= after_s or bucket == 0
+    assert bucket == BUCKET_ENDS_S.size - 1 or BUCKET_ENDS_S[bucket + 1] > after_s
+    assert demand.tolist() == [0.0] * bucket + [3.0] * (BUCKET_ENDS_S.size - bucket)
+
+
+# ---- the reserve ----
+
+ARRIVALS = st.lists(
+    st.tuples(st.floats(1e-3, 1e3), st.floats(1e-3, 50.0), st.floats(0.0, 5.0)), min_size=1, max_size=60
+)
+"""(density, cost, seconds since the one before)"""
+
+
+def told(arrivals: list[tuple[float, float, float]], scale: float = 1.0) -> tuple[Reserve, float]:
+    """A reserve that heard of these arrivals, and when the last one came."""
+    reserve, now_s = Reserve(), 10.0
+    for density, cost_s, gap_s in arrivals:
+        now_s += gap_s
+        reserve.add(density * scale, cost_s, now_s)
+    return reserve, now_s
+
+
+@LIMITS
+@given(ARRIVALS, st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30), st.floats(0.0, 100.0))
+def test_denser_work_leaves_room_for_less_to_come(
+    arrivals: list[tuple[float, float, float]], densities: list[float], later_s: float
+):
+    reserve, now_s = told(arrivals)
+    rates = reserve.rates(np.sort(np.array(densities)), now_s + later_s)
+
+    assert np.all(rates >= 0.0)
+    assert np.all(np.diff(rates) <= 0.0), f"rates {rates} rise with density"
+
+
+@LIMITS
+@given(ARRIVALS)
+def test_the_whole_reserve_is_the_decayed_work_of_all_arrivals(arrivals: list[tuple[float, float, float]]):
+    reserve, now_s = told(arrivals)
+    ages_s = [0.0]
+    for _, _, gap_s in reversed(arrivals):
+        ages_s.append(ages_s[-1] + gap_s)
+    work_s = sum(cost * np.exp(-age / DECAY_S) for (_, cost, _), age in zip(reversed(arrivals), ages_s, strict=False))
+    lived_s = max(ages_s[-2], 1.0)
+    window_s = DECAY_S * (1.0 - np.exp(-lived_s / DECAY_S))
+
+    # Of a density below all that were heard of, all arrivals are denser.
+    assert reserve.rates(np.array([0.0]), now_s)[0] == pytest.approx(work_s / window_s, rel=1e-6)
+
+
+@LIMITS
+@given(ARRIVALS)
+def test_without_arrivals_the_reserve_goes_away(arrivals: list[tuple[float, float, float]]):
+    reserve, now_s = told(arrivals)
+    lowest = np.zeros(1)
+    rates = [float(reserve.rates(lowest, now_s + after_s)[0]) for after_s in (0.0, 5.0, 40.0, 200.0, 2000.0)]
+
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates)), f"rates {rates} do not fall"
+    assert rates[-1] < 1e-12 * max(rates[0], 1.0)
+
+
+@LIMITS
+@given(ARRIVALS, st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.sampled_from((-12, -1, 3, 20)))
+def test_scaling_all_values_by_a_power_of_two_moves_nothing(
+    arrivals: list[tuple[float, float, float]], densities: list[float], octaves: int
+):
+    plain, now_s = told(arrivals)
+    moved, _ = told(arrivals, 2.0**octaves)
+    asked = np.array(densities)
+    # Within rounding of the logarithm a value may fall on either side of the edge between two bins.
+    numbers = BINS_PER_OCTAVE * np.log2(np.concatenate((asked, [density for density, _, _ in arrivals])))
+    if np.any(np.abs(numbers - np.round(numbers)) < 1e-6):
+        return
+
+    np.testing.assert_allclose(moved.rates(asked * 2.0**octaves, now_s), plain.rates(asked, now_s), rtol=1e-12)
+
+
+def test_a_fresh_reserve_and_worthless_work_reserve_nothing():
+    reserve = Reserve()
+    reserve.add(0.0, 5.0, 1.0)
+    reserve.add(2.0, 0.0, 1.0)
+    reserve.add(2.0, float("inf"), 1.0)
+
+    assert reserve.rates(np.array([0.0, 1.0, 1e9]), 2.0).tolist() == [0.0, 0.0, 0.0]
