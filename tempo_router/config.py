@@ -143,7 +143,9 @@ class SwitchesConfig(StrictModel):
 class SchedulingConfig(StrictModel):
     """Who goes first, who is refused, and how much of the queue the router keeps to itself."""
 
-    policy: PolicyName = Field("density", description="order of the queue; density is Tempo's own")
+    policy: PolicyName = Field(
+        "density", description="order of the queue; tempo plans over everything, density is its simple fallback"
+    )
     hopeless: Literal["relegate", "refuse"] = Field(
         "relegate",
         description="what becomes of work that can no longer meet its SLO: go on as best effort, or end with an error",
@@ -167,7 +169,7 @@ class SchedulingConfig(StrictModel):
         0.0, ge=0, le=4, description="0: tenants do not matter; 1: the less served count for more"
     )
     step_cap_share: float = Field(
-        0.2, gt=0, le=1, description="longest step, as a share of the tightest time between tokens served"
+        0.3, gt=0, le=1, description="longest step, as a share of the tightest time between tokens served"
     )
     plan_s: float = Field(0.5, gt=0, description="seconds between plans over the whole queue, without arrivals")
     switches: SwitchesConfig = SwitchesConfig()

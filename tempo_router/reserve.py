@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 class Reserve:
     """Decayed histogram of arriving GPU seconds over log2(density), 16 bins to an octave, 120 bins.
 
-    The range is centred on the first densities seen and moves when more than a quarter of the work falls outside.
+    The range is centred on the first density seen; what falls outside counts in the end bins.
     """
 
     def __init__(self) -> None:

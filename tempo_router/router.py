@@ -775,7 +775,7 @@ class RouterCore:
         return keys[slots - 1] if len(keys) >= slots else float("inf")
 
     def _home(self, request: WaitingRequest) -> Replica | None:
-        """The replica that has the request's prefix, or its program's last call."""
+        """The replica that has the request's prefix, as far as is known."""
         spec = request.spec
         if not self._config.switches.affinity:
             return None

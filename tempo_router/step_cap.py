@@ -23,6 +23,9 @@ _EVERY_S = 4.0
 _TOLERANCE = 0.01
 """Of caps that are worth as much, within this, the shortest is taken: it leaves the most slack."""
 
+_HYSTERESIS = 0.03
+"""The cap stays while it is worth as much as the best, within this: every change unsettles what was planned."""
+
 SHARES: Floats = np.array([0.12, 0.16, 0.2, 0.23, 0.26, 0.29, 0.32, 0.35, 0.38, 0.42, 0.46, 0.5, 0.6])
 """Candidates, as shares of the tightest time between tokens."""
 
@@ -75,8 +78,13 @@ class StepCap:
             return self.cap_s
         worth = self._worth(caps, fixed_s, window_s * replicas)
         best = float(worth.max())
-        if best > 0.0:
-            self.cap_s = float(caps[int(np.argmax(worth >= (1.0 - _TOLERANCE) * best))])
+        if best <= 0.0:
+            return self.cap_s
+        if self.cap_s is not None:
+            now = float(np.interp(self.cap_s, caps, worth))
+            if now >= (1.0 - _HYSTERESIS) * best:
+                return self.cap_s
+        self.cap_s = float(caps[int(np.argmax(worth >= (1.0 - _TOLERANCE) * best))])
         return self.cap_s
 
     def _worth(self, caps: Floats, fixed_s: float, capacity_s: float) -> Floats:

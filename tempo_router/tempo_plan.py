@@ -351,7 +351,7 @@ class _Units:
             prefill_s=float(self.prefill_s[first] + self.chain_prefill_s[unit]),
             serial_tokens=rest + float(self.chain_tokens[unit]),
             spread_tokens=(upper - rest) + 0.15 * float(self.chain_tokens[unit]),
-            gaps_s=float(self.gaps_s[unit] + self.waits_s[unit]) + self.wait_s * (self.kind[unit] == PROGRAM),
+            gaps_s=float(self.gaps_s[unit] + self.waits_s[unit] + self.wait_s * (self.kind[unit] == PROGRAM)),
             left_s=float("inf") if is_stream else float(self.left_s[unit]),
             tbt_s=float(self.tbt_s[first]) if is_stream else float("inf"),
             value=float(self.full_value[unit]),

@@ -448,8 +448,8 @@ def test_two_traces_of_one_name_are_refused(trace_path, tmp_path, capsys):
 
 def test_ctrl_c_ends_a_real_run_at_once_with_its_rows_on_disk(trace_path, tmp_path):
     out = tmp_path / "r.json"
-    arguments = ["--traces", str(trace_path), "--loads", ",".join(str(1 + i / 100) for i in range(60)), "--policies",
-                 "fcfs,edf", "--seeds", "3", "--jobs", "1", "--out", str(out)]  # fmt: skip
+    arguments = ["--traces", str(trace_path), "--loads", ",".join(str(1 + i / 100) for i in range(100)), "--policies",
+                 "fcfs,edf", "--seeds", "30", "--jobs", "1", "--out", str(out)]  # fmt: skip
     program = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.goodput", *arguments],
         stderr=subprocess.PIPE,
@@ -467,7 +467,7 @@ def test_ctrl_c_ends_a_real_run_at_once_with_its_rows_on_disk(trace_path, tmp_pa
     assert program.wait() == 130, rest
     kept = json.loads(out.read_text())
     assert kept["complete"] is False
-    assert 1 <= len(kept["rows"]) < 360
+    assert 1 <= len(kept["rows"]) < 6000
     assert "--resume" in rest
 
 
