@@ -6,7 +6,7 @@ of decoding calls are counted by the number of steps, and the order is looked at
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tempo_router.facts import facts_of
@@ -369,7 +369,7 @@ class StepPlanner:
         for call in list(self._order):
             if budget <= 0 or rows <= len(prefills):
                 break
-            if call.call_id not in self._prefilling or not self._begin(call):
+            if call.call_id not in self._prefilling or not self._begin(call, prefills):
                 continue
             tokens = min(budget, call.missing_tokens)
             prefills.append((call, tokens))
@@ -384,18 +384,21 @@ class StepPlanner:
                 break
             if call.call_id not in self._prefilling or (prefills and call.missing_tokens > budget):
                 continue
-            if not self._begin(call):
+            if not self._begin(call, prefills):
                 break
             prefills.append((call, call.missing_tokens))
             budget -= call.missing_tokens
         return prefills
 
-    def _begin(self, call: LiveCall) -> bool:
-        """Give a call room for its whole context and one token, at the cost of those behind it. False: no room."""
+    def _begin(self, call: LiveCall, planned: Sequence[tuple[LiveCall, int]] = ()) -> bool:
+        """Give a call room for its whole context and one token, at the cost of those behind it. False: no room.
+
+        planned: prompts that are in this step already; they keep theirs.
+        """
         if call.blocks:
             return True
         needed = self._kv.blocks_for(call.to_compute + 1)
-        if needed > self._room() and not self._evict_for(call, needed):
+        if needed > self._room() and not self._evict_for(call, needed, planned):
             return False
         # The last token of a prompt is always computed: it gives the first token of the answer.
         cached = min(self._kv.use(call.spec.prefix_id, call.spec.prefix_tokens), call.to_compute - 1)
@@ -410,12 +413,18 @@ class StepPlanner:
         """Free blocks that the decoding calls of this step do not need."""
         return self._kv.free - self._crossings[-self._clock.steps % self._kv.block_size]
 
-    def _evict_for(self, call: LiveCall, needed: int) -> bool:
-        """Free blocks from the end of the order; never a call that is ahead of the one that asks."""
+    def _evict_for(self, call: LiveCall, needed: int, planned: Sequence[tuple[LiveCall, int]]) -> bool:
+        """Free blocks from the end of the order; never a call that is ahead of the one that asks, or in this step.
+
+        The order is that of now; the step is filled by the last one that was looked at, which may differ.
+        """
         if not self._policy.preempts or not call.standing.is_admitted or self._now_s < self._full_until_s:
             return False
         ordered = self._sorted(list(self._live.values()), self._now_s)
-        behind = [other for other in ordered[ordered.index(call) + 1 :] if other.blocks]
+        in_step = {other.call_id for other, _ in planned}
+        behind = [
+            other for other in ordered[ordered.index(call) + 1 :] if other.blocks and other.call_id not in in_step
+        ]
         if sum(self._blocks_of(other) for other in behind) + self._room() < needed:
             self._full_until_s = self._now_s + self._policy.frame_s
             return False
@@ -433,8 +442,10 @@ class StepPlanner:
         """Nothing runs: resume what is held, or start the first that fits after the last holder gave way."""
         if self._held:
             self._resume_all()
-            return []
-        for call in self._order:
+            self._make_room_for_decodes(self._now_s)
+            if self._decoding:
+                return []
+        for call in [*self._order, *self._prefilling.values()]:
             if call.call_id not in self._prefilling:
                 continue
             holders = [other for other in self._live.values() if other.blocks and other is not call]
