@@ -181,6 +181,24 @@ def test_scaling_all_values_by_a_power_of_two_moves_nothing(
     np.testing.assert_allclose(moved.rates(asked * 2.0**octaves, now_s), plain.rates(asked, now_s), rtol=1e-12)
 
 
+@LIMITS
+@given(
+    st.lists(st.tuples(st.floats(1.0, 4.0), st.floats(0.1, 50.0), st.just(0.0)), min_size=1, max_size=40),
+    st.floats(0.9, 4.5),
+)
+def test_the_reserve_before_a_density_is_the_work_that_is_denser(
+    arrivals: list[tuple[float, float, float]], density: float
+):
+    reserve, now_s = told(arrivals)
+    window_s = DECAY_S * (1.0 - np.exp(-1.0 / DECAY_S))
+    kept_s = float(reserve.rates(np.array([density]), now_s)[0]) * window_s
+    one_bin = 2 ** (1.001 / BINS_PER_OCTAVE)
+
+    # All that is denser by more than a bin counts, and nothing that is less dense.
+    assert kept_s >= sum(cost for other, cost, _ in arrivals if other > density * one_bin) * (1 - 1e-9)
+    assert kept_s <= sum(cost for other, cost, _ in arrivals if other > density) * (1 + 1e-9)
+
+
 def test_a_fresh_reserve_and_worthless_work_reserve_nothing():
     reserve = Reserve()
     reserve.add(0.0, 5.0, 1.0)
