@@ -67,7 +67,7 @@ class Program:
 class Tenant:
     """Service of one tenant. counter: weighted tokens, lifted when the tenant becomes active (VTC).
 
-    live: its requests that wait or run. served, offered: weighted tokens, decayed by nothing.
+    live: its requests that wait or run. served, offered: weighted tokens since it is known; the answer of what was offered by its mean.
     """
 
     __slots__ = ("counter", "live", "offered", "served", "tenant")
@@ -115,7 +115,10 @@ class Ledger:
     def arrived(self, job: "Job") -> None:
         """A request waits now (or again: `left` must have been called for what it was before)."""
         spec = job.spec
-        self._account(spec).live += 1
+        tenant = self._account(spec)
+        tenant.live += 1
+        if spec.attempt == 0:
+            tenant.offered += INPUT_SERVICE * spec.prompt_tokens + OUTPUT_SERVICE * job.lengths.mean
         slo = spec.slo
         if not isinstance(slo, ProgramCall):
             return
