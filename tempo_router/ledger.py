@@ -67,7 +67,8 @@ class Program:
 class Tenant:
     """Service of one tenant. counter: weighted tokens, lifted when the tenant becomes active (VTC).
 
-    live: its requests that wait or run. served, offered: weighted tokens since it is known; the answer of what was offered by its mean.
+    live: its requests that wait or run. served, offered: weighted tokens since it is known; offered answers count by
+        their expected length.
     """
 
     __slots__ = ("counter", "live", "offered", "served", "tenant")
