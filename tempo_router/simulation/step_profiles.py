@@ -144,7 +144,7 @@ def scaled(profile: StepProfile, time: float = 1.0, kv: float = 1.0) -> StepProf
     """The same engine with every step `time` times as long and `kv` times the cache: what if the profile is wrong?
 
     The cache keeps whole blocks, and room for one request of the greatest length. Raises ConfigError unless both are
-    finite and above zero.
+    finite and above zero, and for step times of a kind that is not of this file.
     """
     if not (0 < time < math.inf and 0 < kv < math.inf):
         raise ConfigError(f"profile {profile.name!r}: cannot be scaled by time={time}, kv={kv}; both must be above 0")
@@ -154,18 +154,35 @@ def scaled(profile: StepProfile, time: float = 1.0, kv: float = 1.0) -> StepProf
     return replace(
         profile,
         name=f"{profile.name} (time x{time:g}, kv x{kv:g})",
-        step_time=_ScaledStepTime(profile.step_time, time),
+        step_time=_scaled_times(profile.step_time, time),
         shape=replace(shape, kv_tokens=blocks * shape.block_size),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _ScaledStepTime:
-    of: StepTime
-    factor: float
-
-    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
-        return self.factor * self.of.duration_s(prefills, decodes, context_tokens)
+def _scaled_times(times: StepTime, factor: float) -> StepTime:
+    """Step times of the same kind, so that who knows its pieces, such as the upper bound, knows those of this one."""
+    match times:
+        case LinearStepTime():
+            return LinearStepTime(*(factor * getattr(times, name) for name in LinearStepTime.__dataclass_fields__))
+        case LayeredStepTime():
+            return replace(
+                times,
+                host_s=factor * times.host_s,
+                linear_s=tuple(factor * seconds for seconds in times.linear_s),
+                decode_fixed_s=factor * times.decode_fixed_s,
+                decode_s_per_context_token=factor * times.decode_s_per_context_token,
+                prefill_fixed_s=factor * times.prefill_fixed_s,
+                prefill_s_per_chunk_x_past=factor * times.prefill_s_per_chunk_x_past,
+                prefill_s_per_chunk_squared=factor * times.prefill_s_per_chunk_squared,
+                all_reduce_fixed_s=factor * times.all_reduce_fixed_s,
+                all_reduce_s_per_token=factor * times.all_reduce_s_per_token,
+                head_fixed_s=factor * times.head_fixed_s,
+                head_s_per_row=factor * times.head_s_per_row,
+            )
+        case _:
+            raise ConfigError(
+                f"step times of type {type(times).__name__} cannot be scaled; LinearStepTime and LayeredStepTime can"
+            )
 
 
 def load_profile(name: str, path: Path | None = None) -> StepProfile:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, note, settings
@@ -17,6 +18,7 @@ from tempo_router.simulation.step_profiles import (
     Prefill,
     StepProfile,
     StepTime,
+    scaled,
 )
 from tempo_router.simulation.trace import Trace, TraceCall, Unit, UnitSlo
 
@@ -240,6 +242,28 @@ def good_tokens(unit: Unit, times: Sequence[Sequence[float]]) -> int:
 
 
 PROFILES = [linear(), linear(context_s=1e-6, pair_s=1e-6), linear(base_s=0.002, token_s=0.0003), LAYERED]
+
+
+@pytest.mark.parametrize("which", [linear(context_s=1e-6, pair_s=1e-6), LAYERED])
+def test_an_engine_of_twice_the_speed_gets_in_half_the_time_what_the_other_gets(which):
+    rng = random.Random(7)
+    workload = random_trace(rng)
+    half = trace(*(_twice_as_fast(unit) for unit in workload.units))
+    fast = total(half, scaled(which, time=0.5), slots=3, bucket_s=0.05)
+    assert fast == pytest.approx(total(workload, which, slots=3, bucket_s=0.1), rel=1e-3)
+    assert fast > 0
+
+
+def _twice_as_fast(unit: Unit) -> Unit:
+    calls = tuple(replace(call, gap_s=call.gap_s / 2) for call in unit.calls)
+    match unit.slo:
+        case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+            slo: UnitSlo = Latency(ttft_s / 2, tbt_s / 2)
+        case Deadline(ttlt_s=ttlt_s):
+            slo = Deadline(ttlt_s / 2)
+        case _:
+            slo = unit.slo
+    return replace(unit, arrival_s=unit.arrival_s / 2, calls=calls, slo=slo)
 
 
 @settings(max_examples=30, deadline=None)

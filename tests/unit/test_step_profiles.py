@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -105,6 +106,42 @@ def test_a_scaled_profile_is_slower_and_holds_less(name):
     assert slow.shape.kv_tokens == pytest.approx(profile.shape.kv_tokens / 4, abs=profile.shape.block_size)
     assert slow.shape.kv_tokens % profile.shape.block_size == 0
     assert slow.name != profile.name
+
+
+@given(
+    st.sampled_from(sorted(preset_profiles())),
+    st.floats(0.1, 10),
+    st.lists(st.builds(Prefill, st.integers(1, 4096), st.integers(0, 8192)), max_size=3),
+    st.integers(0, 512),
+    st.integers(0, 10**6),
+)
+def test_every_step_of_a_scaled_engine_takes_the_factor_and_its_times_stay_of_their_kind(
+    name, factor, prefills, decodes, context_tokens
+):
+    times = preset_profiles()[name].step_time
+    changed = scaled(preset_profiles()[name], time=factor).step_time
+    assert type(changed) is type(times)
+    plain_s = times.duration_s(prefills, decodes, context_tokens)
+    assert changed.duration_s(prefills, decodes, context_tokens) == pytest.approx(factor * plain_s, rel=1e-9)
+
+
+def test_terms_that_no_preset_has_are_scaled_too(profile_file):
+    """The made-up engine runs on two devices, so its layers wait for each other."""
+    profile = load_profile("m:g:2", profile_file)
+    step = ([Prefill(4, 3)], 6, 100)
+    assert scaled(profile, time=3.0).step_time.duration_s(*step) == pytest.approx(
+        3 * profile.step_time.duration_s(*step)
+    )
+
+
+def test_step_times_of_another_kind_are_not_scaled_by_guess():
+    class Constant:
+        def duration_s(self, prefills, decodes, context_tokens):
+            return 1.0
+
+    profile = replace(load_profile("toy-cpu"), step_time=Constant())
+    with pytest.raises(ConfigError, match="Constant cannot be scaled"):
+        scaled(profile, time=2.0)
 
 
 def test_a_cache_is_not_scaled_below_the_longest_request():
