@@ -6,13 +6,14 @@ break. It keeps its own account from the actions alone and compares it with the 
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from math import ceil, inf
 from typing import NamedTuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import (
     Arrived,
@@ -31,7 +32,7 @@ from tempo_router.events import (
     StepReport,
     Ticked,
 )
-from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
+from tempo_router.request import BestEffort, DispatchId, Latency, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, request
 
@@ -40,7 +41,7 @@ OTHER_EPOCH = 6
 FREE_KV_TOKENS = 100
 """What every engine of the world reports."""
 SLOS = (CHAT, TOOL, AGENT, BACKGROUND)
-POLICIES = ("fcfs", "edf", "class_priority", "density")
+POLICIES = ("fcfs", "edf", "class_priority", "density", "tempo")
 
 
 @dataclass
@@ -184,10 +185,14 @@ class RouterMachine(RuleBasedStateMachine):
         kv_tokens=st.sampled_from((120, 300, 1000)),
         slots=st.integers(1, 3),
         is_draining=st.booleans(),
+        has_step_planner=st.booleans(),
         data=st.data(),
     )
-    def replica_attaches(self, kv_tokens: int, slots: int, is_draining: bool, data: st.DataObject) -> None:
-        replica = WorldReplica(ReplicaCapacity(slots, 512, kv_tokens), is_draining=is_draining)
+    def replica_attaches(
+        self, kv_tokens: int, slots: int, is_draining: bool, has_step_planner: bool, data: st.DataObject
+    ) -> None:
+        capacity = ReplicaCapacity(slots, 512, kv_tokens, has_step_planner=has_step_planner)
+        replica = WorldReplica(capacity, is_draining=is_draining)
         replica_id = ReplicaId(f"gpu{self.foreign}-{len(self.history)}")
         for spec in data.draw(st.lists(st.sampled_from(self.adoptable()), max_size=2)):
             self.foreign += 1
@@ -421,6 +426,8 @@ class RouterMachine(RuleBasedStateMachine):
                 lost = self.running.pop(request_id)
                 assert lost.spec.attempt == attempt
                 self.evicted[request_id] = lost.spec
+            case Retune():
+                self.note_standings(action)
 
     def start_call(self, dispatch: Dispatch) -> None:
         assert self.is_settled, "dispatched before the router had settled"
@@ -434,15 +441,29 @@ class RouterMachine(RuleBasedStateMachine):
         assert spec.attempt == dispatch.attempt
         depth = self.config.replica_queue_depth
         unstarted = sum(call.tokens == 0 for call in replica.calls.values())
-        if replica.calls and replica.engine_waiting:
+        is_planned = self.config.policy == "tempo" and replica.capacity.has_step_planner
+        if replica.calls and replica.engine_waiting and not is_planned:
             prompts = sum(call.spec.context_tokens for call in replica.calls.values() if call.tokens == 0)
             fills_steps = prompts < min(2 * replica.capacity.max_step_tokens, FREE_KV_TOKENS)
             assert unstarted < depth or fills_steps, "sent more than two steps' worth to an engine with calls waiting"
         replica.calls[dispatch.dispatch_id] = WorldCall(spec)
-        assert len(replica.calls) <= replica.capacity.max_running + depth, "more calls than slots and queue"
+        slots = replica.capacity.max_running
+        most = max(slots + depth, ceil(1.5 * slots)) if is_planned else slots + depth
+        assert len(replica.calls) <= most, "more calls than slots and queue"
         held = sum(call.spec.context_tokens + max(call.tokens, 1) for call in replica.calls.values())
         assert held <= replica.capacity.kv_tokens, "more context than the KV cache holds"
         self.running[dispatch.request_id] = Place(dispatch.replica_id, dispatch.dispatch_id, spec)
+
+    def note_standings(self, retune: Retune) -> None:
+        """Plans go to replicas with a step planner, about calls that these run, and hold only sane numbers."""
+        assert self.config.policy == "tempo"
+        replica = self.replicas[retune.replica_id]
+        assert replica.capacity.has_step_planner
+        assert retune.step_cap_s is None or 0 < retune.step_cap_s < 10
+        for dispatch_id, standing in retune.standings:
+            assert not replica.calls[dispatch_id].is_aborted, "a plan over a call that nobody wants"
+            assert 0 <= standing.density < inf
+            assert 0 <= standing.later_s < inf
 
     def note_attached(self, event: ReplicaAttached, actions: list[Action]) -> None:
         """Calls that the replica runs and that were not stopped are running now."""
@@ -477,6 +498,10 @@ class RouterMachine(RuleBasedStateMachine):
         ]
 
     def could_take(self, spec: RequestSpec, replica: WorldReplica) -> bool:
+        is_whole = not isinstance(spec.slo, Latency | BestEffort)
+        if self.config.policy == "tempo" and is_whole and not spec.generated_tokens:
+            # Commitment: what counts only as a whole waits for the plan to have room for it.
+            return False
         if spec.context_tokens + 1 > replica.capacity.kv_tokens:
             return False
         has_running_sibling = any(

@@ -103,8 +103,9 @@ class PlannerMachine(RuleBasedStateMachine):
             for planner in self.planners:
                 planner.add(call_id, spec, LengthHistograms().lookup(spec), standing, self.now_s)
 
-    @rule(count=st.integers(1, 25), late=st.booleans(), pause_s=st.sampled_from((0.0, 0.01, 0.4)))
+    @rule(count=st.integers(1, 25), late=st.booleans(), pause_s=st.sampled_from((0.0, 0.01, 0.4, -0.02, -30.0)))
     def steps(self, count: int, late: bool, pause_s: float) -> None:
+        """The clock runs on, stands still (a pause of minus a step's duration), or is set back."""
         for number in range(count):
             plan = self.one_plan()
             if plan is None:
