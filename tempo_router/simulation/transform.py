@@ -39,18 +39,36 @@ def with_slo_scale(trace: Trace, factor: float) -> Trace:
     return _with_units(trace, (replace(unit, slo=_scaled(unit.slo, factor)) for unit in trace.units))
 
 
-def with_unloaded_slos(trace: Trace, factor: float, step_time: StepTime, *, step_tokens: int = 2048) -> Trace:
+TTFT_FLOOR_S = 0.1
+"""No first token is due sooner by a factor on unloaded times (guessed: what seems immediate to a reader). Alone, a short
+prompt takes a single step, and a target of a few steps would only ask whether the engine was busy when it came."""
+
+
+def with_unloaded_slos(
+    trace: Trace,
+    factor: float,
+    step_time: StepTime,
+    *,
+    step_tokens: int = 2048,
+    ttft_floor_s: float = TTFT_FLOOR_S,
+) -> Trace:
     """Targets of `factor` times what each unit needs alone on an engine with these step times.
 
-    TTFT: the prefill, in steps of `step_tokens`, nothing cached. TBT: a decode step with the full context. TTLT:
-    prefill and decode or, for programs, the longest way through them with its gaps (which the factor scales too).
+    TTFT: the prefill, in steps of `step_tokens`, nothing cached; at least ttft_floor_s. TBT: a decode step with the full
+    context. TTLT: prefill and decode or, for programs, the longest way through them with its gaps (which the factor
+    scales too).
     """
     _check_factor("factor", factor)
     if step_tokens < 1:
         raise ConfigError(f"step_tokens={step_tokens}: must be at least 1")
-    return _with_units(
-        trace, (replace(unit, slo=_scaled(_unloaded(unit, step_time, step_tokens), factor)) for unit in trace.units)
-    )
+    if not 0 <= ttft_floor_s < math.inf:
+        raise ConfigError(f"ttft_floor_s={ttft_floor_s}: must be finite and not below zero")
+
+    def slo_of(unit: Unit) -> UnitSlo:
+        slo = _scaled(_unloaded(unit, step_time, step_tokens), factor)
+        return replace(slo, ttft_s=max(ttft_floor_s, slo.ttft_s)) if isinstance(slo, Latency) else slo
+
+    return _with_units(trace, (replace(unit, slo=slo_of(unit)) for unit in trace.units))
 
 
 def without_apps(trace: Trace, apps: Collection[str]) -> Trace:

@@ -71,6 +71,17 @@ def test_unloaded_targets_are_what_each_unit_takes_alone():
     assert slos[3] == BestEffort()
 
 
+def test_no_first_token_is_due_sooner_than_the_floor_and_gaps_between_tokens_have_none():
+    quick = LinearStepTime(0.005, 0.00001, 0.0, 0.0, 0.0)
+
+    def target(**floor):
+        return transform.with_unloaded_slos(Trace("t", (CHAT,)), 2.0, quick, **floor).units[0].slo
+
+    assert target() == Latency(transform.TTFT_FLOOR_S, pytest.approx(0.01))
+    assert target(ttft_floor_s=0.0) == Latency(pytest.approx(2 * 0.006), pytest.approx(0.01))
+    assert target(ttft_floor_s=3.0) == Latency(3.0, pytest.approx(0.01))
+
+
 def test_the_mean_step_is_exact_where_step_times_are_linear_in_the_context():
     steps = load_profile("toy-cpu").step_time
     call = TraceCall("c", 300, 40)
@@ -106,6 +117,8 @@ def test_a_share_of_the_units_becomes_best_effort():
         lambda: transform.faster(TRACE, float("nan")),
         lambda: transform.with_slo_scale(TRACE, -1),
         lambda: transform.with_unloaded_slos(TRACE, float("inf"), STEPS),
+        lambda: transform.with_unloaded_slos(TRACE, 2.0, STEPS, ttft_floor_s=-0.1),
+        lambda: transform.with_unloaded_slos(TRACE, 2.0, STEPS, ttft_floor_s=float("nan")),
         lambda: transform.as_best_effort(TRACE, 1.5, 0),
     ],
 )
