@@ -249,6 +249,9 @@ class StepPlanner:
         """The next step; None when nothing can run."""
         if not self._live:
             return None
+        if now_s < self._now_s:
+            # A clock that was set back: what was put off must not wait until it has caught up.
+            self._arrange_at_s = self._full_until_s = self._slack_until_s = now_s
         self._now_s = now_s
         self._arrange(now_s)
         rule = self._policy.batch

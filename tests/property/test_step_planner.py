@@ -5,6 +5,7 @@ checks each plan against the limits of the engine. A twin planner is told the sa
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,36 @@ STANDINGS = st.one_of(
     ),
 )
 
+
+
+class WatchedPlanner(StepPlanner):
+    """Whenever a call loses its blocks: it is the last of those that hold some, and behind the one that asks."""
+
+    watched = 0
+    asker: LiveCall | None = None
+    in_step: frozenset[DispatchId] = frozenset()
+
+    def _evict_for(self, call: LiveCall, needed: int, planned: Sequence[tuple[LiveCall, int]]) -> bool:
+        self.asker, self.in_step = call, frozenset(other.call_id for other, _ in planned)
+        try:
+            return super()._evict_for(call, needed, planned)
+        finally:
+            self.asker, self.in_step = None, frozenset()
+
+    def _evict(self, call: LiveCall) -> None:
+        self.watched += 1
+        calls = list(self.live)
+        keys = self._policy.arrange(calls, self.context(self._now_s))
+        rank = {one.call_id: (key, one.ticket) for one, key in zip(calls, keys, strict=True)}
+        assert call.call_id not in self.in_step, "evicted from its own step"
+        if self.asker is not None:
+            assert self.asker.standing.is_admitted, "a deferred call took another's blocks"
+            assert rank[call.call_id] > rank[self.asker.call_id], "evicted by a call that is behind it"
+        last = max(rank[one.call_id] for one in calls if one.blocks and one.call_id not in self.in_step)
+        assert rank[call.call_id] == last, "evicted, and one behind it was not"
+        super()._evict(call)
+
+
 Shape = tuple[tuple[tuple[DispatchId, int], ...], int, int]
 """A plan without its objects: (prefills, decodes, context)."""
 
@@ -68,8 +99,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.tokens: dict[DispatchId, int] = {}
         self.targets: dict[DispatchId, int] = {}
 
-    def new_planner(self, policy: str) -> StepPlanner:
-        return StepPlanner(
+    def new_planner(self, policy: str) -> WatchedPlanner:
+        return WatchedPlanner(
             build_policy(SchedulingConfig.model_validate({"policy": policy})),
             slots=self.slots,
             max_step_tokens=self.max_step_tokens,
@@ -246,8 +277,34 @@ def test_a_crowded_engine_keeps_the_laws(policy: str, seed: int):
     planner = machine.planners[0]
     machine.everyone_leaves()
 
-    assert planner.evictions, "nothing was ever short of room: this test tests nothing"
+    assert planner.watched == planner.evictions > 0, "nothing was ever short of room: this test tests nothing"
     assert bool(planner.holds) == planner._policy.preempts, "calls are held by policies that preempt, and by no other"
+
+
+def test_after_the_clock_was_set_back_the_order_is_looked_at_again():
+    planner = WatchedPlanner(
+        build_policy(SchedulingConfig(policy="tempo")),
+        slots=1,
+        max_step_tokens=2048,
+        kv=KvBlocks(100, BLOCK_SIZE),
+        steps=StepTimeModel(),
+    )
+    calls = [
+        planner.add(DispatchId(n), spec, LengthHistograms().lookup(spec), Standing(density, is_admitted=True), 1000.0)
+        for n, density in ((1, 100.0), (2, 1.0))
+        for spec in [request(f"r{n}", slo=TOOL, arrival_s=999.0)]
+    ]
+    first = planner.plan(1000.0)
+    assert [call.call_id for call, _ in first.prefills] == [1]
+    planner.stepped(first)
+    assert planner.plan(1000.01).decodes == 1
+    for number, density in ((1, 1.0), (2, 100.0)):
+        planner.retune(DispatchId(number), Standing(density, is_admitted=True))
+    # An hour is lost. Whoever was put off for 0.3 s must not wait for the hour to pass again.
+    after = planner.plan(-2600.0)
+
+    assert ([call.call_id for call, _ in after.prefills], after.decodes) == ([2], 0)
+    assert (calls[0].is_decoding, planner.held) == (False, 1)
 
 
 def any_standing(rng: random.Random) -> Standing:
