@@ -383,7 +383,7 @@ def _measure_reference(cell: "Cell") -> None:
     from tempo_router.simulation.experiment import fleet, saturated_tokens_per_s
 
     with tqdm(total=1, disable=None, file=sys.stderr, bar_format=_REFERENCE_BAR, leave=False) as bar:
-        saturated_tokens_per_s(cell.trace, fleet(cell), cell.slots, on_progress=_Progress(bar, 0))
+        saturated_tokens_per_s(cell.trace, fleet(cell), on_progress=_Progress(bar, 0))
 
 
 _REFERENCE_BAR = "speed from a backlog {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
@@ -519,7 +519,7 @@ def _bound(options: argparse.Namespace) -> int:
     for trace in _workloads(options, names):
         offered = transform.permuted(trace, options.seed)
         if options.load is not None:
-            saturated = saturated_tokens_per_s(trace, profiles, options.slots)
+            saturated = saturated_tokens_per_s(trace, profiles)
             offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
         bound = token_goodput_bound(
             offered, profiles, options.slots, bucket_s=options.bucket_s, time_limit_s=options.time_limit_s

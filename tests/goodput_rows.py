@@ -29,6 +29,7 @@ def goodput_row(
         "seed": seed,
         "slots": 128,
         "sheds": True,
+        "tuned": False,
         "knowledge": "learned",
         "time_scale": 1.0,
         "kv_scale": 1.0,

@@ -1,8 +1,9 @@
 """One cell of a comparison: a trace, a fleet, a load, a policy and a seed make one row.
 
 Load is relative: offered output tokens per second over what the fleet delivers from a backlog under first come, first
-served with chunked prefill. That reference depends on trace, profile and slots alone, so it is measured once and kept
-in a cache on disk, and so is the upper bound.
+served with chunked prefill and REFERENCE_SLOTS. That reference depends on the calls of the trace and on the profile
+alone: policies that run with other slots see the same arrivals. It is measured once and kept in a cache on disk, and so
+is the upper bound.
 """
 
 import difflib
@@ -42,6 +43,9 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of the scheduler by the name of what a success counts."""
 
+REFERENCE_SLOTS = 128
+"""Slots at which the reference for loads is measured, whatever a cell runs with."""
+
 BACKLOG_SHARE = 0.95
 """The reference is measured until this share of the backlog's tokens are out: the emptying at the end is left out."""
 
@@ -58,6 +62,7 @@ class Cell:
     profile_names: one per replica, presets or names in the file profile_path. load: above 0, see the module.
     objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
     slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
+    tuned: slots and sheds were chosen for this policy in runs that are no part of the comparison.
     knowledge: of lengths and programs: learned, none or true. time_scale, kv_scale: of all profiles.
     switches: names of SwitchesConfig or SchedulingConfig with their values, over those of the objective.
     """
@@ -69,8 +74,9 @@ class Cell:
     policy: str
     objective: str = "token"
     seed: int = 0
-    slots: int = 128
+    slots: int = REFERENCE_SLOTS
     sheds: bool | None = None
+    tuned: bool = False
     knowledge: str = "learned"
     time_scale: float = 1.0
     kv_scale: float = 1.0
@@ -142,12 +148,12 @@ def run_cell(
     setup_of = _checked(cell)
     cache = cache or FigureCache()
     profiles = fleet(cell)
-    saturated = saturated_tokens_per_s(cell.trace, profiles, cell.slots, cache=cache)
+    saturated = saturated_tokens_per_s(cell.trace, profiles, cache=cache)
     trace = offered(cell, saturated)
     began_s = clock() if clock else 0.0
     report = simulate(trace, setup_of(profiles), on_progress=on_progress)
     wall_s = clock() - began_s if clock else None
-    bound = bound_tokens_per_s(trace, profiles, cell.slots, cache=cache) if with_bound else None
+    bound = bound_tokens_per_s(trace, profiles, bound_slots(cell), cache=cache) if with_bound else None
     return {
         **identity(cell),
         "saturated_tokens_per_s": saturated,
@@ -170,6 +176,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "slots": cell.slots,
         "sheds": cell.sheds is not False,
+        "tuned": cell.tuned,
         "knowledge": cell.knowledge,
         "time_scale": cell.time_scale,
         "kv_scale": cell.kv_scale,
@@ -277,7 +284,7 @@ def replicas_needed(
 def saturated_tokens_per_s(
     trace: Trace,
     profiles: Sequence[StepProfile],
-    slots: int,
+    slots: int = REFERENCE_SLOTS,
     *,
     cache: FigureCache | None = None,
     on_progress: OnProgress | None = None,
@@ -290,7 +297,7 @@ def saturated_tokens_per_s(
     cache = cache or FigureCache()
     total = 0.0
     for profile, count in Counter(profiles).items():
-        key = _key(trace_digest(trace), repr(profile), str(slots))
+        key = _key(_calls_digest(_Same(trace)), repr(profile), str(slots))
         alone = cache.get("saturated", key)
         if alone is None:
             alone = _measure_saturated(trace, profile, slots, on_progress)
@@ -298,6 +305,11 @@ def saturated_tokens_per_s(
             cache.put("saturated", key, alone, about)
         total += count * alone
     return total
+
+
+def bound_slots(cell: Cell) -> int:
+    """Slots for the upper bound of a cell: more of them allow all that fewer do, so cells of few slots share one."""
+    return max(cell.slots, REFERENCE_SLOTS)
 
 
 def bound_tokens_per_s(
@@ -397,6 +409,12 @@ class _Same:
 @lru_cache(maxsize=16)
 def _digest(same: _Same) -> str:
     return _key(repr(same.trace.units))
+
+
+@lru_cache(maxsize=16)
+def _calls_digest(same: _Same) -> str:
+    """A hash of what the reference is measured with: targets and arrivals do not matter to it."""
+    return _key(repr(backlog(same.trace).units))
 
 
 def _key(*parts: str) -> str:

@@ -44,11 +44,12 @@ IDENTITY: tuple[Column, ...] = (
     Column("seed", "", "0: units in the order of the trace; else they are permuted over its arrival times"),
     Column("slots", "", "calls that one replica runs at once"),
     Column("sheds", "", "whether hopeless work is dropped; else it goes on as best effort"),
+    Column("tuned", "", "whether slots and sheds were chosen for this policy, in runs that are not among the rows"),
     Column("knowledge", "", "what is known of lengths and programs: learned, none or true"),
     Column("time_scale", "", "factor on the profile's step times"),
     Column("kv_scale", "", "factor on the profile's KV memory"),
     Column("switches", "", "other settings of the scheduler that differ from the defaults"),
-    Column("saturated_tokens_per_s", "tokens/s", "output of all replicas from a backlog, fcfs with chunked prefill"),
+    Column("saturated_tokens_per_s", "tokens/s", "output of all replicas from a backlog: fcfs, chunks, 128 slots each"),
 )
 
 MEASURES: tuple[Column, ...] = (

@@ -40,8 +40,11 @@ def with_slo_scale(trace: Trace, factor: float) -> Trace:
 
 
 TTFT_FLOOR_S = 0.1
-"""No first token is due sooner by a factor on unloaded times (guessed: what seems immediate to a reader). Alone, a short
-prompt takes a single step, and a target of a few steps would only ask whether the engine was busy when it came."""
+"""No first token is due sooner by a factor on unloaded times (guessed: what seems immediate to a reader).
+
+Alone, a short prompt takes a single step; a target of a few steps would only ask whether the engine was busy when the
+prompt came.
+"""
 
 
 def with_unloaded_slos(
@@ -54,9 +57,9 @@ def with_unloaded_slos(
 ) -> Trace:
     """Targets of `factor` times what each unit needs alone on an engine with these step times.
 
-    TTFT: the prefill, in steps of `step_tokens`, nothing cached; at least ttft_floor_s. TBT: a decode step with the full
-    context. TTLT: prefill and decode or, for programs, the longest way through them with its gaps (which the factor
-    scales too).
+    TTFT: the prefill, in steps of `step_tokens`, nothing cached; at least ttft_floor_s. TBT: a decode step with the
+    full context. TTLT: prefill and decode or, for programs, the longest way through them with its gaps (which the
+    factor scales too).
     """
     _check_factor("factor", factor)
     if step_tokens < 1:

@@ -7,13 +7,14 @@ import pytest
 
 from tempo_router.errors import ConfigError
 from tempo_router.request import BestEffort, Latency
-from tempo_router.simulation import experiment
+from tempo_router.simulation import experiment, transform
 from tempo_router.simulation.experiment import (
     OBJECTIVES,
     Cell,
     FigureCache,
     backlog,
     backlog_rate,
+    bound_slots,
     fleet,
     fleet_name,
     identity,
@@ -108,6 +109,25 @@ def test_load_scales_arrivals_to_the_saturated_throughput(seed):
     assert (moved.units[0].calls == TRACE.units[0].calls) == (seed == 0)
 
 
+def test_a_load_offers_the_same_whatever_slots_a_policy_runs_with(cache):
+    few, many = (run_cell(cell(load=1.5, slots=slots), cache=cache) for slots in (4, 128))
+    assert few["offered_tokens_per_s"] == many["offered_tokens_per_s"]
+    assert few["saturated_tokens_per_s"] == many["saturated_tokens_per_s"]
+    assert few["token_goodput"] != many["token_goodput"]
+    assert [bound_slots(cell(slots=slots)) for slots in (4, 128, 256)] == [128, 128, 256]
+
+
+def test_other_targets_and_arrivals_need_no_reference_of_their_own(cache):
+    profiles = (load_profile(H100),)
+    plain = saturated_tokens_per_s(TRACE, profiles, 32, cache=cache)
+    changed = transform.faster(transform.with_slo_scale(TRACE, 0.5), 2.0)
+    assert saturated_tokens_per_s(changed, profiles, 32, cache=cache) == plain
+    assert len(list(cache.folder.iterdir())) == 1
+    assert backlog(changed) == backlog(TRACE)
+    saturated_tokens_per_s(Trace(TRACE.name, TRACE.units[1:]), profiles, 32, cache=cache)
+    assert len(list(cache.folder.iterdir())) == 2
+
+
 # ---- rows
 
 
@@ -143,7 +163,8 @@ def test_goodput_stays_below_the_bound(cache):
 def test_identity_tells_all_cells_apart():
     other = generate(GeneratorConfig(duration_s=15.0, rate_per_s=2.0), seed=2)
     variants = [{}, {"trace": other}, {"profile_names": (H100, H100)}, {"load": 2.0}, {"policy": "edf"},
-                {"objective": "gain"}, {"seed": 1}, {"slots": 64}, {"sheds": False}, {"knowledge": "none"},
+                {"objective": "gain"}, {"seed": 1}, {"slots": 64}, {"sheds": False}, {"tuned": True},
+                {"knowledge": "none"},
                 {"time_scale": 1.4}, {"kv_scale": 0.25}, {"switches": {"reserve": False}}]  # fmt: skip
     identities = [json.dumps(identity(cell(**values)), sort_keys=True) for values in variants]
     assert len(set(identities)) == len(variants)
