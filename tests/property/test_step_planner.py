@@ -43,7 +43,6 @@ STANDINGS = st.one_of(
 )
 
 
-
 class WatchedPlanner(StepPlanner):
     """Whenever a call loses its blocks: it is the last of those that hold some, and behind the one that asks."""
 
