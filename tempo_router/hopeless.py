@@ -1,0 +1,60 @@
+"""When waiting requests turn out to be beyond help."""
+
+import heapq
+
+from tempo_router.step_time import Pace, StepTimeModel
+from tempo_router.value import hopeless_at_s
+from tempo_router.waiting import WaitingRequest
+
+_TIMERS_PER_CALL = 64
+_SLACK = 64
+_MIN_RECHECK_S = 0.05
+
+
+def is_hopeless(request: WaitingRequest, pace: Pace, now_s: float) -> bool:
+    """Whether the request can no longer meet its SLO, as estimated now."""
+    return now_s >= hopeless_at_s(request.spec, request.lengths, pace)
+
+
+class HopelessTimers:
+    """One timer for each waiting request that can become hopeless.
+
+    Estimates move on after a timer was set: one that fires looks again, and is set anew where there is hope.
+    """
+
+    def __init__(self) -> None:
+        self._timers: list[tuple[float, int, WaitingRequest]] = []
+
+    def set(self, request: WaitingRequest, waiting: int) -> None:
+        """A request began to wait, one of so many. O(log n); timers that lost their request are swept out."""
+        if request.hopeless_at_s < float("inf"):
+            heapq.heappush(self._timers, (request.hopeless_at_s, request.ticket, request))
+        if len(self._timers) > 2 * waiting + _SLACK:
+            self._timers = [timer for timer in self._timers if _is_timed(timer[2])]
+            heapq.heapify(self._timers)
+
+    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest]:
+        """Requests that have become hopeless, earliest first. Looks at a bounded number of timers."""
+        timers = self._timers
+        hopeless: list[WaitingRequest] = []
+        for _ in range(_TIMERS_PER_CALL):
+            if not timers or timers[0][0] > now_s:
+                break
+            _, ticket, request = heapq.heappop(timers)
+            if not _is_timed(request):
+                continue
+            at_s = hopeless_at_s(request.spec, request.lengths, steps.pace())
+            if at_s <= now_s:
+                hopeless.append(request)
+            elif at_s < float("inf"):
+                heapq.heappush(timers, (max(at_s, now_s + _MIN_RECHECK_S), ticket, request))
+        return hopeless
+
+    def audit(self, waiting: int) -> None:
+        """Check that memory is bounded while so many requests wait. Raises AssertionError."""
+        bound = 2 * waiting + _SLACK + _TIMERS_PER_CALL
+        assert len(self._timers) <= bound, f"{len(self._timers)} timers for {waiting} waiting requests"
+
+
+def _is_timed(request: WaitingRequest) -> bool:
+    return request.is_in_line and not request.is_relegated
