@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
+from tempo_router.running_mean import RunningMean
 
 if TYPE_CHECKING:
     from tempo_router.policies.base import Job
@@ -81,20 +82,6 @@ class Tenant:
         self.offered = 0.0
 
 
-class _Mean:
-    """Of all values at first, of about the last 64 later."""
-
-    __slots__ = ("count", "value")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.value = 0.0
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.value += max(1.0 / self.count, _SHARE_SMOOTHING) * (value - self.value)
-
-
 class Ledger:
     """Programs and tenants. All methods cost O(1) but `arrived` of a tenant that was idle: O(active tenants)."""
 
@@ -102,7 +89,7 @@ class Ledger:
         self.programs: dict[ProgramId, Program] = {}
         self.tenants: dict[str, Tenant] = {}
         self._last_counter = 0.0
-        self._shares: dict[str, list[_Mean]] = {}
+        self._shares: dict[str, list[RunningMean]] = {}
 
     def program(self, spec: RequestSpec) -> Program | None:
         """The program that a call belongs to; None for a request alone."""
@@ -200,7 +187,7 @@ class Ledger:
             del self._shares[next(iter(self._shares))]
         for after, path_s in program.path_s.items():
             if 0 < after <= _STAGES:
-                means.extend(_Mean() for _ in range(after - len(means)))
+                means.extend(RunningMean(_SHARE_SMOOTHING) for _ in range(after - len(means)))
                 means[after - 1].add(path_s / total_s)
 
     def _account(self, spec: RequestSpec) -> Tenant:

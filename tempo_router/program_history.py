@@ -11,6 +11,7 @@ from math import log2
 
 from tempo_router.ledger import Program
 from tempo_router.request import ProgramId
+from tempo_router.running_mean import RunningMean
 
 _MAX_STAGES = 64
 _MAX_KEYS = 1024
@@ -45,28 +46,20 @@ class Forecast:
 NOTHING = Forecast()
 
 
-class _Mean:
-    """Running mean: plain at first, then exponentially forgetting."""
-
-    __slots__ = ("count", "value")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.value = 0.0
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.value += max(1.0 / self.count, _SMOOTHING) * (value - self.value)
-
-
 class _Stage:
     """One stage of an application. follows: 1 where another stage came, 0 where it was the last."""
 
     __slots__ = ("calls", "chain_prompt", "chain_tokens", "follows", "gap_s", "output", "prompt", "squared")
 
     def __init__(self) -> None:
-        self.calls, self.prompt, self.squared, self.output = _Mean(), _Mean(), _Mean(), _Mean()
-        self.chain_tokens, self.chain_prompt, self.gap_s, self.follows = _Mean(), _Mean(), _Mean(), _Mean()
+        self.calls = RunningMean(_SMOOTHING)
+        self.prompt = RunningMean(_SMOOTHING)
+        self.squared = RunningMean(_SMOOTHING)
+        self.output = RunningMean(_SMOOTHING)
+        self.chain_tokens = RunningMean(_SMOOTHING)
+        self.chain_prompt = RunningMean(_SMOOTHING)
+        self.gap_s = RunningMean(_SMOOTHING)
+        self.follows = RunningMean(_SMOOTHING)
 
 
 class _Seen:
