@@ -15,8 +15,9 @@ from tempo_router.policies.base import (
     best_effort_key,
     quantile_left,
 )
+from tempo_router.policies.programs import keys_by_program
 from tempo_router.policies.service_gain import LEAST_S, gain, stream_target_s
-from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,7 @@ class JitServe(Policy):
 
     def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
         """The key of each; that of a program is computed once."""
-        of_program: dict[ProgramId, float] = {}
-        keys: list[float] = []
-        for job in jobs:
-            slo = job.spec.slo
-            if not isinstance(slo, ProgramCall):
-                keys.append(self.key(job, context))
-                continue
-            if slo.program_id not in of_program:
-                of_program[slo.program_id] = self.key(job, context)
-            keys.append(of_program[slo.program_id])
-        return keys
+        return keys_by_program(self, jobs, context, are_relegated_apart=False)
 
     def engine_priority(self, request: Job, context: Context) -> int:
         """Thousandths of the key."""

@@ -18,8 +18,9 @@ from tempo_router.policies.base import (
     prefill_left_s,
     quantile_left,
 )
+from tempo_router.policies.programs import keys_by_program
 from tempo_router.policies.service_gain import discount
-from tempo_router.request import Deadline, Latency, ProgramCall, ProgramId, RequestSpec
+from tempo_router.request import Deadline, Latency, ProgramCall, RequestSpec
 from tempo_router.value import PREFILL_WALL_RATIO
 
 _IN_WINDOW = BEST_EFFORT_KEY / 2
@@ -80,7 +81,7 @@ class JitServeTuned(Policy):
 
     def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
         """Keys with the chosen batch in front. O(n log n)."""
-        keys = self._keys(jobs, context)
+        keys = keys_by_program(self, jobs, context)
         if len(jobs) <= context.slots:
             return keys
         if self.stall_weight:
@@ -95,19 +96,6 @@ class JitServeTuned(Policy):
     def engine_priority(self, request: Job, context: Context) -> int:
         """Thousandths of the key."""
         return as_engine_priority(self.key(request, context), 1e3)
-
-    def _keys(self, jobs: Sequence[Job], context: Context) -> list[float]:
-        of_program: dict[ProgramId, float] = {}
-        keys: list[float] = []
-        for job in jobs:
-            slo = job.spec.slo
-            if not isinstance(slo, ProgramCall) or goes_last(job):
-                keys.append(self.key(job, context))
-                continue
-            if slo.program_id not in of_program:
-                of_program[slo.program_id] = self.key(job, context)
-            keys.append(of_program[slo.program_id])
-        return keys
 
     def _priority(self, gang: Sequence[Job], context: Context) -> float:
         """Goodput per second of generation, from 0 to _MOST."""
