@@ -5,14 +5,16 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
-from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
 from tempo_router.facts import facts_of
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
-from tempo_router.policies.base import Context, Policy
+from tempo_router.policies.base import ColumnPolicy, Context, Policy
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import Standing
@@ -28,6 +30,7 @@ class LiveCall:
     to_compute: context that its next token needs; computed: what of it is in the KV cache.
     blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
     segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
+    row: where the planner's table keeps its numbers.
     """
 
     __slots__ = (
@@ -38,9 +41,9 @@ class LiveCall:
         "facts",
         "is_decoding",
         "joined",
-        "key",
         "lengths",
         "produced",
+        "row",
         "segments",
         "since_s",
         "spec",
@@ -72,7 +75,7 @@ class LiveCall:
         self.blocks = 0
         self.is_decoding = False
         self.joined = 0
-        self.key = 0.0
+        self.row = 0
         self.segments: list[tuple[int, int]] = []
         self._clock = clock
 
@@ -153,6 +156,7 @@ class StepPlanner:
         mean_length: float = 230.0,
     ) -> None:
         self._policy = policy
+        self._by_columns = policy if isinstance(policy, ColumnPolicy) else None
         self._slots = slots
         self._max_step_tokens = max_step_tokens
         self._kv = kv
@@ -162,6 +166,7 @@ class StepPlanner:
         self._clock = _Clock()
         self._tickets = 0
         self._live: dict[DispatchId, LiveCall] = {}
+        self._table = LiveTable()
         self._prefilling: dict[DispatchId, LiveCall] = {}
         self._decoding: dict[DispatchId, LiveCall] = {}
         self._held: dict[DispatchId, LiveCall] = {}
@@ -169,6 +174,7 @@ class StepPlanner:
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
         self._order: list[LiveCall] = []
+        self._is_placed = False
         self._resumed: list[LiveCall] = []
         self._is_dirty = True
         self._arrange_at_s = 0.0
@@ -176,6 +182,7 @@ class StepPlanner:
         self._full_until_s = -1.0
         self._slack_s = 0.0
         self._slack_until_s = -1.0
+        self._tightest_s: float | None = None
         self.step_cap_s: float | None = None
         self.evictions = 0
         self.holds = 0
@@ -224,6 +231,7 @@ class StepPlanner:
         call = LiveCall(call_id, spec, lengths, standing, self._tickets, now_s, self._clock)
         self._live[call_id] = call
         self._prefilling[call_id] = call
+        self._table.add(call)
         self._is_dirty = True
         return call
 
@@ -235,13 +243,15 @@ class StepPlanner:
         if call.spec.prefix_id:
             self._kv.keep(call.spec.prefix_id, context)
         del self._live[call.call_id]
+        self._table.remove(call)
         self._is_dirty = True
 
     def retune(self, call_id: DispatchId, standing: Standing) -> None:
         """How a call stands among all others has changed."""
         call = self._live.get(call_id)
-        if call is not None:
+        if call is not None and standing != call.standing:
             call.standing = standing
+            self._table.retune(call)
 
     # ---- a step ----
 
@@ -284,6 +294,7 @@ class StepPlanner:
         completed: list[LiveCall] = []
         for call, tokens in plan.prefills:
             call.computed += tokens
+            self._table.note_missing(call)
             if call.computed >= call.to_compute:
                 completed.append(call)
         for call in completed:
@@ -315,7 +326,7 @@ class StepPlanner:
             self._resume_all()
         has_choice = is_crowded or len(self._prefilling) > 1
         if not has_choice:
-            self._order = list(self._prefilling.values())
+            self._order, self._is_placed = list(self._prefilling.values()), False
             return
         if now_s < self._arrange_at_s:
             if not self._is_dirty:
@@ -325,44 +336,66 @@ class StepPlanner:
                 return
         self._is_dirty = False
         self._arrange_at_s = now_s + self._policy.frame_s
-        if not is_crowded:
-            self._order = self._sorted(list(self._prefilling.values()), now_s)
-            return
-        if self._policy.preempts:
-            ordered = self._sorted(list(self._live.values()), now_s)
-            chosen = ordered[: self._slots]
-            for call in ordered[self._slots :]:
-                if call.is_decoding:
-                    self._hold(call)
-            for call in chosen:
-                if call.call_id in self._held:
-                    self._resume(call)
-            self._order = [call for call in chosen if call.call_id in self._prefilling]
+        if is_crowded and self._policy.preempts:
+            self._choose(now_s)
         else:
-            self._order = self._sorted(list(self._prefilling.values()), now_s)
+            ranked = self._ranked(self._rows(self._prefilling.values()), now_s, is_kept=True)
+            self._order, self._is_placed = self._table.calls(ranked), False
+
+    def _choose(self, now_s: float) -> None:
+        """The best of all live calls get the slots: others are held, those of them that were held go on."""
+        table = self._table
+        rows = table.rows() if self._by_columns is not None else self._rows(self._live.values())
+        ranked = self._ranked(rows, now_s, is_kept=True)
+        chosen, others = ranked[: self._slots], ranked[self._slots :]
+        for call in table.calls(table.in_phase(DECODING, others)):
+            self._hold(call)
+        for call in table.calls(table.in_phase(HELD, chosen)):
+            self._resume(call)
+        self._place(table.in_phase(PREFILLING, chosen))
+
+    def _place(self, prompts: Ints) -> None:
+        """These prompts, in this order, are the ones that steps take from."""
+        self._table.place(prompts)
+        self._order, self._is_placed = self._table.calls(prompts), True
 
     def _patch(self, now_s: float) -> None:
         """Between two looks at the whole order: newcomers take their place in it, free slots go to the best held."""
         self._is_dirty = False
-        known = {call.call_id for call in self._order}
-        context = None
-        for call in self._prefilling.values():
-            if call.call_id not in known:
-                context = context or self.context(now_s)
-                call.key = self._policy.key(call, context)
-                insort(self._order, call, key=_rank)
-        self._order = [call for call in self._order if call.call_id in self._prefilling]
+        table = self._table
+        if not self._is_placed:
+            table.place(self._rows(call for call in self._order if call.call_id in self._prefilling))
+        prompts = table.in_phase(PREFILLING)
+        newcomers = table.unplaced(prompts)
+        if newcomers.size:
+            table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
+        self._place(table.ranked(prompts))
         spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._order)
         if spare > 0 and self._held:
-            for call in sorted(self._held.values(), key=_rank)[:spare]:
+            for call in table.calls(table.ranked(table.in_phase(HELD))[:spare]):
                 self._resume(call)
 
-    def _sorted(self, calls: list[LiveCall], now_s: float) -> list[LiveCall]:
-        keys = self._policy.arrange(calls, self.context(now_s))
-        for call, key in zip(calls, keys, strict=True):
-            call.key = key
-        calls.sort(key=_rank)
-        return calls
+    def _sorted(self, calls: Iterable[LiveCall], now_s: float) -> list[LiveCall]:
+        """These calls in the order of now."""
+        return self._table.calls(self._ranked(self._rows(calls), now_s))
+
+    def _ranked(self, rows: Ints, now_s: float, *, is_kept: bool = False) -> Ints:
+        """These rows in the order of now. is_kept: until the next look newcomers are placed by these keys."""
+        keys = self._keys(rows, now_s)
+        if is_kept:
+            self._table.store_keys(rows, keys)
+        return self._table.ranked(rows, keys)
+
+    def _keys(self, rows: Ints, now_s: float, *, is_alone: bool = False) -> Floats:
+        """The policy's keys of these rows. is_alone: each for itself, not as a set that the policy arranges."""
+        context = self.context(now_s)
+        if self._by_columns is not None:
+            return self._by_columns.arrange_columns(self._table.columns(rows, self._clock.steps), context)
+        policy, calls = self._policy, self._table.calls(rows)
+        return np.array([policy.key(call, context) for call in calls] if is_alone else policy.arrange(calls, context))
+
+    def _rows(self, calls: Iterable[LiveCall]) -> Ints:
+        return np.array([call.row for call in calls], dtype=np.int64)
 
     # ---- room ----
 
@@ -409,6 +442,7 @@ class StepPlanner:
             return False
         call.blocks = needed
         call.computed = max(cached, 0)
+        self._table.note_missing(call)
         self.prefix_hit_tokens += call.computed
         return True
 
@@ -423,7 +457,7 @@ class StepPlanner:
         """
         if not self._policy.preempts or not call.standing.is_admitted or self._now_s < self._full_until_s:
             return False
-        ordered = self._sorted(list(self._live.values()), self._now_s)
+        ordered = self._sorted(self._live.values(), self._now_s)
         in_step = {other.call_id for other, _ in planned}
         behind = [
             other for other in ordered[ordered.index(call) + 1 :] if other.blocks and other.call_id not in in_step
@@ -469,8 +503,9 @@ class StepPlanner:
 
     def _cap_s(self, share: float) -> float:
         """A share of the tightest time between tokens of the streams here; of a tenth of a second without any."""
-        tightest = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
-        return share * tightest
+        if self._tightest_s is None:
+            self._tightest_s = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
+        return share * self._tightest_s
 
     def _least_slack_s(self, now_s: float) -> float:
         """Time until the next due token of the streams that can still be on time.
@@ -500,10 +535,12 @@ class StepPlanner:
         call.joined = self._clock.steps
         context = call.spec.context_tokens + call.produced
         self._decoding[call.call_id] = call
+        self._table.note_phase(call, DECODING)
         self._context_tokens += context
         self._crossings[(context - call.joined) % self._kv.block_size] += 1
         if isinstance(call.spec.slo, Latency):
             self._streams[call.call_id] = call
+            self._tightest_s = None
             self._slack_until_s = -1.0
 
     def _part(self, call: LiveCall) -> None:
@@ -517,12 +554,14 @@ class StepPlanner:
         call.blocks = self._kv.blocks_for(context)
         self._context_tokens -= context
         del self._decoding[call.call_id]
-        self._streams.pop(call.call_id, None)
+        if self._streams.pop(call.call_id, None) is not None:
+            self._tightest_s = None
 
     def _hold(self, call: LiveCall) -> None:
         self._part(call)
         call.to_compute = call.computed = call.spec.context_tokens + call.produced
         self._held[call.call_id] = call
+        self._table.note_phase(call, HELD)
         self.holds += 1
 
     def _resume(self, call: LiveCall) -> None:
@@ -548,6 +587,7 @@ class StepPlanner:
         call.to_compute = call.spec.context_tokens + call.produced
         call.computed = 0
         self._prefilling[call.call_id] = call
+        self._table.note_phase(call, PREFILLING)
         self.evictions += 1
         self._is_dirty = True
 
@@ -572,11 +612,8 @@ class StepPlanner:
         context = sum(call.context_tokens for call in self._decoding.values())
         assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
+        self._table.audit(list(self._live.values()), self._clock.steps)
         self._kv.audit()
-
-
-def _rank(call: LiveCall) -> tuple[float, int]:
-    return (call.key, call.ticket)
 
 
 def _tbt_s(call: LiveCall) -> float:

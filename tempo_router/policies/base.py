@@ -4,8 +4,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, assert_never
+from typing import ClassVar, Literal, Protocol, assert_never, runtime_checkable
 
+from tempo_router.columns import Columns, Floats, columns_of
 from tempo_router.facts import Facts
 from tempo_router.ledger import Ledger
 from tempo_router.prediction import Lengths
@@ -145,6 +146,20 @@ class Policy(Protocol):
     def engine_priority(self, request: Job, context: Context) -> int:
         """The request's order inside vLLM's own priority policy; lower is sooner; fits int64."""
         return as_engine_priority(self.key(request, context), MICROSECONDS)
+
+
+@runtime_checkable
+class ColumnPolicy(Policy, Protocol):
+    """A policy that computes all keys at once, from columns: an engine keeps those up to date between two looks."""
+
+    def arrange_columns(self, columns: Columns, context: Context) -> Floats:
+        """Keys of all jobs, those of `arrange`; each depends on its own job alone."""
+        ...
+
+    def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
+        """The same keys as `key`, all at once."""
+        keys: list[float] = self.arrange_columns(columns_of(jobs), context).tolist()
+        return keys
 
 
 def due_s(job: Job) -> float:

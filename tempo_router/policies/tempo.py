@@ -1,27 +1,24 @@
 """Tempo's order: what the plan has room for by urgency, the rest by value density (docs/scheduling.md)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from tempo_router.facts import BEST_EFFORT, DEADLINE_S, FIRST_DUE_S, KIND, STREAM, TBT_S
+from tempo_router.columns import Columns, Floats
+from tempo_router.facts import STREAM
 from tempo_router.policies.base import (
     BEST_EFFORT_KEY,
     BatchRule,
+    ColumnPolicy,
     Context,
     Job,
-    Policy,
     best_effort_key,
     goes_last,
 )
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall
 from tempo_router.value import PREFILL_WALL_RATIO
-
-Floats = npt.NDArray[np.float64]
 
 CAPPED = BatchRule(kind="capped", step_tokens=2048)
 _DEFERRED_KEY = 1e6
@@ -30,7 +27,7 @@ _KAPPA_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Tempo(Policy):
+class Tempo(ColumnPolicy):
     """Admitted calls by time left over time needed, the denser the sooner; deferred ones by density; then best effort.
 
     key = time left / (time needed + 1 s) / sqrt(density). Ties by ticket. What the timeline has no room for is not
@@ -58,49 +55,36 @@ class Tempo(Policy):
         left_s, needed_s = self._urgency(request, context)
         return max(min(left_s / (needed_s + _KAPPA_S) / math.sqrt(standing.density), 1e5), -1e5)
 
-    def arrange(self, jobs: Sequence[Job], context: Context) -> list[float]:
-        """The same keys, all at once."""
-        if not jobs:
-            return []
-        facts = np.array([job.facts for job in jobs])
-        kind = facts[:, KIND]
-        density = np.array([job.standing.density for job in jobs])
-        is_admitted = np.array([job.standing.is_admitted for job in jobs])
-        is_last = np.array([job.standing.is_relegated for job in jobs]) | (kind == BEST_EFFORT)
-        log_density = np.log2(np.maximum(density, 1e-300))
-        if self.by_density:
-            keys = np.where(is_admitted, 0.0, _DEFERRED_KEY) - log_density
-        else:
-            keys = np.where(is_admitted, self._urgencies(jobs, facts, density, context), _DEFERRED_KEY - log_density)
+    def arrange_columns(self, columns: Columns, context: Context) -> Floats:
+        """The same keys, all at once; urgency is computed of admitted calls alone."""
+        density, is_last = columns.density, columns.is_last
+        keys = np.where(columns.is_admitted, 0.0, _DEFERRED_KEY) - np.log2(np.maximum(density, 1e-300))
+        if not self.by_density:
+            urgent = np.nonzero(columns.is_admitted & (density > 0.0) & ~is_last)[0]
+            keys[urgent] = self._urgencies(columns.taken(urgent), context)
         keys = np.where(density > 0.0, keys, _UNKNOWN_KEY)
-        arrival = np.array([job.spec.arrival_s for job in jobs])
-        return np.where(is_last, 2 * BEST_EFFORT_KEY + arrival, keys).tolist()  # type: ignore[no-any-return]
+        return np.where(is_last, 2 * BEST_EFFORT_KEY + columns.arrival_s, keys)
 
-    def _urgencies(self, jobs: Sequence[Job], facts: Floats, density: Floats, context: Context) -> Floats:
-        pace = context.pace
-        generated = np.array([job.generated_tokens for job in jobs], dtype=np.float64)
-        missing = np.array([job.missing_tokens for job in jobs], dtype=np.float64)
+    def _urgencies(self, columns: Columns, context: Context) -> Floats:
+        pace, generated, missing = context.pace, columns.generated, columns.missing
         prefill_s = missing * (pace.prefill_token_s + pace.attention_s * missing / 2)
         wall_s = PREFILL_WALL_RATIO * prefill_s
-        tbt_s = facts[:, TBT_S]
-        due_left_s = facts[:, FIRST_DUE_S] + generated * tbt_s - context.now_s
+        tbt_s = columns.tbt_s
+        due_left_s = columns.due_s - context.now_s
         if self.has_gap_bound:
             due_left_s = np.where((generated > 0) & (due_left_s > tbt_s), 0.1 * tbt_s, due_left_s)
         first_s = np.where(generated == 0, wall_s, prefill_s) + pace.tau_s
-        rest = np.array(
-            [
-                job.lengths.upper_left(job.generated_tokens, job.spec.max_output_tokens) if job.facts[0] else 0.0
-                for job in jobs
-            ]
+        is_stream = columns.kind == STREAM
+        left_s = np.where(is_stream, due_left_s, columns.deadline_s - context.now_s)
+        needed_s = first_s
+        answers = np.nonzero(~is_stream)[0]
+        needed_s[answers] = (
+            wall_s[answers] + columns.taken(answers).upper_left() * pace.tau_s + columns.later_s[answers]
         )
-        later_s = np.array([job.standing.later_s for job in jobs])
-        is_stream = facts[:, KIND] == STREAM
-        left_s = np.where(is_stream, due_left_s, facts[:, DEADLINE_S] - context.now_s)
-        needed_s = np.where(is_stream, first_s, wall_s + rest * pace.tau_s + later_s)
         urgency: Floats = np.clip(
             np.where(np.isfinite(left_s), left_s, BEST_EFFORT_KEY)
             / (needed_s + _KAPPA_S)
-            / np.sqrt(np.maximum(density, 1e-300)),
+            / np.sqrt(np.maximum(columns.density, 1e-300)),
             -1e5,
             1e5,
         )

@@ -176,6 +176,15 @@ class PlannerMachine(RuleBasedStateMachine):
             planner.audit()
         assert {call.call_id: call.new_tokens for call in self.planners[0].live} == self.tokens
 
+    @invariant()
+    def the_kept_columns_order_as_the_calls_themselves_do(self) -> None:
+        planner = self.planners[0]
+        calls = list(planner.live)
+        keys = planner._policy.arrange(calls, planner.context(self.now_s))
+        anew = sorted(zip(keys, calls, strict=True), key=lambda one: (one[0], one[1].ticket))
+        kept = planner._sorted(calls, self.now_s)
+        assert [call.call_id for call in kept] == [call.call_id for _, call in anew]
+
     def teardown(self) -> None:
         if hasattr(self, "planners"):
             self.everyone_leaves()
