@@ -1,0 +1,70 @@
+"""Timers of waiting requests that become hopeless."""
+
+import pytest
+
+from tempo_router.hopeless import HopelessTimers, is_hopeless
+from tempo_router.prediction import LengthHistograms
+from tempo_router.request import Slo
+from tempo_router.step_time import StepTimeModel
+from tempo_router.value import hopeless_at_s
+from tempo_router.waiting import WaitingRequest
+from tests.builders import BACKGROUND, TOOL, request
+
+STEPS = StepTimeModel()
+
+
+def in_line(name: str, ticket: int, slo: Slo = TOOL, arrival_s: float = 0.0) -> WaitingRequest:
+    spec = request(name, slo=slo, arrival_s=arrival_s)
+    lengths = LengthHistograms().lookup(spec)
+    one = WaitingRequest(spec, ticket, arrival_s, lengths, 0.1, hopeless_at_s(spec, lengths, STEPS.pace()))
+    one.is_in_line = True
+    return one
+
+
+def test_requests_are_due_when_they_become_hopeless_earliest_first_and_once():
+    timers = HopelessTimers()
+    late, early = in_line("late", 1, arrival_s=1.0), in_line("early", 2)
+    for one in (late, early):
+        timers.set(one, 2)
+    before_s = early.hopeless_at_s - 0.01
+    assert timers.due(STEPS, before_s) == []
+    assert not is_hopeless(early, STEPS.pace(), before_s)
+    assert timers.due(STEPS, late.hopeless_at_s) == [early, late]
+    assert is_hopeless(late, STEPS.pace(), late.hopeless_at_s)
+    assert timers.due(STEPS, 1e6) == []
+
+
+def test_best_effort_is_never_due():
+    timers = HopelessTimers()
+    timers.set(in_line("r", 1, BACKGROUND), 1)
+    assert timers.due(STEPS, 1e9) == []
+
+
+@pytest.mark.parametrize("change", [{"is_in_line": False}, {"is_relegated": True}])
+def test_a_request_that_left_or_was_relegated_is_not_due(change: dict[str, bool]):
+    timers = HopelessTimers()
+    one = in_line("r", 1)
+    timers.set(one, 1)
+    for name, value in change.items():
+        setattr(one, name, value)
+    assert timers.due(STEPS, 1e6) == []
+
+
+def test_a_timer_that_fires_too_early_is_set_anew():
+    timers = HopelessTimers()
+    one = in_line("r", 1)
+    real_s = one.hopeless_at_s
+    one.hopeless_at_s = 1.0  # as it was estimated when it came: too soon
+    timers.set(one, 1)
+    assert timers.due(STEPS, 1.0) == []
+    assert timers.due(STEPS, real_s - 0.01) == []
+    assert timers.due(STEPS, real_s) == [one]
+
+
+def test_timers_of_requests_that_left_do_not_pile_up():
+    timers = HopelessTimers()
+    for ticket in range(1, 5000):
+        one = in_line(f"r{ticket}", ticket)
+        timers.set(one, 1)
+        one.is_in_line = False
+        timers.audit(waiting=1)
