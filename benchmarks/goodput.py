@@ -3,13 +3,15 @@
     python -m benchmarks.goodput --quick
     python -m benchmarks.goodput --traces a.csv.gz b.csv.gz --profile llama-3-8b:a100-80g:1 \
         --profile-path step_time.json --loads 0.75,0.9,1.0,1.25,1.5,2.0 --policies all --objectives token,balanced \
-        --seeds 3 --bound --ablation --out bench-results/goodput.json --report docs/results.md
+        --seeds 3 --tune --bound --ablation --out bench-results/goodput.json --report docs/results.md
     python -m benchmarks.goodput --render bench-results/goodput.json --report docs/results.md
 
 Every policy runs as in production, in virtual time: router, step planner, length estimates. Loads are relative to what
-the engines deliver from a backlog under first come, first served. Rivals that know no objective run once; those in
-OBJECTIVE_AWARE run under each. Rows go to --out as they come, so an interrupted run keeps them, marked by
-"complete": false; --resume goes on with it. --quick: a generated workload, few policies, three minutes on two cores.
+the engines deliver from a backlog under first come, first served with 128 slots, whatever slots a policy runs with.
+Rivals that know no objective run once; those in OBJECTIVE_AWARE run under each. --tune: every rival runs with the
+slots and the shedding that suit it best, chosen on a part that is not compared (benchmarks/goodput_tuning.py). Rows go
+to --out as they come, so an interrupted run keeps them, marked by "complete": false; --resume goes on with it. --quick:
+a generated workload, few policies, three minutes on two cores.
 """
 
 import argparse
@@ -33,14 +35,18 @@ from typing import Any, NoReturn, get_args
 
 import tempo_router
 from benchmarks.goodput_report import Results, read_results, write_report
-from benchmarks.goodput_tables import OURS, aims_markdown, policies_markdown
+from benchmarks.goodput_tables import OURS, comparison_markdown, policies_markdown
+from benchmarks.goodput_tuning import Choice, Part, Tuning, choice_key, chosen, tried, tunings_of, with_choice
 from tempo_router.config import PolicyName, SwitchesConfig
 from tempo_router.errors import ConfigError, TempoError
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
     OBJECTIVES,
+    REFERENCE_SLOTS,
     Cell,
+    bound_slots,
     bound_tokens_per_s,
+    calls_digest,
     fleet,
     identity,
     nearest,
@@ -70,6 +76,14 @@ REPLICA_RATES = (2.0, 4.0)
 REPLICA_ATTAINMENT = 0.95
 REPLICA_MOST = 16
 
+TUNE_SLOTS = (32, 48, 64, 128)
+TUNE_SEED = 1000
+"""Far from the seeds that are compared, so that more of them can be added."""
+TUNE_LOAD = 1.5
+
+SLOWNESS = {OURS: 3.0}
+"""Time that a call takes to simulate, relative to other policies; a guess that orders cells until some are measured."""
+
 EXIT_INTERRUPTED = 130
 
 
@@ -78,10 +92,14 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All cells of a run, and the searches for numbers of replicas; conditions: what a reader must know."""
+    """All cells of a run, and the searches for numbers of replicas; conditions: what a reader must know.
+
+    tunings: what is to be tried first; cells and searches then run with what was chosen.
+    """
 
     cells: tuple[Cell, ...]
     searches: tuple[Cell, ...]
+    tunings: tuple[Tuning, ...]
     with_bound: bool
     conditions: Mapping[str, Any]
 
@@ -94,30 +112,63 @@ def plan_of(options: argparse.Namespace) -> Plan:
     objectives = [nearest(name, tuple(OBJECTIVES), "objective") for name in options.objectives]
     base = {"profile_path": options.profile_path, "slots": options.slots, "sheds": options.sheds == "on",
             "time_scale": options.time_scale, "kv_scale": options.kv_scale}  # fmt: skip
+    workloads = {
+        profile: _with_unloaded_slos(traces, Cell(traces[0], (profile,), load=1.0, policy=OURS, **base), options)
+        for profile in profiles
+    }
     cells: list[Cell] = []
     # Seeds outermost: what an interrupted run has is complete for its first seeds.
     for seed in range(options.seeds):
         for load in options.loads:
             for profile in profiles:
-                for trace in traces:
+                for trace in workloads[profile]:
                     names = (profile,) * options.replicas
                     blank = Cell(trace, names, load=load, policy=OURS, seed=seed, **base)
                     cells += _variants(blank, policies, objectives, with_ablation=options.ablation)
     searches = []
     if options.replicas_needed:
-        for trace in traces:
-            for profile in profiles:
+        for profile in profiles:
+            for trace in workloads[profile]:
                 for rate in options.rates:
                     blank = Cell(trace, (profile,), load=rate, policy=OURS, **base)
                     searches += _variants(blank, policies, objectives, with_ablation=False)
-    # All that can be wrong is said now and not in the third hour.
-    for trace in traces:
-        recorded_tokens_per_s(trace)
-    for cell in {(_engines(cell), cell.policy, cell.objective): cell for cell in (*cells, *searches)}.values():
+    tunings = _tunings(options, (*cells, *searches))
+    _check((*cells, *searches, *(cell for tuning in tunings for cell in tuning.candidates)))
+    conditions = _conditions(options, traces, profiles)
+    return Plan(tuple(cells), tuple(searches), tuple(tunings), options.bound, conditions)
+
+
+def _tunings(options: argparse.Namespace, cells: Sequence[Cell]) -> list[Tuning]:
+    if not options.tune:
+        return []
+    also = {nearest(name, POLICIES, "policy") for name in options.tune_also}
+    part = Part(options.tune_seed, options.tune_load, options.tune_window_s)
+    return tunings_of(cells, {*POLICIES} - {OURS} | also, options.tune_slots, part)
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """All that can be wrong is said now and not in the third hour."""
+    for cell in {id(cell.trace): cell for cell in cells}.values():
+        recorded_tokens_per_s(cell.trace)
+    for cell in {(_engines(cell), cell.policy, cell.objective): cell for cell in cells}.values():
         scheduling_of(cell)
-    for cell in {_engines(cell): cell for cell in (*cells, *searches)}.values():
+    for cell in {_engines(cell): cell for cell in cells}.values():
         fleet(cell)
-    return Plan(tuple(cells), tuple(searches), options.bound, _conditions(options, traces, profiles))
+
+
+def _with_unloaded_slos(traces: Sequence[Trace], cell: Cell, options: argparse.Namespace) -> list[Trace]:
+    """The traces as they are or, with --slo-unloaded, one for each factor. cell: has the engine that is alone."""
+    if not options.slo_unloaded:
+        return list(traces)
+    profile = fleet(cell)[0]
+    return [
+        replace(
+            transform.with_unloaded_slos(trace, factor, profile.step_time, step_tokens=profile.shape.max_step_tokens),
+            name=f"{trace.name} {factor:g}x unloaded",
+        )
+        for factor in options.slo_unloaded
+        for trace in traces
+    ]
 
 
 def _variants(blank: Cell, policies: Sequence[str], objectives: Sequence[str], *, with_ablation: bool) -> list[Cell]:
@@ -170,6 +221,16 @@ def _conditions(options: argparse.Namespace, traces: Sequence[Trace], profiles: 
         "time_scale": options.time_scale,
         "kv_scale": options.kv_scale,
         "slo_scale": options.slo_scale,
+        "slo_unloaded": list(options.slo_unloaded),
+        "tuned": {
+            "slots": list(options.tune_slots),
+            "load": options.tune_load,
+            "seed": options.tune_seed,
+            "window_s": options.tune_window_s,
+            "also": list(options.tune_also),
+        }
+        if options.tune
+        else None,
         "window_s": options.window_s,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tempo": version("tempo-serve"),
@@ -200,13 +261,14 @@ def resumed(path: Path, conditions: Mapping[str, Any]) -> Results:
             f" {conditions['code']}), and would not be comparable; run without --resume or with another --out"
         )
     # What failed is tried again.
-    return Results(path, {**conditions, "date": before.conditions["date"]}, before.rows, before.needs)
+    kept = {**conditions, "date": before.conditions["date"]}
+    return Results(path, kept, before.rows, before.needs, choices=before.choices)
 
 
 def key_of(columns: Mapping[str, Any]) -> str:
     """What tells cells and rows apart."""
     names = ("trace_digest", "profile", "replicas", "load", "policy", "objective", "seed", "slots", "sheds",
-             "knowledge", "time_scale", "kv_scale", "switches")  # fmt: skip
+             "tuned", "knowledge", "time_scale", "kv_scale", "switches")  # fmt: skip
     return json.dumps([columns[name] for name in names], sort_keys=True)
 
 
@@ -219,29 +281,80 @@ def execute(plan: Plan, results: Results, pool: Executor, jobs: int, say: Callab
     A cell that fails is noted and does not keep the others from running. On an interrupt the rows that are there have
     been written; KeyboardInterrupt goes on to the caller.
     """
-    have = {key_of(row) for row in results.rows}
-    cells = [cell for cell in plan.cells if key_of(identity(cell)) not in have]
-    searched = {_need_key(need) for need in results.needs}
-    searches = [cell for cell in plan.searches if _need_key(_need_of(cell)) not in searched]
-    results.write(is_complete=False)
-    if have:
-        say(f"{len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there already")
     crew = Crew(pool, jobs, say)
+    results.write(is_complete=False)
+    if plan.tunings:
+        _tune(plan, results, crew)
+    choices = {choice_key(choice): choice for choice in results.choices}
+    planned = [with_choice(cell, choices) for cell in plan.cells] if plan.tunings else plan.cells
+    sought = [with_choice(cell, choices) for cell in plan.searches] if plan.tunings else plan.searches
+    have = {key_of(row) for row in results.rows}
+    cells = [cell for cell in planned if key_of(identity(cell)) not in have]
+    searched = {_need_key(need) for need in results.needs}
+    searches = [cell for cell in sought if _need_key(_need_of(cell)) not in searched]
+    if have:
+        say(f"{len(planned) - len(cells)} of {len(planned)} cells are there already")
     _fill_cache(crew, cells, searches, with_bound=plan.with_bound)
-    for row in crew.each(_run, [(cell, plan.with_bound) for cell in cells], "cells", results.failures):
+    speeds = speeds_of(results.rows)
+    cells.sort(key=lambda cell: (cell.seed, -work_of(cell, speeds)))
+    weights = [work_of(cell, speeds) for cell in cells]
+    for row in crew.each(_run, [(cell, plan.with_bound) for cell in cells], "cells", results.failures, weights):
         results.rows.append(row)
         results.write(is_complete=False)
-    for need in crew.each(_search, [(cell,) for cell in searches], "searches", results.failures):
+    searches.sort(key=lambda cell: -cell.load * work_of(cell, speeds))
+    weights = [cell.load * work_of(cell, speeds) for cell in searches]
+    for need in crew.each(_search, [(cell,) for cell in searches], "searches", results.failures, weights):
         results.needs.append(need)
         results.write(is_complete=False)
     # In the order of the plan, whichever was ready first.
-    order = {key_of(identity(cell)): number for number, cell in enumerate(plan.cells)}
+    order = {key_of(identity(cell)): number for number, cell in enumerate(planned)}
     results.rows.sort(key=lambda row: order.get(key_of(row), len(order)))
-    needs_order = {_need_key(_need_of(cell)): number for number, cell in enumerate(plan.searches)}
+    needs_order = {_need_key(_need_of(cell)): number for number, cell in enumerate(sought)}
     results.needs.sort(key=lambda need: needs_order.get(_need_key(need), len(needs_order)))
     is_complete = not results.failures
     results.write(is_complete=is_complete)
     return is_complete
+
+
+def _tune(plan: Plan, results: Results, crew: "Crew") -> None:
+    """Choose the settings that `results` has no choice of yet."""
+    code = plan.conditions["code"]
+    there = {choice_key(choice) for choice in results.choices}
+    tunings = [tuning for tuning in plan.tunings if tuning.key not in there]
+    candidates = [cell for tuning in tunings for cell in tuning.candidates]
+    _fill_cache(crew, candidates, [], with_bound=False)
+    speeds = speeds_of(results.rows)
+    candidates.sort(key=lambda cell: -work_of(cell, speeds))
+    weights = [work_of(cell, speeds) for cell in candidates]
+    found: dict[str, float] = {}
+    for one in crew.each(tried, [(cell, code) for cell in candidates], "settings", results.failures, weights):
+        found[key_of(one)] = one["token_goodput"]
+    for tuning in tunings:
+        goodputs = {
+            (cell.slots, cell.sheds is not False): found[key]
+            for cell in tuning.candidates
+            if (key := key_of(identity(cell))) in found
+        }
+        choice = chosen(tuning, goodputs, code)
+        if choice is not None:
+            results.choices.append(choice)
+    results.write(is_complete=False)
+
+
+def speeds_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds that a call takes to simulate, by policy, as far as rows tell."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["wall_s"] is not None and row["calls"]:
+            found.setdefault(row["policy"], []).append(row["wall_s"] / row["calls"])
+    return {policy: sum(values) / len(values) for policy, values in found.items()}
+
+
+def work_of(cell: Cell, speeds: Mapping[str, float]) -> float:
+    """How long a cell is expected to take, in units of its own: what orders cells and tells how much is left."""
+    usual = [speed / SLOWNESS.get(policy, 1.0) for policy, speed in speeds.items()]
+    speed = speeds.get(cell.policy) or SLOWNESS.get(cell.policy, 1.0) * (sum(usual) / len(usual) if usual else 1.0)
+    return cell.trace.calls * speed
 
 
 def process_pool(jobs: int) -> ProcessPoolExecutor:
@@ -255,27 +368,27 @@ def _leave_interrupts_to_the_parent() -> None:
 
 def _fill_cache(crew: "Crew", cells: Sequence[Cell], searches: Sequence[Cell], *, with_bound: bool) -> None:
     """Compute once what several cells need. What fails here fails again, and is reported, in the cells."""
-    engines = {(id(cell.trace), *_engines(cell)): cell for cell in (*cells, *searches)}
+    engines = {(calls_digest(cell.trace), *_engines(cell)): cell for cell in (*cells, *searches)}
     for _ in crew.each(_saturate, [(cell,) for cell in engines.values()], "references", []):
         pass
     if with_bound:
-        offers = {(id(cell.trace), *_engines(cell), cell.load, cell.seed): cell for cell in cells}
+        offers = {(id(cell.trace), *_engines(cell), bound_slots(cell), cell.load, cell.seed): cell for cell in cells}
         for _ in crew.each(_bound, [(cell,) for cell in offers.values()], "bounds", []):
             pass
 
 
 def _engines(cell: Cell) -> tuple[Any, ...]:
-    return cell.profile_names, cell.slots, cell.time_scale, cell.kv_scale
+    return cell.profile_names, cell.time_scale, cell.kv_scale
 
 
 def _saturate(cell: Cell) -> float:
-    return saturated_tokens_per_s(cell.trace, fleet(cell), cell.slots)
+    return saturated_tokens_per_s(cell.trace, fleet(cell))
 
 
 def _bound(cell: Cell) -> float:
     profiles = fleet(cell)
-    saturated = saturated_tokens_per_s(cell.trace, profiles, cell.slots)
-    return bound_tokens_per_s(offered(cell, saturated), profiles, cell.slots)
+    saturated = saturated_tokens_per_s(cell.trace, profiles)
+    return bound_tokens_per_s(offered(cell, saturated), profiles, bound_slots(cell))
 
 
 def _run(cell: Cell, with_bound: bool) -> dict[str, Any]:
@@ -304,6 +417,7 @@ def _need_of(cell: Cell) -> dict[str, Any]:
         "seed",
         "slots",
         "sheds",
+        "tuned",
         "time_scale",
         "kv_scale",
     )
@@ -330,21 +444,30 @@ class Crew:
     say: Callable[[str], None]
 
     def each(
-        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str, failures: list[dict[str, Any]]
+        self,
+        task: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        what: str,
+        failures: list[dict[str, Any]],
+        weights: Sequence[float] | None = None,
     ) -> Iterator[Any]:
-        """Results as they come; the first argument is a cell. Failed tasks go to `failures`."""
-        bar = Bar(what, len(arguments), self.say)
+        """Results as they come; the first argument is a cell. Failed tasks go to `failures`.
+
+        weights: how long each is expected to take, in any unit; without them all are taken to be alike.
+        """
+        weights = [1.0] * len(arguments) if weights is None else weights
+        bar = Bar(what, len(arguments), self.say, sum(weights))
         # One more than there are hands: a task carries its trace, and what waits here can be left undone.
-        waiting = deque(arguments)
-        running: dict[Future[Any], Cell] = {}
+        waiting = deque(zip(arguments, weights, strict=True))
+        running: dict[Future[Any], tuple[Cell, float]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) <= self.jobs:
-                    one = waiting.popleft()
-                    running[self.pool.submit(task, *one)] = one[0]
+                    one, weight = waiting.popleft()
+                    running[self.pool.submit(task, *one)] = one[0], weight
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in [future for future in running if future in done]:
-                    cell = running.pop(future)
+                    cell, weight = running.pop(future)
                     try:
                         result = future.result()
                     except BrokenExecutor as e:
@@ -358,7 +481,7 @@ class Crew:
                         )
                     else:
                         yield result
-                    bar.step(f"{cell.trace.name} {cell.load:g}x {cell.policy}")
+                    bar.step(f"{cell.trace.name} {cell.load:g}x {cell.policy}", weight)
         except BaseException:
             self.pool.shutdown(wait=False, cancel_futures=True)
             # Else they would be waited for, to the end of what they are at.
@@ -368,27 +491,35 @@ class Crew:
 
 
 class Bar:
-    """Progress: one line that changes on a terminal, a line now and then elsewhere."""
+    """Progress: one line that changes on a terminal, a line now and then elsewhere.
 
-    def __init__(self, what: str, total: int, say: Callable[[str], None]) -> None:
+    total_weight: of all steps; what is left is foretold by weight, since the longest come first.
+    """
+
+    def __init__(self, what: str, total: int, say: Callable[[str], None], total_weight: float) -> None:
         self._what = what
         self._total = total
+        self._weight_left = total_weight
+        self._weight_done = 0.0
         self._say = say
         self._done = 0
         self._began_s = time.monotonic()
         self._shown_s = -math.inf
         self._is_live = sys.stderr.isatty()
 
-    def step(self, last: str) -> None:
+    def step(self, last: str, weight: float) -> None:
         """One more is done."""
         self._done += 1
+        self._weight_done += weight
+        self._weight_left = max(0.0, self._weight_left - weight)
         now_s = time.monotonic()
         is_last = self._done == self._total
         if not (is_last or self._is_live or now_s - self._shown_s > 20.0):
             return
         self._shown_s = now_s
         spent_s = now_s - self._began_s
-        left = f", about {_duration(spent_s / self._done * (self._total - self._done))} left" if not is_last else ""
+        left_s = spent_s * self._weight_left / self._weight_done if self._weight_done > 0 else math.inf
+        left = f", about {_duration(left_s)} left" if not is_last and left_s < math.inf else ""
         filled = round(24 * self._done / self._total)
         text = (
             f"{self._what} [{'#' * filled}{'.' * (24 - filled)}] {self._done}/{self._total}, {_duration(spent_s)}{left}"
@@ -433,6 +564,8 @@ def _measure(options: argparse.Namespace) -> int:
     results = resumed(options.out, plan.conditions) if options.resume and options.out.exists() else Results(
         options.out, plan.conditions
     )  # fmt: skip
+    if options.tune_from is not None:
+        results.choices += _choices_from(options.tune_from, plan, results.choices)
     signal.signal(signal.SIGTERM, _interrupt)
     with process_pool(options.jobs) as pool:
         is_complete = execute(plan, results, pool, options.jobs, lambda text: print(text, file=sys.stderr, flush=True))
@@ -441,12 +574,18 @@ def _measure(options: argparse.Namespace) -> int:
         print(policies_markdown(results.rows, options.detail_load if options.detail_load in loads else max(loads)))
         if options.traces:
             # Aims are for half an hour of traffic; a short workload would say something else every time.
-            print("\n" + aims_markdown(results.rows))
+            print("\n" + comparison_markdown(results.rows))
         write_report(options.report, [results], options.detail_load)
         print(f"\n{options.out}\n{options.report}")
     if not is_complete:
         print(f'{len(results.failures)} cells failed; see "failures" in {options.out}', file=sys.stderr)
     return 0 if is_complete else 1
+
+
+def _choices_from(path: Path, plan: Plan, known: Sequence[Choice]) -> list[Choice]:
+    """What an earlier run chose for the tunings of this plan: settings are no measurements, so other code may have."""
+    wanted = {tuning.key for tuning in plan.tunings} - {choice_key(choice) for choice in known}
+    return [choice for choice in read_results(path).choices if choice_key(choice) in wanted]
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -464,11 +603,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--policies", type=_names, default=None, help="comma-separated, or all (the default)")
     add("--objectives", type=_names, default=["token", "balanced"], help=f"some of {', '.join(OBJECTIVES)}")
     add("--seeds", type=_positive, default=None, help="number of seeds (default 3; 0 is the trace as recorded)")
-    add("--slots", type=_positive, default=128, help="calls that a replica runs at once (default 128)")
+    add("--slots", type=_positive, default=REFERENCE_SLOTS, help="calls that a replica runs at once (default 128)")
     add("--sheds", choices=("on", "off"), default="on", help="whether hopeless work is dropped (default on)")
+    add("--tune", action="store_true", help="choose slots and shedding for every policy but ours, on a part of its own")
+    add("--tune-slots", type=_counts, default=TUNE_SLOTS, metavar="N,N", help="to choose from (default 32,48,64,128)")
+    add("--tune-also", type=_names, default=[], metavar="NAMES", help=f"choose for these, too: {OURS}")
+    add("--tune-seed", type=_seed, default=TUNE_SEED, help="order of units to choose on (default %(default)s)")
+    add("--tune-load", type=_factor, default=TUNE_LOAD, help="load to choose at (default %(default)s)")
+    add("--tune-window-s", type=_factor, default=None, help="choose on the first seconds of each trace only")
+    add("--tune-from", type=Path, metavar="FILE", help="take what these results chose, whatever code; try the rest")
     add("--time-scale", type=_factor, default=1.0, help="factor on step times")
     add("--kv-scale", type=_factor, default=1.0, help="factor on KV memory")
     add("--slo-scale", type=_factor, default=1.0, help="factor on all targets; below 1 is tighter")
+    add("--slo-unloaded", type=_loads, default=(), metavar="F,F",
+        help="instead of the traces' own targets: F times what each unit takes alone on an idle replica")  # fmt: skip
     add("--window-s", type=_factor, default=None, help="only the first seconds of each trace")
     add("--ablation", action="store_true", help="also our policy with each part left out, blind, and clairvoyant")
     add("--bound", action="store_true", help="also the upper bound for any scheduler (minutes per load and seed)")
@@ -484,10 +632,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick and options.traces:
         parser.error("--quick has a workload of its own: leave --traces out")
+    options.tune = options.tune or options.tune_from is not None or bool(options.tune_also)
+    if options.slo_unloaded and options.slo_scale != 1.0:
+        parser.error("--slo-unloaded sets all targets: put the scale into its factors and leave --slo-scale out")
     is_short = options.quick or not options.traces
     options.loads = options.loads or (QUICK_LOADS if is_short else DEFAULT_LOADS)
     options.policies = options.policies or (list(QUICK_POLICIES) if is_short else ["all"])
     options.seeds = options.seeds or (1 if is_short else 3)
+    if options.tune and options.tune_seed < options.seeds:
+        parser.error(f"--tune-seed {options.tune_seed} is among the {options.seeds} seeds that are compared")
     options.report = options.report or options.out.with_suffix(".md")
     return options
 
@@ -501,6 +654,16 @@ def _names(text: str) -> list[str]:
 
 def _loads(text: str) -> tuple[float, ...]:
     return tuple(_factor(part) for part in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def _factor(text: str) -> float:

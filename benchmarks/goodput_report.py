@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks.goodput_tables import (
     ablation_markdown,
     aims_markdown,
+    choices_markdown,
+    comparison_markdown,
     grouped,
     low_load_markdown,
     policies_markdown,
@@ -36,6 +38,7 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
     needs: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[Mapping[str, Any]] = field(default_factory=list)
 
     def write(self, *, is_complete: bool) -> None:
         """Replace the file."""
@@ -44,6 +47,7 @@ class Results:
             "conditions": dict(self.conditions),
             "failures": self.failures,
             "replicas_needed": self.needs,
+            "choices": self.choices,
             "rows": self.rows,
         }
         try:
@@ -56,7 +60,8 @@ def read_results(path: Path) -> Results:
     """A file of an earlier run. Raises ConfigError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Results(path, content["conditions"], content["rows"], content["replicas_needed"], content["failures"])
+        lists = (content[name] for name in ("rows", "replicas_needed", "failures", "choices"))
+        return Results(path, content["conditions"], *lists)
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -72,6 +77,12 @@ def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[
     if failures:
         names = sorted({f"`{failure['policy']}` ({failure['error']})" for failure in failures})
         parts.append(f"**{len(failures)} cells failed and are missing below:** {'; '.join(names)}.")
+    comparison = comparison_markdown(rows)
+    if comparison:
+        parts += ["## Comparison", _COMPARISON_NOTE, comparison]
+    choices = [choice for one in results for choice in one.choices]
+    if choices:
+        parts += ["## Settings of the policies", _CHOICES_NOTE, choices_markdown(choices)]
     aims = aims_markdown(rows)
     if aims:
         note = "Mean over seeds (least..most); the rival is named, the best of all at that place; **bold**: aim missed."
@@ -105,8 +116,17 @@ _LOAD_NOTE = (
     " knows the future; dashed: upper bound."
 )
 _POLICIES_NOTE = (
-    "† knows true lengths: no rival in practice. ‡ our own fallback: no rival either. 1:1 and 1:8: weights of prompt"
-    " and output tokens."
+    "† knows true lengths: no rival in practice. ‡ our own fallback: no rival either. slots: of a replica; *kept*:"
+    " hopeless work went on as best effort, else it was dropped. 1:1 and 1:8: weights of prompt and output tokens."
+)
+_COMPARISON_NOTE = (
+    "Means over seeds. Rivals are those that could be used in practice, the best at that place by the measure itself,"
+    " and named. ✓ and ✗: aim met or missed; unmarked: no aim at that load. Below: how often each aim is met, then all"
+    " figures."
+)
+_CHOICES_NOTE = (
+    "Chosen by good tokens/s, on another order of the trace's units and not on the runs that are compared. *kept*:"
+    " hopeless work goes on as best effort, else it is dropped. Policies that are not listed run with the default."
 )
 
 
@@ -129,6 +149,16 @@ def _conditions_of(results: Results) -> list[str]:
     settings = [f"{name.replace('_', ' ')} {told[name]:g}" for name in scales if told[name] != 1.0]
     if told["window_s"] is not None:
         settings.append(f"first {told['window_s']:g} s of each trace")
+    if told["slo_unloaded"]:
+        factors = " and ".join(f"{factor:g}x" for factor in told["slo_unloaded"])
+        settings.append(f"targets {factors} of what each unit takes alone on an idle replica")
+    if told["tuned"] is not None:
+        part = f"seed {told['tuned']['seed']} at {told['tuned']['load']:g}x"
+        if told["tuned"]["window_s"] is not None:
+            part += f", first {told['tuned']['window_s']:g} s"
+        also = f" and {', '.join(told['tuned']['also'])}" if told["tuned"]["also"] else ""
+        slots = "/".join(str(count) for count in told["tuned"]["slots"])
+        settings.append(f"rivals{also} with the best of {slots} slots, dropping or keeping hopeless work ({part})")
     conditions = ", ".join([f"shedding of hopeless work {told['sheds']}", *settings])
     engines = ", ".join(f"`{name}`" for name in told["profiles"])
     traces = "; ".join(f"`{name}` ({size})" for name, size in told["traces"].items())

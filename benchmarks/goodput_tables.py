@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tempo_router.simulation.experiment import REFERENCE_SLOTS
+
 Row = Mapping[str, Any]
 Role = Literal["ours", "own", "rival", "oracle", "ablation"]
 
@@ -20,27 +22,53 @@ OWN = frozenset({"density"})
 """What ours falls back to: shown, but no rival."""
 LOW_LOAD = 0.9
 """Up to this load all policies should be equal."""
+LOW_LOAD_AIM = 0.995
+"""Up to LOW_LOAD: ours over the best policy, good tokens and attainment."""
+
+_LOADS = (0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
+_AT_LOW_LOAD = dict.fromkeys((load for load in _LOADS if load <= LOW_LOAD), LOW_LOAD_AIM)
 
 AIMS: Mapping[tuple[str, str], Mapping[float, float]] = {
     ("token", "jitserve"): {1.0: 1.05, 1.25: 1.25, 1.5: 1.5, 2.0: 1.85},
-    ("token", "rival"): {1.0: 1.03, 1.25: 1.25, 1.5: 1.3, 2.0: 1.45},
+    ("token", "rival"): {**_AT_LOW_LOAD, 1.0: 1.03, 1.25: 1.25, 1.5: 1.3, 2.0: 1.45},
     ("token", "bound"): {1.0: 0.96, 1.25: 0.93, 1.5: 0.90, 2.0: 0.88},
-    ("balanced", "rival"): {1.0: 1.03, 1.25: 1.2, 1.5: 1.2, 2.0: 1.3},
+    ("token", "attained"): _AT_LOW_LOAD,
+    ("token", "ttft"): dict.fromkeys(_LOADS, 0.3),
+    ("token", "tbt"): dict.fromkeys(_LOADS, 0.05),
+    ("balanced", "rival"): {**_AT_LOW_LOAD, 1.0: 1.03, 1.25: 1.2, 1.5: 1.2, 2.0: 1.3},
     ("balanced", "attainment"): {1.0: 0.985, 1.25: 0.94, 1.5: 0.90, 2.0: 0.86},
+    ("balanced", "attained"): _AT_LOW_LOAD,
     ("balanced", "worst"): {1.0: 0.98, 1.25: 0.90, 1.5: 0.78, 2.0: 0.30},
-    ("balanced", "ttft"): dict.fromkeys((0.75, 0.9, 1.0, 1.25, 1.5, 2.0), 0.3),
-    ("balanced", "tbt"): dict.fromkeys((0.75, 0.9, 1.0, 1.25, 1.5, 2.0), 0.05),
+    ("balanced", "ttft"): dict.fromkeys(_LOADS, 0.3),
+    ("balanced", "tbt"): dict.fromkeys(_LOADS, 0.05),
 }
 """What we want to reach, by objective, measure and load."""
 AT_MOST = frozenset({"ttft", "tbt"})
 """Measures, in seconds, of which less is better."""
+RATIOS = frozenset({"jitserve", "rival", "attained"})
+"""Measures that say what ours has over another policy."""
+HEADINGS: Mapping[str, str] = {
+    "jitserve": "÷ better JITServe",
+    "rival": "÷ best rival",
+    "bound": "of the bound",
+    "attainment": "attainment",
+    "attained": "attainment ÷ best rival's",
+    "worst": "worst class",
+    "ttft": "TTFT P95",
+    "tbt": "TBT P99",
+}
+"""All measures, in the order of a table."""
 
 TITLES: Mapping[tuple[str, str], str] = {
     ("token", "jitserve"): "Token objective: good tokens/s over the better of the JITServe forms",
     ("token", "rival"): "Token objective: good tokens/s over the best practical rival",
     ("token", "bound"): "Token objective: share of the clairvoyant upper bound",
+    ("token", "attained"): "Token objective: attainment over that of the best practical rival",
+    ("token", "ttft"): "Token objective: TTFT P95 of served streams",
+    ("token", "tbt"): "Token objective: TBT P99 of streams",
     ("balanced", "rival"): "Balanced objective: good tokens/s over the best practical rival",
     ("balanced", "attainment"): "Balanced objective: attainment",
+    ("balanced", "attained"): "Balanced objective: attainment over that of the best practical rival",
     ("balanced", "worst"): "Balanced objective: attainment of the worst-served class",
     ("balanced", "ttft"): "Balanced objective: TTFT P95 of served streams",
     ("balanced", "tbt"): "Balanced objective: TBT P99 of streams",
@@ -49,12 +77,11 @@ TITLES: Mapping[tuple[str, str], str] = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where policies are compared: everything is equal but the policy."""
+    """Where policies are compared: arrivals and engines are equal, policies and their settings are not."""
 
     profile: str
     trace: str
     load: float
-    slots: int
     time_scale: float
     kv_scale: float
 
@@ -68,13 +95,19 @@ class Place:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Line:
-    """A policy with its settings: what becomes one line of a picture. switches: as JSON."""
+    """A policy with its settings: what becomes one line of a picture. switches: as JSON.
+
+    tuned: with the slots and the shedding that were best for it, which differ between traces and engines; `sheds` and
+    `slots` then say nothing, and settings_of tells.
+    """
 
     policy: str
     objective: str
     sheds: bool
     knowledge: str
     switches: str
+    slots: int
+    tuned: bool
 
     @property
     def role(self) -> Role:
@@ -97,6 +130,8 @@ class Line:
             parts.append(f"({self.objective})")
         if not self.sheds:
             parts.append("no shedding")
+        if self.slots != REFERENCE_SLOTS:
+            parts.append(f"{self.slots} slots")
         if self.knowledge != "learned":
             parts.append({"true": "clairvoyant", "none": "no predictor"}[self.knowledge])
         parts += [f"{name}={value}" for name, value in json.loads(self.switches).items()]
@@ -105,13 +140,14 @@ class Line:
 
 def place_of(row: Row) -> Place:
     """Where a row was measured."""
-    return Place(row["profile"], row["trace"], row["load"], row["slots"], row["time_scale"], row["kv_scale"])
+    return Place(row["profile"], row["trace"], row["load"], row["time_scale"], row["kv_scale"])
 
 
 def line_of(row: Row) -> Line:
     """The line that a row belongs to."""
     switches = json.dumps(row["switches"], sort_keys=True)
-    return Line(row["policy"], row["objective"], row["sheds"], row["knowledge"], switches)
+    sheds, slots = (True, REFERENCE_SLOTS) if row["tuned"] else (row["sheds"], row["slots"])
+    return Line(row["policy"], row["objective"], sheds, row["knowledge"], switches, slots, row["tuned"])
 
 
 Lines = Mapping[Line, Mapping[int, Row]]
@@ -151,8 +187,18 @@ def is_jitserve(line: Line) -> bool:
 
 
 def ours(lines: Lines, objective: str) -> Line | None:
-    """Our policy, complete, under that objective."""
-    return next((line for line in lines if line.role == "ours" and line.objective == objective and line.sheds), None)
+    """Our policy, complete, under that objective; with several settings the tuned one, else the one of most slots."""
+    found = [line for line in lines if line.role == "ours" and line.objective == objective and line.sheds]
+    return max(found, key=lambda line: (line.tuned, line.slots), default=None)
+
+
+def settings_of(rows: Iterable[Row]) -> str:
+    """With how many slots rows were measured, and whether hopeless work was dropped or kept as best effort."""
+    slots: dict[bool, set[int]] = {True: set(), False: set()}
+    for row in rows:
+        slots[row["sheds"]].add(row["slots"])
+    named = {sheds: "/".join(str(count) for count in sorted(counts)) for sheds, counts in slots.items() if counts}
+    return ", ".join(text + ("" if sheds else " kept") for sheds, text in named.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +244,8 @@ def measure(lines: Lines, objective: str, name: str) -> Spread | None:
             return Spread.of([row["token_goodput"] / row["bound_token_goodput"] for row in bounded])
         case "attainment":
             return Spread.of([row["attainment"] for row in rows if row["attainment"] is not None])
+        case "attained":
+            return ratio(lines, line, best(lines, "attainment", is_rival), "attainment")
         case "worst":
             return Spread.of(
                 [row["worst_class_attainment"] for row in rows if row["worst_class_attainment"] is not None]
@@ -243,11 +291,67 @@ def aims_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(sections)
 
 
+def is_met(spread: Spread, aim: float, name: str) -> bool:
+    """Whether the mean reaches an aim."""
+    return spread.mean <= aim if name in AT_MOST else spread.mean >= aim
+
+
+def comparison_markdown(rows: Sequence[Row]) -> str:
+    """Everything that is aimed at in two tables: the aims with how often they are met, and all figures by place.
+
+    ✓ and ✗: the aim of that load is met or missed; without a mark there is none.
+    """
+    places = grouped(rows)
+    counts: dict[tuple[str, str, float], tuple[int, int]] = {}
+    body: list[list[str]] = []
+    for place, lines in places.items():
+        for objective in dict.fromkeys(objective for objective, _ in AIMS):
+            found = {name: measure(lines, objective, name) for name in HEADINGS}
+            if not any(found.values()):
+                continue
+            cells = []
+            for name, spread in found.items():
+                aim = AIMS.get((objective, name), {}).get(place.load)
+                cells.append(_marked(spread, aim, name))
+                if spread is not None and aim is not None:
+                    met, of = counts.get((objective, name, place.load), (0, 0))
+                    counts[objective, name, place.load] = met + is_met(spread, aim, name), of + 1
+            body.append([place.engine, place.trace, f"{place.load:g}x", objective, *cells])
+    if not body:
+        return ""
+    figures = markdown_table(["engine", "trace", "load", "objective", *HEADINGS.values()], body)
+    return f"{_met_markdown(counts)}\n\n{figures}" if counts else figures
+
+
+def _met_markdown(counts: Mapping[tuple[str, str, float], tuple[int, int]]) -> str:
+    loads = sorted({load for _, _, load in counts})
+    body: list[list[str]] = []
+    for (objective, name), aims in AIMS.items():
+        cells = [
+            f"{'≤' if name in AT_MOST else '≥'} {_figure(aims[load], name)}, met {met} of {of}"
+            if (objective, name, load) in counts
+            else ""
+            for load in loads
+            for met, of in [counts.get((objective, name, load), (0, 0))]
+        ]
+        if any(cells):
+            body.append([TITLES[objective, name], *cells])
+    return markdown_table(["aim", *(f"{load:g}x" for load in loads)], body)
+
+
+def _marked(spread: Spread | None, aim: float | None, name: str) -> str:
+    if spread is None:
+        return "-"
+    mark = "" if aim is None else " ✓" if is_met(spread, aim, name) else " ✗"
+    against = f" `{spread.against}`" if spread.against else ""
+    return f"{_figure(spread.mean, name)}{against}{mark}"
+
+
 def _aim_cell(spread: Spread | None, aim: float, name: str) -> str:
     if spread is None:
         return ""
     text = _figure(spread.mean, name)
-    if spread.mean > aim if name in AT_MOST else spread.mean < aim:
+    if not is_met(spread, aim, name):
         text = f"**{text}**"
     if spread.most > spread.least:
         text += f" ({_figure(spread.least, name)}..{_figure(spread.most, name)})"
@@ -257,11 +361,11 @@ def _aim_cell(spread: Spread | None, aim: float, name: str) -> str:
 def _figure(value: float, name: str) -> str:
     if name in AT_MOST:
         return f"{1000 * value:.0f} ms"
-    return f"{value:.3f}" if name in ("jitserve", "rival") else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if name in RATIOS else f"{100 * value:.1f} %"
 
 
 def low_load_markdown(rows: Sequence[Row]) -> str:
-    """Up to 0.9x: how far ours is from the best policy; the best is any but those that know the future."""
+    """Up to 0.9x: how far ours is from the best policy, bold if too far; the best is any that could be had."""
     body: list[list[str]] = []
     for place, lines in grouped(rows).items():
         if place.load > LOW_LOAD:
@@ -270,7 +374,11 @@ def low_load_markdown(rows: Sequence[Row]) -> str:
             cells = [place.engine, place.trace, f"{place.load:g}x", line.label]
             for column in ("token_goodput", "attainment"):
                 found = ratio(lines, line, best(lines, column, is_rival), column)
-                cells.append("-" if found is None else f"{100 * (found.mean - 1):+.2f} % `{found.against}`")
+                if found is None:
+                    cells.append("-")
+                    continue
+                text = f"{100 * (found.mean - 1):+.2f} %"
+                cells.append(f"{text if found.mean >= LOW_LOAD_AIM else f'**{text}**'} `{found.against}`")
             body.append(cells)
     if not body:
         return ""
@@ -300,12 +408,15 @@ def policies_markdown(rows: Sequence[Row], load: float) -> str:
                 f"**{line.label}**"
                 if line.role == "ours"
                 else line.label + {"oracle": " †", "own": " ‡"}.get(line.role, ""),
+                settings_of(row for lines in here for row in lines[line].values()),
                 *(_cell(_over_traces(here, line, column), kind) for column, _, kind in _POLICY_COLUMNS),
             ]
             for line in sorted(everywhere, key=lambda line: -(_over_traces(here, line, "token_goodput") or 0.0))
         ]
         title = f"**{engine}, {load:g}x, mean over {', '.join(traces)}**"
-        sections.append(title + "\n\n" + markdown_table(["policy", *(head for _, head, _ in _POLICY_COLUMNS)], body))
+        sections.append(
+            title + "\n\n" + markdown_table(["policy", "slots", *(head for _, head, _ in _POLICY_COLUMNS)], body)
+        )
     return "\n\n".join(sections)
 
 
@@ -441,14 +552,38 @@ def replicas_markdown(needs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def choices_markdown(choices: Sequence[Mapping[str, Any]]) -> str:
+    """What each policy runs with on each trace and engine, and what that is worth against the default setting."""
+    body = []
+    for choice in choices:
+        found = {(one["slots"], one["sheds"]): one["token_goodput"] for one in choice["tried"]}
+        best_, default = found[choice["slots"], choice["sheds"]], found.get((REFERENCE_SLOTS, True))
+        scales = [f"{name} x {choice[key]:g}" for name, key in (("time", "time_scale"), ("KV", "kv_scale"))
+                  if choice[key] != 1.0]  # fmt: skip
+        body.append(
+            [
+                ", ".join([choice["profile"], *scales]),
+                choice["trace"],
+                choice["policy"] + (f" ({choice['objective']})" if choice["objective"] != "token" else ""),
+                settings_of([choice]),
+                f"{best_:,.0f}",
+                "-" if not default else f"{100 * (best_ / default - 1):+.1f} %",
+            ]
+        )
+    header = ["engine", "trace", "policy", "slots", "good tokens/s", f"against {REFERENCE_SLOTS} slots, dropping"]
+    return markdown_table(header, body)
+
+
 def summary_csv(rows: Sequence[Row]) -> str:
     """Means over seeds of every line at every place, for spreadsheets."""
     columns = [column for column, _, _ in _POLICY_COLUMNS]
-    out = [",".join(["engine", "trace", "load", "line", "role", "seeds", *columns])]
+    out = [",".join(["engine", "trace", "load", "line", "role", "slots", "seeds", *columns])]
     for place, lines in grouped(rows).items():
         for line in sorted(lines):
             values = [mean(lines[line], column) for column in columns]
-            names = [place.engine, place.trace, f"{place.load:g}", line.label, line.role, str(len(lines[line]))]
+            settings = settings_of(lines[line].values())
+            seeds = str(len(lines[line]))
+            names = [place.engine, place.trace, f"{place.load:g}", line.label, line.role, settings, seeds]
             out.append(
                 ",".join(
                     [

@@ -54,6 +54,9 @@ _REFERENCE_FORMAT = 1
 
 _MOST_REPLICAS = 64
 
+_REMEMBERED_TRACES = 256
+"""Traces whose hashes are kept: a comparison asks for them again and again, each time in the same order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -297,7 +300,7 @@ def saturated_tokens_per_s(
     cache = cache or FigureCache()
     total = 0.0
     for profile, count in Counter(profiles).items():
-        key = _key(_calls_digest(_Same(trace)), repr(profile), str(slots))
+        key = _key(calls_digest(trace), repr(profile), str(slots))
         alone = cache.get("saturated", key)
         if alone is None:
             alone = _measure_saturated(trace, profile, slots, on_progress)
@@ -391,6 +394,11 @@ def trace_digest(trace: Trace) -> str:
     return _digest(_Same(trace))
 
 
+def calls_digest(trace: Trace) -> str:
+    """A hash of what the reference is measured with: targets and arrivals do not matter to it."""
+    return _calls_digest(_Same(trace))
+
+
 class _Same:
     """Equal to itself alone: a trace's own equality would look at every call of it."""
 
@@ -406,14 +414,13 @@ class _Same:
         return id(self.trace)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_REMEMBERED_TRACES)
 def _digest(same: _Same) -> str:
     return _key(repr(same.trace.units))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_REMEMBERED_TRACES)
 def _calls_digest(same: _Same) -> str:
-    """A hash of what the reference is measured with: targets and arrivals do not matter to it."""
     return _key(repr(backlog(same.trace).units))
 
 

@@ -20,20 +20,24 @@ from benchmarks.goodput_tables import (
     AIMS,
     aims_markdown,
     best,
+    choices_markdown,
+    comparison_markdown,
     grouped,
     is_jitserve,
     is_rival,
     line_of,
     low_load_markdown,
     measure,
+    ours,
     policies_markdown,
     ratio,
     removals,
     replicas_markdown,
     summary_csv,
 )
+from benchmarks.goodput_tuning import chosen, tried
 from tempo_router.errors import ConfigError
-from tempo_router.request import Latency
+from tempo_router.request import Deadline, Latency
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.rows import COLUMNS
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
@@ -82,7 +86,7 @@ def test_ratio_is_taken_seed_by_seed_over_common_seeds():
 
 def test_each_measure_with_an_aim_reads_its_own_column():
     rows = [
-        goodput_row("tempo", goodput=3000.0, bound_token_goodput=4000.0),
+        goodput_row("tempo", goodput=3000.0, attainment=0.81, bound_token_goodput=4000.0),
         goodput_row("tempo", goodput=2700.0, objective="balanced", attainment=0.93, worst_class_attainment=0.8),
         goodput_row("jitserve", goodput=1500.0),
         goodput_row("jitserve_tuned", goodput=2000.0),
@@ -94,7 +98,11 @@ def test_each_measure_with_an_aim_reads_its_own_column():
         ("token", "jitserve"): 1.5,
         ("token", "rival"): 1.2,
         ("token", "bound"): 0.75,
+        ("token", "attained"): 0.9,
+        ("token", "ttft"): 0.25,
+        ("token", "tbt"): 0.04,
         ("balanced", "rival"): 1.08,
+        ("balanced", "attained"): 1.0333,
         ("balanced", "attainment"): 0.93,
         ("balanced", "worst"): 0.8,
         ("balanced", "ttft"): 0.25,
@@ -109,15 +117,48 @@ def test_ours_without_shedding_or_a_part_is_not_ours_complete():
     assert [line.role for line in lines] == ["ablation", "rival"]
 
 
-def test_places_that_differ_in_anything_but_the_policy_are_never_mixed():
+def test_places_that_differ_in_arrivals_or_engines_are_never_mixed():
     rows = [
         goodput_row(),
         goodput_row(load=2.0),
         goodput_row(time_scale=1.4),
-        goodput_row(slots=64),
         goodput_row(trace="b"),
     ]
-    assert len(grouped(rows)) == 5
+    assert len(grouped(rows)) == 4
+
+
+def test_a_policy_with_other_slots_is_another_line_at_the_same_place():
+    """Arrivals do not depend on slots, so both may be compared with ours, and the better one counts."""
+    lines = only_place(
+        [
+            goodput_row("tempo", goodput=3000.0),
+            goodput_row("edf", goodput=1000.0),
+            goodput_row("edf", goodput=2000.0, slots=48),
+        ]
+    )
+    assert sorted(line.label for line in lines) == ["edf", "edf 48 slots", "tempo (token)"]
+    found = measure(lines, "token", "rival")
+    assert (found.mean, found.against) == (1.5, "edf 48 slots")
+
+
+def test_a_tuned_policy_is_one_line_whatever_was_chosen_where():
+    rows = [
+        goodput_row("edf", tuned=True, slots=48, sheds=False),
+        goodput_row("edf", tuned=True, slots=64, trace="b"),
+        goodput_row("tempo"),
+        goodput_row("tempo", trace="b"),
+    ]
+    assert line_of(rows[0]) == line_of(rows[1]) != line_of(goodput_row("edf"))
+    assert line_of(rows[0]).label == "edf"
+    assert "| edf | 64, 48 kept |" in policies_markdown(rows, 1.5)
+    assert "| **tempo (token)** | 128 |" in policies_markdown(rows, 1.5)
+
+
+def test_ours_is_the_tuned_line_where_there_is_one():
+    rows = [goodput_row("tempo"), goodput_row("tempo", slots=64), goodput_row("tempo", slots=32, tuned=True)]
+    lines = only_place(rows)
+    assert ours(lines, "token").tuned
+    assert ours(only_place(rows[:2]), "token").slots == 128
 
 
 def test_labels_tell_lines_apart():
@@ -171,9 +212,46 @@ def test_an_aim_for_a_latency_is_missed_by_more_not_by_less():
     assert "*≤ 300 ms*" in text
 
 
+def test_a_comparison_names_rivals_marks_aims_and_counts_how_often_they_are_met():
+    rows = [
+        goodput_row("tempo", 1.5, goodput=1499.0, bound_token_goodput=1600.0),
+        goodput_row("tempo", 2.0, goodput=1850.0),
+        goodput_row("tempo", 1.1, goodput=1100.0),
+        *(goodput_row("jitserve", load, goodput=1000.0) for load in (1.1, 1.5, 2.0)),
+        goodput_row("tempo", 1.5, trace="b", goodput=1600.0),
+        goodput_row("jitserve_tuned", 1.5, trace="b", goodput=1000.0),
+    ]
+    text = comparison_markdown(rows)
+    assert "| mixed | 1.5x | token | 1.499 `jitserve` ✗ | 1.499 `jitserve` ✓ | 93.7 % ✓ |" in text
+    assert "| mixed | 2x | token | 1.850 `jitserve` ✓ | 1.850 `jitserve` ✓ | - |" in text
+    assert "| b | 1.5x | token | 1.600 `jitserve_tuned` ✓ |" in text
+    # A load without aims has figures and no marks.
+    assert "| mixed | 1.1x | token | 1.100 `jitserve` | 1.100 `jitserve` | - |" in text
+    title = "Token objective: good tokens/s over the better of the JITServe forms"
+    assert f"| {title} | ≥ 1.500, met 1 of 2 | ≥ 1.850, met 1 of 1 |" in text
+    assert "| Token objective: TTFT P95 of served streams | ≤ 300 ms, met 2 of 2 | ≤ 300 ms, met 1 of 1 |" in text
+    assert comparison_markdown([goodput_row("edf")]) == ""
+
+
+def test_choices_say_what_they_are_worth_against_the_default():
+    choice = {"trace": "mixed", "profile": PROFILE, "policy": "edf", "objective": "token", "time_scale": 1.0,
+              "kv_scale": 0.25, "slots": 48, "sheds": False,
+              "tried": [{"slots": 128, "sheds": True, "token_goodput": 800.0},
+                        {"slots": 48, "sheds": False, "token_goodput": 1000.0}]}  # fmt: skip
+    assert f"| {PROFILE}, KV x 0.25 | mixed | edf | 48 kept | 1,000 | +25.0 % |" in choices_markdown([choice])
+    without_default = {**choice, "tried": choice["tried"][1:]}
+    assert "| 48 kept | 1,000 | - |" in choices_markdown([without_default])
+
+
 def test_tables_have_as_many_cells_as_headings_in_every_row():
     rows = full_rows()
-    texts = [aims_markdown(rows), policies_markdown(rows, 1.5), low_load_markdown(rows), goodput.main.__doc__]
+    texts = [
+        aims_markdown(rows),
+        comparison_markdown(rows),
+        policies_markdown(rows, 1.5),
+        low_load_markdown(rows),
+        goodput.main.__doc__,
+    ]
     for text in texts:
         width = None
         for line in text.splitlines():
@@ -198,7 +276,9 @@ def test_low_loads_name_the_best_rival_for_each_measure():
         goodput_row("edf", 0.9, goodput=1000.0, attainment=0.9),
         goodput_row("fcfs", 0.9, goodput=900.0, attainment=1.0),
     ]
-    assert "| -1.00 % `edf` | -5.00 % `fcfs` |" in low_load_markdown(rows)
+    assert "| **-1.00 %** `edf` | **-5.00 %** `fcfs` |" in low_load_markdown(rows)
+    near = [goodput_row("tempo", 0.9, goodput=996.0), goodput_row("edf", 0.9, goodput=1000.0)]
+    assert "| -0.40 % `edf` |" in low_load_markdown(near)
     assert low_load_markdown([goodput_row("tempo", 1.5)]) == ""
 
 
@@ -402,6 +482,173 @@ def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(
     }  # fmt: skip
 
 
+def test_tuned_rivals_run_with_their_best_setting_and_ours_with_the_default(trace_path, tmp_path):
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,edf,fcfs", "--tune",
+                     "--tune-slots", "2,128")  # fmt: skip
+    said = []
+    is_complete, results = run(parsed, said.append)
+    assert is_complete
+    assert any(line.startswith("settings [") and "8/8" in line for line in said)
+    choices = {choice["policy"]: choice for choice in results.choices}
+    assert sorted(choices) == ["edf", "fcfs"]
+    for choice in choices.values():
+        assert (choice["tuning_seed"], choice["tuning_load"]) == (goodput.TUNE_SEED, 1.5)
+        tried = {(one["slots"], one["sheds"]): one["token_goodput"] for one in choice["tried"]}
+        assert set(tried) == {(2, True), (2, False), (128, True), (128, False)}
+        assert tried[choice["slots"], choice["sheds"]] == max(tried.values())
+        # Two slots are no engine: the choice is not one of nothing.
+        assert tried[2, True] < tried[128, True]
+    offered = {row["load"]: row["offered_tokens_per_s"] for row in results.rows}
+    for row in results.rows:
+        expected = choices.get(row["policy"], {"slots": 128, "sheds": True})
+        assert (row["slots"], row["sheds"]) == (expected["slots"], expected["sheds"])
+        assert row["tuned"] == (row["policy"] != "tempo")
+        assert row["offered_tokens_per_s"] == offered[row["load"]]
+    text = report_markdown([results], {}, 1.5)
+    assert "## Settings of the policies" in text
+    assert "rivals with the best of 2/128 slots, dropping or keeping hopeless work (seed 1000 at 1.5x)" in text
+
+
+def test_choices_are_kept_for_a_resumed_run_and_can_be_taken_from_another_one(trace_path, tmp_path):
+    path = tmp_path / "first.json"
+    first = options(trace_path, path, "--tune", "--tune-slots", "2,128")
+    run(first)
+    content = json.loads(path.read_text())
+    for choice in content["choices"]:
+        choice["slots"] = 2
+    path.write_text(json.dumps(content))
+
+    plan = goodput.plan_of(first)
+    _, again = run(first, results=goodput.resumed(path, plan.conditions))
+    assert {choice["slots"] for choice in again.choices} == {2}
+    # Other settings than those of the rows that are there: new rows.
+    assert sorted(row["slots"] for row in again.rows) == [2, 2, 2, 2, 128, 128, 128, 128]
+
+    other = options(trace_path, tmp_path / "other.json", "--policies", "fcfs,vtc", "--tune-from", str(path),
+                    "--tune-slots", "128")  # fmt: skip
+    assert other.tune
+    plan = goodput.plan_of(other)
+    taken = goodput._choices_from(path, plan, [])
+    assert [choice["policy"] for choice in taken] == ["fcfs"]
+    _, results = run(other, results=Results(other.out, plan.conditions, choices=taken))
+    assert {row["policy"]: row["slots"] for row in results.rows} == {"fcfs": 2, "vtc": 128}
+
+
+def test_all_cells_of_a_policy_on_an_engine_share_what_is_tried_for_it(trace_path, tmp_path):
+    """Loads, seeds and ablations do; engines and objectives do not."""
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,edf", "--objectives", "token,balanced",
+                     "--seeds", "2", "--ablation", "--tune-also", "tempo", "--tune-window-s", "6",
+                     "--tune-slots", "8,64", "--profile", PROFILE, "--profile", "llama-3-8b:a100-80g:1")  # fmt: skip
+    plan = goodput.plan_of(parsed)
+    assert [(t.columns["profile"][11:15], t.columns["policy"], t.columns["objective"]) for t in plan.tunings] == [
+        (engine, policy, objective)
+        for engine in ("h100", "a100")
+        for policy, objective in (("tempo", "token"), ("tempo", "balanced"), ("edf", "token"))
+    ]
+    for tuning in plan.tunings:
+        assert [(cell.slots, cell.sheds) for cell in tuning.candidates] == [
+            (8, True), (64, True), (8, False), (64, False),
+        ]  # fmt: skip
+        for cell in tuning.candidates:
+            assert (cell.seed, cell.load, cell.knowledge, dict(cell.switches)) == (1000, 1.5, "learned", {})
+            assert cell.trace.span_s < 6
+
+
+def test_of_equal_settings_the_default_is_chosen_and_failed_ones_are_left_out(trace_path, tmp_path):
+    plan = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--tune"))
+    tuning = plan.tunings[0]
+    equal = {(cell.slots, cell.sheds): 5.0 for cell in tuning.candidates}
+    assert len(equal) == 8
+    default = chosen(tuning, equal, "c")
+    assert (default["slots"], default["sheds"]) == (128, True)
+    few = chosen(tuning, {(48, False): 4.0, (32, True): 3.0}, "c")
+    assert (few["slots"], few["sheds"], len(few["tried"])) == (48, False, 2)
+    assert chosen(tuning, {}, "c") is None
+
+
+def test_a_tried_setting_is_remembered_for_the_same_code_only(trace_path, tmp_path, monkeypatch):
+    cell = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--tune")).tunings[0].candidates[0]
+    found = tried(cell, "one")
+    monkeypatch.setattr("benchmarks.goodput_tuning.run_cell", lambda _: {"token_goodput": -1.0})
+    assert tried(cell, "one") == found
+    assert found["token_goodput"] > 0
+    assert tried(cell, "other")["token_goodput"] == -1.0
+
+
+def test_targets_can_be_multiples_of_what_units_take_alone_on_each_engine(trace_path, tmp_path):
+    a100 = "llama-3-8b:a100-80g:1"
+
+    def deadlines(*more):
+        parsed = options(trace_path, tmp_path / "r.json", "--loads", "1.5", "--policies", "fcfs", *more)
+        return {
+            (cell.profile_names[0], cell.trace.name): [
+                unit.slo.ttlt_s
+                for unit in cell.trace.units
+                if isinstance(unit.slo, Deadline) and not any(call.gap_s for call in unit.calls)
+            ]
+            for cell in goodput.plan_of(parsed).cells
+        }
+
+    found = deadlines("--slo-unloaded", "2,4", "--profile", PROFILE, "--profile", a100)
+    assert len(found) == 4
+    twice = found[PROFILE, "tiny 2x unloaded"]
+    assert len(twice) > 3
+    assert found[PROFILE, "tiny 4x unloaded"] == pytest.approx([2 * seconds for seconds in twice])
+    slower = found[a100, "tiny 2x unloaded"]
+    assert all(slow > 1.2 * fast for slow, fast in zip(slower, twice, strict=True))
+    stretched = deadlines("--slo-unloaded", "2", "--time-scale", "3", "--profile", PROFILE)
+    assert stretched[PROFILE, "tiny 2x unloaded"] == pytest.approx([3 * seconds for seconds in twice])
+
+
+class Recorder(ThreadPoolExecutor):
+    """Notes in which order cells are run."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.ran = []
+
+    def submit(self, task, cell, *rest):
+        if task is goodput._run:
+            self.ran.append((cell.seed, cell.policy))
+        return super().submit(task, cell, *rest)
+
+
+def test_the_longest_cells_of_each_seed_come_first(trace_path, tmp_path):
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "fcfs,tempo", "--loads", "1.5", "--seeds", "2")
+    plan = goodput.plan_of(parsed)
+    with Recorder() as pool:
+        assert goodput.execute(plan, Results(parsed.out, plan.conditions), pool, 1, lambda _: None)
+    assert pool.ran == [(0, "tempo"), (0, "fcfs"), (1, "tempo"), (1, "fcfs")]
+
+
+def test_how_long_cells_take_is_foretold_from_rows_of_their_policies(trace_path, tmp_path):
+    cells = goodput.plan_of(
+        options(trace_path, tmp_path / "r.json", "--policies", "fcfs,edf,tempo", "--loads", "1.5")
+    ).cells
+    rows = [goodput_row("edf", wall_s=60.0), goodput_row("edf", seed=1, wall_s=80.0), goodput_row("fcfs", wall_s=10.0),
+            goodput_row("vtc", wall_s=None)]  # fmt: skip
+    speeds = goodput.speeds_of(rows)
+    assert speeds == {"edf": pytest.approx(70 / 4500), "fcfs": pytest.approx(10 / 4500)}
+    calls = cells[0].trace.calls
+    found = {cell.policy: goodput.work_of(cell, speeds) / calls for cell in cells}
+    # No row of ours: its guessed slowness, times what is usual.
+    assert found == {
+        "edf": pytest.approx(70 / 4500),
+        "fcfs": pytest.approx(10 / 4500),
+        "tempo": pytest.approx(goodput.SLOWNESS["tempo"] * 40 / 4500),
+    }
+
+
+def test_what_is_left_is_foretold_by_weight_and_not_by_number(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    said = []
+    bar = goodput.Bar("cells", 3, said.append, total_weight=10.0)
+    now[0] = 180.0
+    bar.step("the longest", 8.0)
+    assert said == ["cells [########................] 1/3, 1 min 20 s, about 20 s left"]
+
+
 def test_a_search_for_replicas_says_what_it_tried(trace_path, tmp_path):
     parsed = options(trace_path, tmp_path / "r.json", "--policies", "edf", "--loads", "1.0", "--replicas-needed",
                      "--rates", "2.0")  # fmt: skip
@@ -420,6 +667,8 @@ def test_a_search_for_replicas_says_what_it_tried(trace_path, tmp_path):
         (["--traces", "nowhere.csv"], "nowhere.csv"),
         (["--profile", "llama-3-8b:h100"], "no such step-time profile"),
         (["--render", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["--tune-from", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["--tune-also", "tempp"], "policy='tempp': no such policy; did you mean 'tempo'?"),
     ],
 )
 def test_what_is_unknown_is_said_before_anything_runs(arguments, message, trace_path, tmp_path, capsys):
@@ -437,6 +686,21 @@ def test_numbers_out_of_range_are_refused(arguments, capsys):
         goodput.main(arguments)
     assert refusal.value.code == 2
     assert "above zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tune", "--tune-seed", "2"], "--tune-seed 2 is among the 3 seeds that are compared"),
+        (["--slo-unloaded", "2", "--slo-scale", "0.5"], "leave --slo-scale out"),
+        (["--tune-slots", "32,0"], "'0' is not a whole number above zero"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(arguments, message, trace_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        goodput.main(["--traces", str(trace_path), *arguments])
+    assert refusal.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_two_traces_of_one_name_are_refused(trace_path, tmp_path, capsys):
@@ -488,8 +752,8 @@ def test_a_report_has_conditions_tables_pictures_and_columns_and_leaves_what_peo
     assert text.startswith(f"# Ours\n\nbefore\n\n{BEGIN_MARK}\n")
     assert text.endswith(f"{END_MARK}\n\nafter\n")
     assert "\nold\n" not in text
-    for title in ("Conditions", "Aims", "Over the load", "All policies", "By class", "Distributions", "Up to 0.9x",
-                  "What each part is worth", "Columns of the rows"):  # fmt: skip
+    for title in ("Conditions", "Comparison", "Aims", "Over the load", "All policies", "By class", "Distributions",
+                  "Up to 0.9x", "What each part is worth", "Columns of the rows"):  # fmt: skip
         assert f"\n## {title}\n" in text, title
     linked = [part.split(")")[0] for part in text.split("](")[1:]]
     assert len(linked) == 4
