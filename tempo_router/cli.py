@@ -4,37 +4,42 @@ The one file of this package that has a terminal, a clock and Ctrl-C. Everything
 line on stderr and exit status 2, before the first simulation starts.
 """
 
-import argparse
-import csv
-import io
-import itertools
-import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
-
-from tqdm import tqdm
-
-from tempo_router.config import SchedulingConfig
-from tempo_router.errors import ConfigError, TempoError
-from tempo_router.simulation import transform
-from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
-from tempo_router.simulation.generate import GeneratorConfig, generate, generator_config
-from tempo_router.simulation.trace import Trace
-from tempo_router.simulation.trace_file import read_trace, write_trace
-from tempo_router.simulation.trace_statistics import TraceStatistics, trace_statistics
-
-if TYPE_CHECKING:
-    from tempo_router.simulation.experiment import Cell
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+try:
+    import argparse
+    import csv
+    import io
+    import itertools
+    import json
+    import math
+    import time
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import suppress
+    from dataclasses import asdict
+    from importlib.metadata import version
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+    from tqdm import tqdm
+
+    from tempo_router.config import SchedulingConfig
+    from tempo_router.errors import ConfigError, TempoError
+    from tempo_router.simulation import transform
+    from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
+    from tempo_router.simulation.generate import GeneratorConfig, generate, generator_config
+    from tempo_router.simulation.trace import Trace
+    from tempo_router.simulation.trace_file import read_trace, write_trace
+    from tempo_router.simulation.trace_statistics import TraceStatistics, trace_statistics
+except KeyboardInterrupt:
+    # They take most of a second, in which no main() is there yet to end quietly on Ctrl-C.
+    sys.exit(EXIT_INTERRUPTED)
+
+if TYPE_CHECKING:
+    from tempo_router.simulation.experiment import Cell
 
 # Of a row, what fits on a line: column, heading, how it is shown.
 _TABLE: tuple[tuple[str, str, str], ...] = (
@@ -502,7 +507,7 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
         help="offered tokens over what the replicas can just deliver; default: the trace's own",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="0: the trace as it is; else units permuted")
-    parser.add_argument("--bucket-s", type=_positive, default=1.0, help="width of a time bucket; finer is tighter")
+    parser.add_argument("--bucket-s", type=_positive, default=4.0, help="width of a time bucket (default: 4)")
     parser.add_argument("--time-limit-s", type=_positive, default=300.0, help="of the solver, for each trace")
     parser.add_argument("--out", type=Path, help="the bounds as JSON")
     parser.set_defaults(command=_bound)

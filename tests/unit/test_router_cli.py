@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -53,6 +55,25 @@ def test_the_command_is_installed_with_the_package():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
     assert scripts["tempo-router"] == "tempo_router.cli:main"
+
+
+@pytest.mark.parametrize("module", ["argparse", "tqdm", "tempo_router.simulation.trace_file"])
+def test_ctrl_c_while_modules_are_loaded_ends_quietly(module):
+    program = f"""
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Interrupt())
+from tempo_router.cli import main
+sys.exit("loaded")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def test_help_lists_the_commands(capsys):
