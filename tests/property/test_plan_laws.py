@@ -22,7 +22,7 @@ The invariants of the scheduler, and where each is tested:
 import itertools
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo_router.config import SchedulingConfig
-from tempo_router.facts import Facts, facts_of
-from tempo_router.ledger import Ledger
 from tempo_router.policies.base import Context
 from tempo_router.policies.tempo import Tempo
 from tempo_router.prediction import ATOMS, LengthHistograms, Lengths
-from tempo_router.program_history import ProgramHistory
-from tempo_router.request import Deadline, Latency, RequestSpec, Slo
+from tempo_router.request import Deadline, Latency, Slo
 from tempo_router.reserve import BINS_PER_OCTAVE
-from tempo_router.standing import UNRANKED, Standing
 from tempo_router.step_time import Pace
 from tempo_router.tempo_plan import TempoPlan
 from tempo_router.value import expected_good
 from tests.builders import AGENT, BACKGROUND, CHAT, PACE, TOOL, request
+from tests.planned import PlannedJob, planned
 
 LIMITS = settings(max_examples=200, deadline=None)
 
@@ -75,46 +72,6 @@ any_slo = st.one_of(
 )
 
 
-@dataclass(slots=True)
-class PlannedJob:
-    """A call as plans see it, in any state that the test wants."""
-
-    spec: RequestSpec
-    lengths: Lengths
-    generated_tokens: int = 0
-    missing_tokens: int = 0
-    ticket: int = 1
-    since_s: float = 0.0
-    standing: Standing = UNRANKED
-
-    @property
-    def facts(self) -> Facts:
-        return facts_of(self.spec)
-
-    @property
-    def is_relegated(self) -> bool:
-        return self.standing.is_relegated
-
-
-def planned(
-    jobs: list[PlannedJob],
-    pace: Pace,
-    now_s: float,
-    *,
-    plan: TempoPlan | None = None,
-    mean_length: float = 230.0,
-    **config: Any,
-) -> list[Standing]:
-    """The standings that a plan over these jobs gives them."""
-    own = plan if plan is not None else TempoPlan(SchedulingConfig.model_validate(config))
-    ledger = Ledger()
-    for job in jobs:
-        ledger.arrived(job)
-    context = Context(now_s, pace, mean_length, ledger)
-    own.make(jobs, [], context, ProgramHistory(), replicas=1)  # type: ignore[arg-type]  # jobs of the test's own
-    return [job.standing for job in jobs]
-
-
 def density(job: PlannedJob, pace: Pace, now_s: float, **config: Any) -> float:
     (standing,) = planned([job], pace, now_s, **config)
     return standing.density
@@ -129,12 +86,12 @@ def density(job: PlannedJob, pace: Pace, now_s: float, **config: Any) -> float:
     objective=objectives,
     output=st.integers(2, 2000),
     prompt=st.integers(1, 8000),
-    chunk=st.integers(1, 2000),
+    chunks=st.integers(1, 6),
     slack_steps=st.floats(0.01, 0.99).flatmap(lambda part: st.integers(-3, 200).map(lambda whole: whole + part)),
-    stride=st.integers(1, 300),
+    looks=st.integers(1, 30),
 )
 def test_a_deadline_call_that_progresses_on_time_does_not_lose_density(
-    pace: Pace, objective: dict[str, Any], output: int, prompt: int, chunk: int, slack_steps: float, stride: int
+    pace: Pace, objective: dict[str, Any], output: int, prompt: int, chunks: int, slack_steps: float, looks: int
 ):
     """With exact lengths. Its time passes as the plan expects: 1.3 GPU seconds of prefill, then a token a step."""
     lengths = Lengths((float(output),) * ATOMS)
@@ -144,10 +101,10 @@ def test_a_deadline_call_that_progresses_on_time_does_not_lose_density(
     now_s, densities = 0.0, []
     while job.missing_tokens:
         densities.append(density(job, pace, now_s, **objective))
-        tokens = min(chunk, job.missing_tokens)
+        tokens = min(-(-prompt // chunks), job.missing_tokens)
         now_s += 1.3 * pace.prefill_s(tokens, prompt - job.missing_tokens)
         job.missing_tokens -= tokens
-    for generated in range(0, output, stride):
+    for generated in range(0, output, -(-output // looks)):
         job.generated_tokens = generated
         densities.append(density(job, pace, now_s + generated * pace.tau_s, **objective))
 
