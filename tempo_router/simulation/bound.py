@@ -91,7 +91,9 @@ def token_goodput_bound(
     """Good output tokens that no schedule of the trace on these replicas exceeds.
 
     profiles: one per replica. slots: rows in a step, per replica. value: worth of a unit that is met as a whole, in
-    place of its good tokens (a stream: every token on time). bucket_s: finest time resolution; smaller is tighter.
+    place of its good tokens (a stream: every token on time). bucket_s: finest time resolution; smaller is tighter
+        and slower. On four mixed traces (600 s at 1.5x and, with halved targets, at 2x; 1,800 s at 2x) the bounds with
+        4 s and 1 s differed by less than 0.002 %, within the solver's tolerance, and took 3 to 29 s and 5 to 33 s.
     time_limit_s: the solver stops there; the bound is then what is offered.
     path_limits: tighter, by the steps in a row that long answers and programs need, but many times slower (measured:
     0.6 % lower in 36 s instead of 8 s, for 373 units).
