@@ -1,7 +1,5 @@
 """Which waiting request goes to which replica, now."""
 
-from dataclasses import replace
-
 from tempo_router.actions import Action, Dispatch, Expire, Relegate
 from tempo_router.config import SchedulingConfig
 from tempo_router.fleet import Fleet
@@ -96,7 +94,7 @@ class Dispatcher:
             actions.append(Expire(spec.request_id))
             return
         request.is_relegated = True
-        request.standing = replace(request.standing, is_relegated=True)
+        request.standing = request.standing._replace(is_relegated=True)
         actions.append(Relegate(spec.request_id))
         if request.is_queued:
             self._queue.rekey(request, context)

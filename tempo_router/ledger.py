@@ -1,5 +1,6 @@
 """Who was served what: programs in progress and tenants. Kept by RouterCore, read by policies."""
 
+from math import log2
 from typing import TYPE_CHECKING
 
 from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
@@ -25,6 +26,7 @@ class Program:
     attained_s: summed run time of its ended calls. attained_tokens: output tokens of ended and running calls.
     path_s: by stage, the longest chain of run times that ends before it. waited_s: summed waiting of started calls.
     home: replica of its last started call. is_lost: it can no longer make its deadline.
+    bucket: its deadline, counted from its arrival, in half octaves of a second.
     """
 
     __slots__ = (
@@ -32,6 +34,7 @@ class Program:
         "arrival_s",
         "attained_s",
         "attained_tokens",
+        "bucket",
         "deadline_s",
         "done_calls",
         "done_tokens",
@@ -51,7 +54,7 @@ class Program:
         self.app = spec.app
         self.tenant = spec.tenant
         self.arrival_s = spec.arrival_s
-        self.deadline_s = deadline_s
+        self.move_deadline(deadline_s)
         self.stage = spec.stage
         self.stage_calls = 0
         self.live: dict[RequestId, Job] = {}
@@ -63,6 +66,11 @@ class Program:
         self.waited_s = 0.0
         self.home: ReplicaId | None = None
         self.is_lost = False
+
+    def move_deadline(self, deadline_s: float) -> None:
+        """When its last call must have ended."""
+        self.deadline_s = deadline_s
+        self.bucket = round(2 * log2(max(deadline_s - self.arrival_s, 1e-3)))
 
 
 class Tenant:
@@ -114,7 +122,7 @@ class Ledger:
         if program is None:
             program = self.programs[slo.program_id] = Program(spec, slo.program_id, spec.arrival_s + slo.ttlt_s)
             self._forget_idle()
-        program.deadline_s = spec.arrival_s + slo.ttlt_s
+        program.move_deadline(spec.arrival_s + slo.ttlt_s)
         if spec.stage > program.stage:
             program.stage = spec.stage
             program.stage_calls = 0

@@ -7,7 +7,6 @@ was seen, and how likely another stage follows, from every stage that ended and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log2
 
 from tempo_router.ledger import Program
 from tempo_router.request import ProgramId
@@ -22,6 +21,9 @@ _TRUSTED = 8
 
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
+
+_Outline = tuple[str, int, int]
+"""(application, deadline in half octaves, current stage): programs alike in these are expected to go on alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class ProgramHistory:
     def __init__(self) -> None:
         self._stages: dict[tuple[str, int | None], list[_Stage]] = {}
         self._seen: dict[ProgramId, _Seen] = {}
-        self._forecasts: dict[tuple[str, int, int], tuple[int, Forecast]] = {}
+        self._forecasts: dict[_Outline, tuple[int, Forecast]] = {}
         self._observed = 0
         self.wait_s = 0.0
 
@@ -115,7 +117,7 @@ class ProgramHistory:
         seen.ended += 1
         seen.longest = max(seen.longest, output_tokens)
         seen.last_end_s = now_s
-        for stages in self._of(program):
+        for stages in self._of(program.app, program.bucket):
             _stage(stages, stage).output.add(output_tokens)
 
     def program_ended(self, program: Program, *, is_complete: bool) -> None:
@@ -126,20 +128,30 @@ class ProgramHistory:
 
     def forecast(self, program: Program) -> Forecast:
         """What comes after the program's current stage."""
-        bucket = _bucket(program)
-        key = (program.app, bucket, program.stage)
-        known = self._forecasts.get(key)
+        return self._forecast((program.app, program.bucket, program.stage))
+
+    def forecasts(self, programs: Sequence[Program | None]) -> tuple[list[Forecast], list[int]]:
+        """`forecast` of many, NOTHING for None: (different ones, which of them each program has)."""
+        number_of: dict[_Outline | None, int] = {}
+        numbered = number_of.setdefault
+        numbers = [
+            numbered(None if one is None else (one.app, one.bucket, one.stage), len(number_of)) for one in programs
+        ]
+        return [NOTHING if outline is None else self._forecast(outline) for outline in number_of], numbers
+
+    def _forecast(self, outline: _Outline) -> Forecast:
+        known = self._forecasts.get(outline)
         if known is not None and self._observed - known[0] < 16:
             return known[1]
-        forecast = self._sum_up(program)
+        forecast = self._sum_up(outline)
         if len(self._forecasts) > _MAX_KEYS:
             self._forecasts.clear()
-        self._forecasts[key] = (self._observed, forecast)
+        self._forecasts[outline] = (self._observed, forecast)
         return forecast
 
     def _close(self, program: Program, seen: _Seen, *, is_last: bool) -> None:
         self._observed += 1
-        for stages in self._of(program):
+        for stages in self._of(program.app, program.bucket):
             stage = _stage(stages, seen.stage)
             stage.follows.add(0.0 if is_last else 1.0)
             stage.calls.add(seen.calls)
@@ -149,20 +161,21 @@ class ProgramHistory:
             stage.gap_s.add(seen.gap_s)
             stage.chain_tokens.add(seen.longest)
 
-    def _of(self, program: Program) -> tuple[list[_Stage], list[_Stage]]:
-        own = self._stages.setdefault((program.app, _bucket(program)), [])
-        general = self._stages.setdefault((program.app, None), [])
+    def _of(self, app: str, bucket: int) -> tuple[list[_Stage], list[_Stage]]:
+        own = self._stages.setdefault((app, bucket), [])
+        general = self._stages.setdefault((app, None), [])
         if len(self._stages) > _MAX_KEYS:
             self._stages.pop(next(iter(self._stages)))
         return own, general
 
-    def _sum_up(self, program: Program) -> Forecast:
-        own, general = self._of(program)
+    def _sum_up(self, outline: _Outline) -> Forecast:
+        app, bucket, current = outline
+        own, general = self._of(app, bucket)
         total = [0.0] * 8
         reached = 1.0
-        for number in range(program.stage, min(len(general), _MAX_STAGES)):
+        for number in range(current, min(len(general), _MAX_STAGES)):
             stage = _trusted(own, general, number)
-            if number > program.stage:
+            if number > current:
                 outputs = stage.calls.value * stage.output.value
                 values = (
                     stage.calls.value, stage.prompt.value, stage.squared.value, outputs,
@@ -190,6 +203,10 @@ class KnownGraphs(ProgramHistory):
         stages = self._known[program.program_id]
         return stages[min(program.stage, len(stages) - 1)]
 
+    def forecasts(self, programs: Sequence[Program | None]) -> tuple[list[Forecast], list[int]]:
+        """What will come, of many: every program has its own."""
+        return [NOTHING if one is None else self.forecast(one) for one in programs], list(range(len(programs)))
+
 
 def _true_forecast(stages: Sequence[Sequence[Call]]) -> Forecast:
     calls = [call for stage in stages for call in stage]
@@ -204,10 +221,6 @@ def _true_forecast(stages: Sequence[Sequence[Call]]) -> Forecast:
         gaps_s=sum(max(gap for _, _, gap in stage) for stage in stages if stage),
         stages=len(longest),
     )
-
-
-def _bucket(program: Program) -> int:
-    return round(2 * log2(max(program.deadline_s - program.arrival_s, 1e-3)))
 
 
 def _stage(stages: list[_Stage], number: int) -> _Stage:

@@ -3,7 +3,9 @@
 A unit is a request alone or a whole program. Everything here is computed for all of them at once, in arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +26,11 @@ from tempo_router.facts import (
     TBT_S,
 )
 from tempo_router.ledger import Program
+from tempo_router.plan_table import ABOVE, MEAN, MISSING, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
 from tempo_router.policies.base import Context, Job
-from tempo_router.program_history import NOTHING, Forecast, ProgramHistory
+from tempo_router.program_history import ProgramHistory
 from tempo_router.replicas import Call
-from tempo_router.request import ProgramCall
+from tempo_router.request import RequestSpec
 from tempo_router.reserve import Reserve
 from tempo_router.standing import Standing
 from tempo_router.step_cap import ArrivedUnit, StepCap
@@ -39,57 +42,64 @@ from tempo_router.waiting import WaitingRequest
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_UPPER_SHARE = 0.7
 _SPREAD = 0.25
 _SPREAD_S = 0.3
 _UNSURE = 1.5
 """Factor on what work is believed to take while the step-time model is far off."""
+
+_standing: Callable[[Iterable[object]], Standing] = partial(tuple.__new__, Standing)
+"""A standing from its values in order, at half the cost of the call that checks them."""
+
+_MEANS = attrgetter(
+    "calls", "prompt_tokens", "squared_prompts", "output_tokens",
+    "chain_tokens", "chain_prompt_tokens", "gaps_s", "stages",
+)  # fmt: skip
+"""Of a forecast, all in one tuple."""
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 8.0
 
 
 class _Left:
-    """What is left of each answer, given its length's distribution and the tokens that exist. Arrays over calls."""
+    """What is left of each answer, given its length's distribution and the tokens that exist. Arrays over calls.
 
-    def __init__(self, jobs: Sequence[Job], generated: Floats, limit: Floats) -> None:
-        self.atoms = np.minimum(np.stack([job.lengths.row for job in jobs]), limit[:, None])
-        self.generated = generated
-        count = self.atoms.shape[1]
-        self.is_above = self.atoms > generated[:, None]
-        self.above = self.is_above.sum(axis=1)
-        some = self.above > 0
-        sums = np.where(self.is_above, self.atoms, 0.0).sum(axis=1)
-        self.tail = np.maximum(16.0, 0.2 * generated)
-        self.mean = np.maximum(np.where(some, sums / np.maximum(self.above, 1) - generated, self.tail), 1.0)
-        first = count - self.above
-        pick = np.minimum(first + np.ceil(_UPPER_SHARE * self.above).astype(np.int64) - 1, count - 1)
-        upper = np.take_along_axis(self.atoms, np.maximum(pick, 0)[:, None], axis=1)[:, 0] - generated
-        self.upper = np.maximum(np.where(some, upper, np.maximum(16.0, 0.35 * generated)), 1.0)
+    mean: expected tokens to come. upper: not exceeded with probability 0.7.
+    """
 
-    def within(self, tokens: Floats) -> tuple[Floats, Floats]:
-        """(P(at most so many more tokens), expected whole length counting only those that fit)."""
-        fits = self.is_above & (self.atoms <= (self.generated + tokens)[:, None])
-        above = np.maximum(self.above, 1)
+    def __init__(self, table: PlanTable, rows: Ints, numbers: Floats) -> None:
+        self._table = table
+        self._rows = rows
+        self.generated, self.above, self.tail = numbers[PRODUCED], numbers[ABOVE], numbers[TAIL]
+        self.mean, self.upper = numbers[MEAN], numbers[UPPER]
+
+    def within(self, calls: Ints, tokens: Floats) -> tuple[Floats, Floats]:
+        """(P(at most so many more tokens), expected whole length counting only those that fit), of these calls."""
+        atoms, generated, tail = self._atoms(calls), self.generated[calls], self.tail[calls]
+        fits = (atoms > generated[:, None]) & (atoms <= (generated + tokens)[:, None])
+        above = np.maximum(self.above[calls], 1)
         share = fits.sum(axis=1) / above
-        length = np.where(fits, self.atoms, 0.0).sum(axis=1) / above
-        tail_share = 1.0 - np.exp(-np.maximum(tokens, 0.0) / self.tail)
-        some = self.above > 0
+        length = np.where(fits, atoms, 0.0).sum(axis=1) / above
+        tail_share = 1.0 - np.exp(-np.maximum(tokens, 0.0) / tail)
+        some = self.above[calls] > 0
         probability = np.where(some, share, tail_share)
-        expected = np.where(some, length, tail_share * (self.generated + self.tail))
+        expected = np.where(some, length, tail_share * (generated + tail))
         return np.where(tokens > 0, probability, 0.0), np.where(tokens > 0, expected, 0.0)
 
-    def beyond(self, lost: Floats) -> Floats:
-        """Expected tokens still to come after the next `lost` ones."""
-        above = np.maximum(self.above, 1)
-        rest = np.maximum(self.atoms - (self.generated + lost)[:, None], 0.0)
-        known = np.where(self.is_above, rest, 0.0).sum(axis=1) / above
-        tail = np.where(lost < 5.0 * self.tail, self.tail * np.exp(-lost / self.tail), 0.0)
-        return np.where(self.above > 0, known, tail)
+    def beyond(self, calls: Ints, lost: Floats) -> Floats:
+        """Expected tokens still to come after the next `lost` ones, of these calls."""
+        atoms, generated, tail = self._atoms(calls), self.generated[calls], self.tail[calls]
+        above = np.maximum(self.above[calls], 1)
+        rest = np.maximum(atoms - (generated + lost)[:, None], 0.0)
+        known = np.where(atoms > generated[:, None], rest, 0.0).sum(axis=1) / above
+        fading = np.where(lost < 5.0 * tail, tail * np.exp(-lost / tail), 0.0)
+        return np.where(self.above[calls] > 0, known, fading)
+
+    def _atoms(self, calls: Ints) -> Floats:
+        return self._table.atoms(self._rows[calls])
 
 
 class TempoPlan:
-    """Makes plans and keeps what they need between two of them: the reserve.
+    """Makes plans and keeps what they need between two of them: the reserve, and what is known of each job.
 
     `arrived` for every new unit, `make` as often as wanted; `make` writes `standing` of every job it is given.
     """
@@ -100,6 +110,7 @@ class TempoPlan:
         self._reserve = Reserve()
         self._new: list[Job] = []
         self._cap = StepCap()
+        self._table = PlanTable()
         self.step_cap_s: float | None = None
         self.last_s = float("-inf")
 
@@ -119,11 +130,12 @@ class TempoPlan:
     ) -> None:
         """Give every job its standing. replicas: how many share the work; GPU seconds per second."""
         self.last_s = context.now_s
-        jobs: list[WaitingRequest | Call] = [*running, *waiting]
+        jobs: list[PlannedJob] = [*running, *waiting]
+        rows = self._table.update(running, waiting)
         if not jobs:
             self._new.clear()
             return
-        units = _Units(jobs, context, history, self._config)
+        units = _Units(jobs, self._table, rows, context, history, self._config)
         density = self._density(units, context)
         self._note_arrivals(units, density, context.now_s)
         if self._switches.adaptive_cap and self._switches.step_cap:
@@ -136,12 +148,10 @@ class TempoPlan:
         else:
             admitted[worthy] = True
         later = units.later_s if self._switches.look_ahead else np.zeros(units.count)
+        verdicts = zip(density.tolist(), admitted.tolist(), later.tolist(), units.is_hopeless.tolist(), strict=True)
+        standings = list(map(_standing, verdicts))
         for job, unit in zip(jobs, units.unit_of.tolist(), strict=True):
-            standing = Standing(
-                float(density[unit]), bool(admitted[unit]), float(later[unit]), bool(units.is_hopeless[unit])
-            )
-            if standing != job.standing:
-                job.standing = standing
+            job.standing = standings[unit]
 
     def _density(self, units: "_Units", context: Context) -> Floats:
         density = units.value / np.maximum(units.cost_s, 1e-9)
@@ -153,7 +163,7 @@ class TempoPlan:
     def _note_arrivals(self, units: "_Units", density: Floats, now_s: float) -> None:
         """New units enter the histogram with the density that they came with."""
         for job in self._new:
-            unit = units.index_of(job)
+            unit = units.index_of(job.spec)
             if unit is not None:
                 self._reserve.add(float(density[unit]), float(units.cost_s[unit]), now_s)
                 arrived = units.as_arrived(unit, now_s)
@@ -164,13 +174,19 @@ class TempoPlan:
     def _admit(
         self, units: "_Units", density: Floats, order: Ints, now_s: float, replicas: int
     ) -> npt.NDArray[np.bool_]:
-        config = self._config
-        capacity = config.capacity_factor * replicas * BUCKET_ENDS_S
-        allowance = np.broadcast_to(capacity, (order.size, capacity.size))
+        capacity = self._config.capacity_factor * replicas * BUCKET_ENDS_S
+        kept = np.zeros(order.size)
         if self._switches.reserve:
-            rates = self._reserve.rates(density[order], now_s)
-            allowance = capacity[None, :] - config.reserve_factor * rates[:, None] * BUCKET_ENDS_S[None, :]
-        return admit(units.demand()[order], allowance)
+            kept = self._config.reserve_factor * self._reserve.rates(density[order], now_s)
+
+        def allowance_of(ranks: Ints, buckets: slice) -> Floats:
+            allowance: Floats = capacity[None, buckets] - kept[ranks][:, None] * BUCKET_ENDS_S[None, buckets]
+            return allowance
+
+        def demand_of(ranks: Ints, buckets: slice) -> Floats:
+            return units.demand(order[ranks], buckets)
+
+        return admit(demand_of, allowance_of, order.size)
 
 
 class _Units:
@@ -178,48 +194,56 @@ class _Units:
 
     def __init__(
         self,
-        jobs: Sequence[WaitingRequest | Call],
+        jobs: Sequence[PlannedJob],
+        table: PlanTable,
+        rows: Ints,
         context: Context,
         history: ProgramHistory,
         config: SchedulingConfig,
     ) -> None:
         self._config = config
         self._now_s = context.now_s
+        self._jobs = jobs
+        self._table = table
         pace = context.pace
-        self._number: dict[object, int] = {}
-        self.programs: list[Program | None] = []
-        self.first: list[WaitingRequest | Call] = []
-        unit_of: list[int] = []
-        ledger = context.ledger
-        for job in jobs:
-            slo = job.spec.slo
-            name: object = slo.program_id if isinstance(slo, ProgramCall) else job.spec.request_id
-            number = self._number.get(name)
-            if number is None:
-                number = self._number[name] = len(self.programs)
-                self.programs.append(ledger.program(job.spec))
-                self.first.append(job)
-            unit_of.append(number)
-        self.unit_of: Ints = np.array(unit_of, dtype=np.int64)
-        self.count = len(self.programs)
-        self._measure_calls(jobs, pace)
+        numbers = table.numbers(rows)
+        slots = numbers[UNIT].astype(np.int64)
+        # Units are numbered in the order of their first calls. Of assignments to one slot the last one stays.
+        calls = np.arange(rows.size)
+        first = np.empty(table.capacity, dtype=np.int64)
+        first[slots[::-1]] = calls[::-1]
+        self._first_calls = np.nonzero(first[slots] == calls)[0]
+        self.count = self._first_calls.size
+        self._number = np.full(table.capacity, -1)
+        self._number[slots[self._first_calls]] = np.arange(self.count)
+        self.unit_of: Ints = self._number[slots]
+        known = context.ledger.programs.get
+        # The ledger has no program of the name None.
+        self.programs: list[Program | None] = [
+            None if name is None else known(name) for name in table.program_ids(slots[self._first_calls])
+        ]
+        self.left = _Left(table, rows, numbers)
+        self._facts = numbers[: LIMIT + 1]
+        self.missing = numbers[MISSING]
+        self.generated = numbers[PRODUCED]
+        self._measure_calls(pace)
         self._forecast(history)
         self._worth(context)
 
-    def index_of(self, job: Job) -> int | None:
-        """The unit of a job that is in the plan."""
-        slo = job.spec.slo
-        return self._number.get(slo.program_id if isinstance(slo, ProgramCall) else job.spec.request_id)
+    def index_of(self, spec: RequestSpec) -> int | None:
+        """The unit of a request, if a job of it is in the plan."""
+        slot = self._table.slot_of(spec)
+        return None if slot is None else int(self._number[slot])
 
-    def _measure_calls(self, jobs: Sequence[WaitingRequest | Call], pace: Pace) -> None:
-        """Per call: what is left of it, what it costs, how long its prefill takes."""
-        facts = self._facts = np.array([job.facts for job in jobs])
-        generated = np.array([job.generated_tokens for job in jobs], dtype=np.float64)
-        self.missing = np.array([job.missing_tokens for job in jobs], dtype=np.float64)
-        context_tokens = facts[:, CONTEXT]
-        produced = generated - facts[:, GENERATED]
-        self.generated = generated
-        self.left = _Left(jobs, generated, facts[:, LIMIT])
+    def tenants(self) -> list[str]:
+        """Whose each unit is."""
+        return [self._jobs[first].spec.tenant for first in self._first_calls.tolist()]
+
+    def _measure_calls(self, pace: Pace) -> None:
+        """Per call: what it costs, how long its prefill takes."""
+        facts, generated = self._facts, self.generated
+        context_tokens = facts[CONTEXT]
+        produced = generated - facts[GENERATED]
         margin = _UNSURE if pace.is_unsure else 1.0
         past = np.maximum(context_tokens - self.missing, 0.0)
         self.prefill_s = margin * self.missing * (pace.prefill_token_s + pace.attention_s * (past + self.missing / 2))
@@ -238,19 +262,13 @@ class _Units:
     def _forecast(self, history: ProgramHistory) -> None:
         """Per unit: what is still to come after its current stage."""
         is_ahead = self._config.switches.look_ahead
-        forecasts: list[Forecast] = [
-            history.forecast(program) if program is not None and is_ahead else NOTHING for program in self.programs
-        ]
+        different, of_unit = history.forecasts(self.programs if is_ahead else [None] * self.count)
         pace = self._pace
         self.wait_s = history.wait_s
-        calls = np.array([one.calls for one in forecasts])
-        prompts = np.array([one.prompt_tokens for one in forecasts])
-        squared = np.array([one.squared_prompts for one in forecasts])
-        self.later_tokens = np.array([one.output_tokens for one in forecasts])
-        chain_tokens = self.chain_tokens = np.array([one.chain_tokens for one in forecasts])
-        chain_prompts = np.array([one.chain_prompt_tokens for one in forecasts])
-        gaps = self.gaps_s = np.array([one.gaps_s for one in forecasts])
-        stages = np.array([one.stages for one in forecasts])
+        means = np.array([_MEANS(one) for one in different], dtype=np.float64).T.take(of_unit, axis=1)
+        calls, prompts, squared, self.later_tokens = means[:4]
+        chain_tokens, chain_prompts, gaps, stages = means[4:]
+        self.chain_tokens, self.gaps_s = chain_tokens, gaps
         mean_context = (prompts + self.later_tokens / 2) / np.maximum(calls, 1e-9)
         token_s = pace.share_s + pace.decode_s + pace.context_token_s * mean_context
         self.later_cost_s = (
@@ -263,10 +281,10 @@ class _Units:
 
     def _worth(self, context: Context) -> None:
         now_s = self._now_s
-        kind = self._facts[:, KIND]
-        self.tbt_s = self._facts[:, TBT_S]
-        self.due_s = self._facts[:, FIRST_DUE_S] + self.generated * self.tbt_s - now_s
-        left_s = self._facts[:, DEADLINE_S] - now_s
+        kind = self._facts[KIND]
+        self.tbt_s = self._facts[TBT_S]
+        self.due_s = self._facts[FIRST_DUE_S] + self.generated * self.tbt_s - now_s
+        left_s = self._facts[DEADLINE_S] - now_s
         is_fresh = self.missing > 0
         unit_of, count = self.unit_of, self.count
         self._last_call = np.zeros(count, dtype=np.int64)
@@ -278,11 +296,9 @@ class _Units:
         self.left_s[unit_of] = left_s
         self.live_cost_s = _sums(unit_of, self.call_cost_s, count)
         self.cost_s = self.live_cost_s + self.later_cost_s
-        tokens, chance = self._streams(kind, is_fresh)
-        deadline_tokens, deadline_chance = self._deadlines(left_s)
-        is_deadline = kind == DEADLINE
-        tokens = np.where(is_deadline, deadline_tokens, tokens)
-        chance = np.where(is_deadline, deadline_chance, chance)
+        tokens, chance = self._streams(np.nonzero(kind == STREAM)[0], is_fresh)
+        answers = np.nonzero(kind == DEADLINE)[0]
+        tokens[answers], chance[answers] = self._deadlines(answers, left_s[answers])
         good = np.zeros(count)
         good[unit_of] = tokens
         self.chance = np.zeros(count)
@@ -298,25 +314,28 @@ class _Units:
         expected = _sums(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
         self.chance = np.where(is_program, program_chance, self.chance)
         good = np.where(is_program, program_chance * expected, good)
-        prompt_tokens = _sums(unit_of, self._facts[:, PROMPT], count)
+        prompt_tokens = _sums(unit_of, self._facts[PROMPT], count)
         self.value = self._value(good, prompt_tokens, is_program, self.chance, context.mean_length)
         self.full_value = self._value(expected, prompt_tokens, is_program, np.ones(count), context.mean_length)
         self.is_hopeless = (is_program & (self.left_s <= 0.0)) | (is_program & (program_chance <= 0.0))
 
-    def _streams(self, kind: Floats, is_fresh: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """(tokens that will be on time, chance that all are) of streams; zeros for others."""
-        is_stream = kind == STREAM
-        wall_s = np.where(is_fresh, self.wall_s, self.prefill_s)
-        late_s = np.where(is_stream, wall_s + self.tau_s - self.due_s, 0.0)
-        catch_up_s = np.maximum(self.tbt_s - self.tau_s, 1e-3 * self.tbt_s)
-        first_lost = (self.generated == 0) & (late_s > 0)
+    def _streams(self, calls: Ints, is_fresh: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """(tokens that will be on time, chance that all are) of streams; zeros for others. calls: the streams."""
+        tokens, chance = np.zeros(self.generated.size), np.zeros(self.generated.size)
+        tbt_s = self.tbt_s[calls]
+        wall_s = np.where(is_fresh[calls], self.wall_s[calls], self.prefill_s[calls])
+        late_s = wall_s + self.tau_s - self.due_s[calls]
+        catch_up_s = np.maximum(tbt_s - self.tau_s, 1e-3 * tbt_s)
+        first_lost = (self.generated[calls] == 0) & (late_s > 0)
         lost = np.maximum(late_s, 0.0) / catch_up_s + first_lost
-        tokens = np.where(is_stream, self.left.beyond(lost), 0.0)
-        return tokens, np.where(is_stream & (late_s <= 0.0), 1.0, 0.0)
+        tokens[calls] = self.left.beyond(calls, lost)
+        chance[calls] = late_s <= 0.0
+        return tokens, chance
 
-    def _deadlines(self, left_s: Floats) -> tuple[Floats, Floats]:
-        possible = np.where(np.isfinite(left_s), (left_s - self.wall_s) / self.tau_s, 0.0)
-        chance, tokens = self.left.within(possible)
+    def _deadlines(self, calls: Ints, left_s: Floats) -> tuple[Floats, Floats]:
+        """(expected tokens, chance to be in time) of answers that are due as a whole."""
+        possible = np.where(np.isfinite(left_s), (left_s - self.wall_s[calls]) / self.tau_s, 0.0)
+        chance, tokens = self.left.within(calls, possible)
         return tokens, chance
 
     def _value(
@@ -357,27 +376,39 @@ class _Units:
             value=float(self.full_value[unit]),
         )
 
-    def demand(self) -> Floats:
-        """Cumulative GPU seconds that each unit needs by the end of each bucket: (units, buckets)."""
-        first = self._last_call
-        is_stream = (self.kind == STREAM)[:, None]
-        due_s, tbt_s = self.due_s[first], self.tbt_s[first]
-        with np.errstate(invalid="ignore"):
-            tokens = np.clip((BUCKET_ENDS_S[None, :] - due_s[:, None]) / tbt_s[:, None] + 1, 0, None)
-        tokens = np.minimum(np.where(is_stream, tokens, 0.0), self.left.mean[first][:, None])
-        streams = due_in_bucket(self.prefill_s[first], np.where(np.isfinite(due_s), due_s, 0.0))
-        streams = streams + self.token_s[first][:, None] * tokens
-        finite = np.where(np.isfinite(self.left_s), self.left_s, 0.0)
+    def demand(self, units: Ints, buckets: slice) -> Floats:
+        """Cumulative GPU seconds that these units need by the end of each of these buckets: (units, buckets)."""
+        is_stream = self.kind[units] == STREAM
+        streams, others = units[is_stream], units[~is_stream]
+        if not streams.size:
+            return self._demand_of_others(others, buckets)
+        demand = np.empty((units.size, BUCKET_ENDS_S[buckets].size))
+        demand[is_stream] = self._demand_of_streams(streams, buckets)
+        demand[~is_stream] = self._demand_of_others(others, buckets)
+        return demand
+
+    def _demand_of_streams(self, units: Ints, buckets: slice) -> Floats:
+        calls = self._last_call[units]
+        due_s, tbt_s = self.due_s[calls], self.tbt_s[calls]
+        tokens = np.clip((BUCKET_ENDS_S[None, buckets] - due_s[:, None]) / tbt_s[:, None] + 1, 0, None)
+        tokens = np.minimum(tokens, self.left.mean[calls][:, None])
+        demand: Floats = due_in_bucket(self.prefill_s[calls], due_s, buckets) + self.token_s[calls][:, None] * tokens
+        return demand
+
+    def _demand_of_others(self, units: Ints, buckets: slice) -> Floats:
+        left_s = self.left_s[units]
+        finite = np.where(np.isfinite(left_s), left_s, 0.0)
         if self._config.switches.serial_demand:
             # A chain of calls cannot be hurried: it must be served from its latest start on, all the way.
-            chain_s = np.maximum(self.crit_s, 1e-3)
+            chain_s = np.maximum(self.crit_s[units], 1e-3)
             latest_s = np.maximum(finite - chain_s, 0.0)
-            share = np.clip((BUCKET_ENDS_S[None, :] - latest_s[:, None]) / chain_s[:, None], 0.0, 1.0)
-            whole = self.cost_s[:, None] * share
-        else:
-            whole = due_in_bucket(self.live_cost_s, finite - self.later_s) + due_in_bucket(self.later_cost_s, finite)
-        demand: Floats = np.where(is_stream, streams, whole)
-        return demand
+            demand: Floats = BUCKET_ENDS_S[None, buckets] - latest_s[:, None]
+            demand /= chain_s[:, None]
+            np.clip(demand, 0.0, 1.0, out=demand)
+            demand *= self.cost_s[units][:, None]
+            return demand
+        live = due_in_bucket(self.live_cost_s[units], finite - self.later_s[units], buckets)
+        return live + due_in_bucket(self.later_cost_s[units], finite, buckets)
 
 
 def _sums(unit_of: Ints, amounts: Floats, count: int) -> Floats:
@@ -395,6 +426,6 @@ def _tenant_factors(units: _Units, context: Context) -> Floats:
     """(mean served/offered) / (own served/offered), within a factor of eight."""
     shares = {name: (one.served + 1.0) / (one.offered + 1.0) for name, one in context.ledger.tenants.items()}
     mean = sum(shares.values()) / max(len(shares), 1)
-    own = np.array([shares.get(job.spec.tenant, mean) for job in units.first])
+    own = np.array([shares.get(tenant, mean) for tenant in units.tenants()])
     factors: Floats = np.clip(mean / np.maximum(own, 1e-12), 1 / 8, 8)
     return factors

@@ -264,7 +264,7 @@ def test_a_power_of_two_on_all_values_changes_no_decision(seed: int, octaves: in
         if np.any(np.abs(bins - np.round(bins)) < 1e-6):
             return  # Within rounding of the logarithm it may fall on either side of the edge between two bins.
         assert [one.density * 2.0**octaves for one in plain] == [one.density for one in moved]
-        assert [replace(one, density=0.0) for one in plain] == [replace(one, density=0.0) for one in moved]
+        assert [one._replace(density=0.0) for one in plain] == [one._replace(density=0.0) for one in moved]
         assert plans[0].step_cap_s == plans[1].step_cap_s
         orders = [
             np.argsort(Tempo().arrange(jobs, Context(now_s, PACE, 230.0)), kind="stable").tolist() for jobs in worlds

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tempo_router import timeline
 from tempo_router.reserve import BINS_PER_OCTAVE, DECAY_S, Reserve
-from tempo_router.timeline import BUCKET_ENDS_S, admit, bucket_of, due_in_bucket
+from tempo_router.timeline import ALL_BUCKETS, BUCKET_ENDS_S, LAST_BUCKET, bucket_of, due_in_bucket
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,6 +31,15 @@ def workloads(draw: st.DrawFn, most: int = 200) -> tuple[Floats, Floats]:
     capacity = np.cumsum(rng.integers(0, draw(st.sampled_from((8, 200, 4000))), WIDTH)) / 8
     kept = np.cumsum(rng.integers(0, draw(st.sampled_from((1, 8))), (units, 1)), axis=0) / 8
     return demand.astype(np.float64), capacity[None, :] - kept * np.arange(1, WIDTH + 1)[None, :]
+
+
+def admit(demand: Floats, allowance: Floats) -> npt.NDArray[np.bool_]:
+    """Admission of rows that are known already."""
+    return timeline.admit(
+        lambda rows, buckets: demand[rows][:, buckets],
+        lambda rows, buckets: allowance[rows][:, buckets],
+        *demand.shape,
+    )
 
 
 def one_by_one(demand: Floats, allowance: Floats) -> list[bool]:
@@ -108,6 +118,9 @@ def test_work_is_due_in_the_last_bucket_that_ends_before_its_deadline(after_s: f
     assert BUCKET_ENDS_S[bucket] <= after_s or bucket == 0
     assert bucket == BUCKET_ENDS_S.size - 1 or BUCKET_ENDS_S[bucket + 1] > after_s
     assert demand.tolist() == [0.0] * bucket + [3.0] * (BUCKET_ENDS_S.size - bucket)
+    for some in (ALL_BUCKETS, LAST_BUCKET, slice(3, 30)):
+        (part,) = due_in_bucket(np.array([3.0]), np.array([after_s]), some)
+        assert part.tolist() == demand[some].tolist()
 
 
 # ---- the reserve ----
