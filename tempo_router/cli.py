@@ -347,7 +347,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--seed", dest="seeds", action="append", type=_seed, help="0 (default): the trace as it is; else units permuted"
     )
     parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
-    parser.add_argument("--knowledge", default="learned", help="of lengths and programs: learned, none or true")
+    parser.add_argument(
+        "--knowledge", default="learned", help="of lengths and programs: learned, regressor, none or true"
+    )
     parser.add_argument(
         "--switch", dest="switches", action="append", default=[], metavar="KEY=VALUE", help="a scheduling setting"
     )

@@ -66,7 +66,7 @@ class Cell:
     objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
     slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
     tuned: slots and sheds were chosen for this policy in runs that are no part of the comparison.
-    knowledge: of lengths and programs: learned, none or true. time_scale, kv_scale: of all profiles.
+    knowledge: see Setup. time_scale, kv_scale: of all profiles.
     switches: names of SwitchesConfig or SchedulingConfig with their values, over those of the objective.
     """
 

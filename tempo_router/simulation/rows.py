@@ -45,7 +45,7 @@ IDENTITY: tuple[Column, ...] = (
     Column("slots", "", "calls that one replica runs at once"),
     Column("sheds", "", "whether hopeless work is dropped; else it goes on as best effort"),
     Column("tuned", "", "whether slots and sheds were chosen for this policy, in runs that are not among the rows"),
-    Column("knowledge", "", "what is known of lengths and programs: learned, none or true"),
+    Column("knowledge", "", "what is known of lengths and programs: learned, regressor, none or true"),
     Column("time_scale", "", "factor on the profile's step times"),
     Column("kv_scale", "", "factor on the profile's KV memory"),
     Column("switches", "", "other settings of the scheduler that differ from the defaults"),

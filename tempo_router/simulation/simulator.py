@@ -20,6 +20,7 @@ from tempo_router.events import (
     CallFinished,
     Cancelled,
     Event,
+    Predicted,
     ProgramFinished,
     Progressed,
     ReplicaAttached,
@@ -41,12 +42,13 @@ from tempo_router.request import (
     slo_class,
 )
 from tempo_router.router import RouterCore
+from tempo_router.simulation.foretelling import FORETOLD_S, Foretelling
 from tempo_router.simulation.replica import Answer, SimulatedReplica
 from tempo_router.simulation.report import CallDelivery, Report, Status, UnitOutcome, unit_outcome
 from tempo_router.simulation.step_profiles import StepProfile
 from tempo_router.simulation.trace import Trace, Unit
 
-Knowledge = Literal["learned", "none", "true"]
+Knowledge = Literal["learned", "regressor", "none", "true"]
 
 _TICK_S = 0.1
 _RETRY_S = 1.0
@@ -59,7 +61,8 @@ class Setup:
 
     profiles: one per replica; they may differ. scheduling: objective and switches; its `policy` is overridden.
     max_running: slots per replica. sheds: hopeless waiting work is dropped; otherwise it goes on as best effort.
-    knowledge: "learned" while the run goes on; "none": lengths by class alone; "true": lengths and graphs are known.
+    knowledge: "learned" while the run goes on; "regressor": so, and by a forest beside the histograms, as a service
+        has it; "none": lengths by class alone; "true": lengths and graphs are known. seed: of the forest.
     patience: clients leave after so many times their TTFT, or time to last token; None: they stay.
     retries: how often a refused unit is sent again. max_output_tokens: the bound that clients state.
     """
@@ -162,6 +165,11 @@ class _Run:
         )
         config = SchedulingConfig.model_validate(config.model_dump())
         self._core = RouterCore(config, lengths=self._lengths(), history=self._history())
+        self._foretelling: Foretelling | None = None
+        if setup.knowledge == "regressor":
+            self._foretelling = Foretelling(
+                training_s=config.length_training_s, window=config.length_window, seed=setup.seed
+            )
         policy = build_policy(config)
         self._replicas: dict[ReplicaId, SimulatedReplica] = {}
         for number, profile in enumerate(setup.profiles):
@@ -172,7 +180,7 @@ class _Run:
 
     def _lengths(self) -> LengthHistograms:
         match self._setup.knowledge:
-            case "learned":
+            case "learned" | "regressor":
                 return LengthHistograms()
             case "none":
                 return ClassLengths()
@@ -259,6 +267,14 @@ class _Run:
         self._calls[request_id] = (run, position)
         self._specs[request_id] = spec
         self._tell(Arrived(self._now_s, spec))
+        if self._foretelling is not None and self._core.knows(request_id, 0):
+            lengths = self._foretelling.foretell(spec, self._core.lengths_of(request_id))
+            if lengths is not None:
+                self._at(self._now_s + FORETOLD_S, self._foretold, (request_id, lengths))
+
+    def _foretold(self, at: tuple[RequestId, Lengths]) -> None:
+        request_id, lengths = at
+        self._tell(Predicted(self._now_s, request_id, 0, lengths))
 
     def _patience_ends(self, run: _UnitRun) -> None:
         if run.is_over:
@@ -270,6 +286,8 @@ class _Run:
     def _call_refused(self, request_id: RequestId, status: Status, retry_after_s: float | None) -> None:
         run, position = self._calls[request_id]
         run.live.discard(position)
+        if self._foretelling is not None:
+            self._foretelling.forget(request_id)
         if run.is_over:
             return
         if run.retries < self._setup.retries and not run.answers and len(run.unit.calls) == 1:
@@ -307,6 +325,8 @@ class _Run:
 
     def _tick(self, _: None) -> None:
         self._at(self._now_s + _TICK_S, self._tick, None)
+        if self._foretelling is not None:
+            self._foretelling.learn(self._core.drain_samples(), self._now_s)
         self._tell(Ticked(self._now_s))
 
     def _tell(self, event: Event) -> None:
