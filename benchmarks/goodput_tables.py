@@ -133,7 +133,7 @@ class Line:
         if self.slots != REFERENCE_SLOTS:
             parts.append(f"{self.slots} slots")
         if self.knowledge != "learned":
-            parts.append({"true": "clairvoyant", "none": "no predictor", "regressor": "with the forest"}[self.knowledge])
+            parts.append({"true": "clairvoyant", "none": "no predictor", "regressor": "forest"}[self.knowledge])
         parts += [f"{name}={value}" for name, value in json.loads(self.switches).items()]
         return " ".join(parts)
 
