@@ -50,7 +50,7 @@ from tempo_router.router import RouterCore
 BATCH = 64
 REPLICAS = 4
 STEP_S = 0.02
-POLICIES = ("fcfs", "edf", "class_priority", "density")
+POLICIES = ("fcfs", "edf", "class_priority", "density", "tempo")
 SLOS: tuple[Slo, ...] = (Latency(2.0, 0.1), Deadline(20.0), BestEffort())
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from tempo_router.facts import BEST_EFFORT, DEADLINE_S, FIRST_DUE_S, KIND, LIMIT, TBT_S
 from tempo_router.prediction import ATOMS, UPPER_SHARE, Lengths
-from tempo_router.standing import Standing
 
 if TYPE_CHECKING:
     from tempo_router.policies.base import Job
@@ -127,8 +126,8 @@ def columns_of(jobs: Sequence["Job"]) -> Columns:
     """Any jobs as columns, gathered one by one."""
     rows = [
         (
-            *job.facts, job.spec.arrival_s, *_standing_row(job.standing), job.missing_tokens, len(job.lengths.atoms),
-            job.generated_tokens,
+            *job.facts, job.spec.arrival_s, *job.standing[:3], job.is_relegated,
+            job.missing_tokens, len(job.lengths.atoms), job.generated_tokens,
         )
         for job in jobs
     ]  # fmt: skip
@@ -137,10 +136,6 @@ def columns_of(jobs: Sequence["Job"]) -> Columns:
     for number, job in enumerate(jobs):
         atoms[: len(job.lengths.atoms), number] = job.lengths.row
     return Columns(numbers, numbers[GENERATED_BEFORE], atoms)
-
-
-def _standing_row(standing: Standing) -> tuple[float, bool, float, bool]:
-    return (standing.density, standing.is_admitted, standing.later_s, standing.is_relegated)
 
 
 class LiveTable:
@@ -165,7 +160,7 @@ class LiveTable:
         self._calls[row] = call
         spec, standing = call.spec, call.standing
         self._numbers[:, row] = (
-            *call.facts, spec.arrival_s, *_standing_row(standing), call.missing_tokens, len(call.lengths.atoms),
+            *call.facts, spec.arrival_s, *standing, call.missing_tokens, len(call.lengths.atoms),
             call.generated_tokens, call.ticket, 0.0, PREFILLING, 0.0,
         )  # fmt: skip
         self._set_atoms(row, call.lengths)
@@ -184,7 +179,7 @@ class LiveTable:
 
     def retune(self, call: "LiveCall") -> None:
         """Its standing changed."""
-        self._numbers[DENSITY : IS_RELEGATED + 1, call.row] = _standing_row(call.standing)
+        self._numbers[DENSITY : IS_RELEGATED + 1, call.row] = call.standing
 
     def note_phase(self, call: "LiveCall", phase: float) -> None:
         """It entered a phase; its count of tokens is that of this moment."""
@@ -255,7 +250,7 @@ class LiveTable:
             row = call.row
             assert self._calls[row] is call, f"row {row} is not that of call {call.call_id}"
             kept = (*self._numbers[: MISSING + 1, row].tolist(), generated[row])
-            known = (*call.facts, call.spec.arrival_s, *_standing_row(call.standing), call.missing_tokens)
+            known = (*call.facts, call.spec.arrival_s, *call.standing, call.missing_tokens)
             assert kept == (*known, call.generated_tokens), f"call {call.call_id} is {known}, its row says {kept}"
 
     def _set_atoms(self, row: int, lengths: Lengths) -> None:

@@ -7,6 +7,7 @@ from operator import is_not
 import numpy as np
 import numpy.typing as npt
 
+from tempo_router.columns import DENSITY, GENERATED_BEFORE, IS_RELEGATED, MISSING, Columns
 from tempo_router.facts import GENERATED, LIMIT
 from tempo_router.prediction import UPPER_SHARE, Lengths
 from tempo_router.replicas import Call
@@ -21,10 +22,11 @@ PlannedJob = WaitingRequest | Call
 UnitName = tuple[ProgramId, bool] | RequestId
 """A program, or a request alone. Programs are told from requests that have the same name."""
 
-MISSING, PRODUCED, ABOVE, TAIL, MEAN, UPPER, UNIT = range(LIMIT + 1, LIMIT + 8)
-"""Rows of the numbers after those of `Facts`.
+PRODUCED = GENERATED_BEFORE
+ABOVE, TAIL, MEAN, UPPER, UNIT = range(GENERATED_BEFORE + 1, GENERATED_BEFORE + 6)
+"""Rows of the numbers after those of `Columns`.
 
-PRODUCED: answer tokens, those of earlier attempts included; ABOVE: atoms of its length that are longer. TAIL: mean of
+PRODUCED: answer tokens, those of earlier attempts included. ABOVE: atoms of its length that are longer. TAIL: mean of
 the exponential tail beyond the last atom. MEAN, UPPER: tokens that are left, expected and on the careful side.
 UNIT: slot of its unit.
 """
@@ -86,6 +88,12 @@ class PlanTable:
         atoms: Floats = self._atoms.take(rows, axis=0)
         return atoms
 
+    def columns(self, rows: Ints, standings: Floats) -> Columns:
+        """Jobs for a policy. standings: of each its density, whether it is admitted, later_s, whether it goes last."""
+        numbers = self.numbers(rows)[: GENERATED_BEFORE + 1]
+        numbers[DENSITY : IS_RELEGATED + 1] = standings
+        return Columns(numbers, numbers[PRODUCED], self.atoms(rows).T)
+
     def slot_of(self, spec: RequestSpec) -> int | None:
         """The slot of a request's unit, if a job of it is here."""
         return self._slots.get(unit_name(spec))
@@ -125,7 +133,10 @@ class PlanTable:
             slot = self._slots[name] = self._free_slots.pop()
             self._program_ids[slot] = name[0] if isinstance(name, tuple) else None
         self._calls_of[slot] += 1
-        self._numbers[:, row] = (*job.facts, job.missing_tokens, job.generated_tokens, 0, 0, 0, 0, slot)
+        self._numbers[:, row] = (
+            *job.facts, job.spec.arrival_s, *job.standing, job.missing_tokens, len(job.lengths.atoms),
+            job.generated_tokens, 0, 0, 0, 0, slot,
+        )  # fmt: skip
         self._learn(row, job.lengths)
         return row
 

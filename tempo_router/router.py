@@ -34,7 +34,9 @@ from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
 from tempo_router.ledger import Ledger
+from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
+from tempo_router.policies.base import ColumnPolicy
 from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.program_history import ProgramHistory
@@ -62,6 +64,8 @@ _REFRESHED_PER_TICK = 32
 _MAX_ENDED_EARLY = 1024
 _MAX_SAMPLES = 4096
 _LEAST_PLAN_S = 0.2
+_MOST_PLANNED = 1024
+"""Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
 _FIRST_MEAN_LENGTH = 230.0
 _MEAN_LENGTH_SMOOTHING = 0.002
 
@@ -90,6 +94,7 @@ class RouterCore:
         self._ledger = Ledger()
         self._history = history if history is not None else ProgramHistory()
         self._plan = TempoPlan(config) if config.policy == "tempo" else None
+        self._turns = PlanTurns()
         self._plan_at_s = float("-inf")
         self._prefixes = PrefixMemory()
         self._dispatcher = Dispatcher(
@@ -274,7 +279,7 @@ class RouterCore:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         request.cached_tokens = self._prefixes.cached_tokens(spec)
         if self._plan is not None:
-            self._plan.arrived(request, is_new=is_new)
+            self._turns.enter(request, is_new=is_new)
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
         self._timers.set(request, len(self._line.requests))
@@ -482,12 +487,21 @@ class RouterCore:
             return
         self._plan_at_s = self._now_s + self._config.plan_s
         context = self._context()
-        waiting = list(self._line.requests.values())
+        most = _MOST_PLANNED + 2 * sum(replica.capacity.max_running for replica in self._fleet.takers())
+        waiting, newcomers = self._turns.next(self._line.requests.values(), most, self._ledger)
+        for request, is_new in newcomers:
+            plan.arrived(request, is_new=is_new)
         running = [call for call in self._fleet.running.values() if not call.is_aborted]
         plan.make(waiting, running, context, self._history, replicas=max(len(self._fleet.takers()), 1))
-        for request in waiting:
-            if request.is_queued:
-                self._line.queue.rekey(request, context)
+        queue, policy = self._line.queue, self._policy
+        assert isinstance(policy, ColumnPolicy), "the policy that makes plans orders by columns"
+        queue.rekey_many(waiting, policy.arrange_columns(plan.columns(waiting), context).tolist())
+        for request in self._turns.settle(waiting, len(self._line.requests), most):
+            if request.standing.is_admitted:
+                # No later plan counts with the room that this one has kept for it.
+                request.standing = request.standing._replace(is_admitted=False)
+                if request.is_queued:
+                    queue.rekey(request, context)
         retuned: dict[ReplicaId, list[tuple[DispatchId, Standing]]] = {}
         for call in running:
             if call.replica.capacity.has_step_planner:

@@ -1,6 +1,7 @@
 """Who waits, in the order of a policy."""
 
 import heapq
+from collections.abc import Sequence
 from itertools import islice
 
 from tempo_router.errors import InvalidEventError
@@ -9,6 +10,8 @@ from tempo_router.waiting import WaitingRequest
 
 _SLACK = 64
 _RESCORES_PER_POP = 64
+_REBUILT_FROM = 4
+"""A quarter of all entries: from there on a new heap is made sooner than so many are pushed."""
 
 
 class SloQueue:
@@ -72,6 +75,24 @@ class SloQueue:
         key = self._policy.key(request, context)
         if key != request.key:
             self._enter(request, key)
+
+    def rekey_many(self, requests: Sequence[WaitingRequest], keys: Sequence[float]) -> None:
+        """Many requests have other keys now, as the policy says; those that are not queued are left alone."""
+        moved = [
+            (request, key)
+            for request, key in zip(requests, keys, strict=True)
+            if key != request.key and request.is_queued
+        ]
+        if _REBUILT_FROM * len(moved) < len(self._heap):
+            for request, key in moved:
+                self._enter(request, key)
+            return
+        for request, key in moved:
+            request.key = key
+            request.entry += 1
+        self._rebuild()
+        self._heap.extend((key, request.ticket, request.entry, request) for request, key in moved)
+        heapq.heapify(self._heap)
 
     def oldest(self) -> WaitingRequest | None:
         """The queued request that has waited longest; None if none of the oldest few is queued."""
@@ -139,9 +160,13 @@ class SloQueue:
         """Drop dead entries where they outnumber the live ones: O(1) amortised per push."""
         limit = 2 * self._in_line + _SLACK
         if len(self._heap) > limit:
-            self._heap = [entry for entry in self._heap if entry[3].is_queued and entry[3].entry == entry[2]]
+            self._rebuild()
             heapq.heapify(self._heap)
         if len(self._by_age) > limit:
             self._by_age = [request for request in self._by_age if request.is_in_line]
             self._oldest_at = 0
             self._refresh_at = 0
+
+    def _rebuild(self) -> None:
+        """Leave out dead entries; a heap must be made of the rest."""
+        self._heap = [entry for entry in self._heap if entry[3].is_queued and entry[3].entry == entry[2]]

@@ -10,6 +10,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
+from tempo_router.columns import MISSING, Columns
 from tempo_router.config import SchedulingConfig
 from tempo_router.facts import (
     BEST_EFFORT,
@@ -26,7 +27,7 @@ from tempo_router.facts import (
     TBT_S,
 )
 from tempo_router.ledger import Program
-from tempo_router.plan_table import ABOVE, MEAN, MISSING, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
+from tempo_router.plan_table import ABOVE, MEAN, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
 from tempo_router.policies.base import Context, Job
 from tempo_router.program_history import ProgramHistory
 from tempo_router.replicas import Call
@@ -49,6 +50,8 @@ _UNSURE = 1.5
 
 _standing: Callable[[Iterable[object]], Standing] = partial(tuple.__new__, Standing)
 """A standing from its values in order, at half the cost of the call that checks them."""
+
+_NOBODY: tuple[Ints, Floats] = (np.zeros(0, dtype=np.int64), np.zeros((4, 0)))
 
 _MEANS = attrgetter(
     "calls", "prompt_tokens", "squared_prompts", "output_tokens",
@@ -111,6 +114,7 @@ class TempoPlan:
         self._new: list[Job] = []
         self._cap = StepCap()
         self._table = PlanTable()
+        self._waiting = _NOBODY
         self.step_cap_s: float | None = None
         self.last_s = float("-inf")
 
@@ -134,6 +138,7 @@ class TempoPlan:
         rows = self._table.update(running, waiting)
         if not jobs:
             self._new.clear()
+            self._waiting = _NOBODY
             return
         units = _Units(jobs, self._table, rows, context, history, self._config)
         density = self._density(units, context)
@@ -148,10 +153,18 @@ class TempoPlan:
         else:
             admitted[worthy] = True
         later = units.later_s if self._switches.look_ahead else np.zeros(units.count)
-        verdicts = zip(density.tolist(), admitted.tolist(), later.tolist(), units.is_hopeless.tolist(), strict=True)
-        standings = list(map(_standing, verdicts))
+        verdicts = (density, admitted, later, units.is_hopeless)
+        standings = list(map(_standing, zip(*(column.tolist() for column in verdicts), strict=True)))
         for job, unit in zip(jobs, units.unit_of.tolist(), strict=True):
             job.standing = standings[unit]
+        self._waiting = (rows[len(running) :], np.array(verdicts, dtype=np.float64)[:, units.unit_of[len(running) :]])
+
+    def columns(self, waiting: Sequence[WaitingRequest]) -> Columns:
+        """The waiting requests of the plan that was just made, for the policy that orders them."""
+        rows, standings = self._waiting
+        # A request that was given up stays so, whatever the plan says of its program.
+        standings[-1] = [request.is_relegated for request in waiting]
+        return self._table.columns(rows, standings)
 
     def _density(self, units: "_Units", context: Context) -> Floats:
         density = units.value / np.maximum(units.cost_s, 1e-9)

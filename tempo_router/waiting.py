@@ -14,6 +14,7 @@ class WaitingRequest:
     cached_tokens: leading tokens of its context that a replica is believed to have cached.
     facts: the spec in numbers. cost_s: predicted GPU seconds, as counted in the backlog.
     hopeless_at_s: when it is beyond help, as predicted when it came.
+    is_at_front: the next plan looks at it again (plan_turns.py).
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.
@@ -27,6 +28,7 @@ class WaitingRequest:
         "entry",
         "facts",
         "hopeless_at_s",
+        "is_at_front",
         "is_in_line",
         "is_queued",
         "is_relegated",
@@ -56,6 +58,7 @@ class WaitingRequest:
         self.facts = facts_of(spec)
         self.is_relegated = False
         self.standing = UNRANKED
+        self.is_at_front = False
         self.is_in_line = False
         self.is_queued = False
         self.key = 0.0

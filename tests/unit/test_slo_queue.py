@@ -153,3 +153,28 @@ def test_pop_gives_the_lowest_key_and_ticket_of_keys_that_rise(steps):
             now_s += number / 10
         assert len(queue) == len(waiting_now)
         queue.audit()
+
+
+@pytest.mark.parametrize("moved", [3, 150], ids=["few", "most"])
+def test_new_keys_of_many_at_once_are_those_that_it_gives_out_by(moved: int):
+    """Few are pushed one by one; for most of them the heap is made anew."""
+    names = [f"r{number}" for number in range(200)]
+    policy = Sinking({name: float(place) for place, name in enumerate(names)}, dict.fromkeys(names, 0.0))
+    queue, now = SloQueue(policy), context(1.0)
+    requests = [waiting(request(name), ticket) for ticket, name in enumerate(names)]
+    for one in requests:
+        queue.push(one, now)
+    queue.forget(requests[5])
+    queue.take(requests[7])
+    for place, name in enumerate(names[:moved]):
+        policy.start[name] = 1000.0 - place if place % 2 else -1000.0 + place
+    queue.rekey_many(requests[:moved], [policy.start[name] for name in names[:moved]])
+    queue.audit()
+    queue.push_back(requests[7], now)
+    queue.audit()
+
+    given = [queue.pop(now) for _ in range(199)]
+
+    expected = sorted((one for one in requests if one is not requests[5]), key=lambda one: policy.key(one, now))
+    assert [one and one.spec.request_id for one in given] == [one.spec.request_id for one in expected]
+    assert queue.pop(now) is None
