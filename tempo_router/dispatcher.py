@@ -1,6 +1,7 @@
 """Which waiting request goes to which replica, now."""
 
 from tempo_router.actions import Action, Dispatch, Expire, Relegate
+from tempo_router.commitment import is_gamble
 from tempo_router.config import SchedulingConfig
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
@@ -10,7 +11,7 @@ from tempo_router.placement import choose, kv_needed
 from tempo_router.policies.base import Context, Policy
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.replicas import Replica
-from tempo_router.request import Latency, RequestSpec
+from tempo_router.request import RequestSpec
 from tempo_router.waiting import WaitingRequest
 from tempo_router.waiting_line import WaitingLine
 
@@ -61,6 +62,7 @@ class Dispatcher:
         self._ledger = ledger
         self._prefixes = prefixes
         self._has_plan = has_plan
+        self._is_committed = has_plan and config.switches.commitment
         self._displace_at_s = float("-inf")
         self._since_trickle = 0
         self._hold: tuple[WaitingRequest, Replica] | None = None
@@ -217,7 +219,6 @@ class Dispatcher:
     def _fill(self, context: Context, actions: list[Action]) -> None:
         """Give requests to replicas, best first, until no slot or no request is left, or nothing seen has room."""
         passed_over: list[WaitingRequest] = []
-        gambles: list[WaitingRequest] = []
         lacking: list[int] = []
         may_trickle = self._since_trickle >= _TRICKLE - 1
         has_seen_all = has_seen_enough = False
@@ -237,9 +238,11 @@ class Dispatcher:
             if needed is None:
                 self._line.set_aside(request)
                 continue
-            if starving is None and self._is_gamble(request):
-                gambles.append(request)
-                continue
+            if starving is None and self._is_committed and is_gamble(request, self._ledger):
+                # Gambles are at the end of the queue: behind the first there is nothing else.
+                passed_over.append(request)
+                has_seen_all = True
+                break
             replica = choose(self._allowed(request, needed, candidates), needed, self._home(request))
             if replica is not None:
                 self._start(request, replica, context, actions)
@@ -248,22 +251,10 @@ class Dispatcher:
             passed_over.append(request)
             lacking.append(needed)
             self._note_blocked(request, needed, context.now_s, is_urgent=starving is not None)
-        for request in (*passed_over, *gambles):
+        for request in passed_over:
             self._queue.push_back(request, context)
         self._blocked_kv = min(lacking) if lacking and (has_seen_all or has_seen_enough) else None
         self._was_all_blocked = has_seen_all
-
-    def _is_gamble(self, request: WaitingRequest) -> bool:
-        """It counts as a whole or not at all, nothing of it is done, and the plan has no room for it."""
-        if not self._has_plan or not self._config.switches.commitment:
-            return False
-        standing, spec = request.standing, request.spec
-        if standing.is_admitted or standing.density <= 0.0 or request.is_relegated:
-            return False
-        if isinstance(spec.slo, Latency) or spec.generated_tokens:
-            return False
-        program = self._ledger.program(spec)
-        return program is None or (program.done_calls == 0 and program.attained_tokens == 0)
 
     def _is_worth_looking(self) -> bool:
         """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""

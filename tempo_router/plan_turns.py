@@ -31,13 +31,16 @@ class PlanTurns:
     """
 
     def __init__(self) -> None:
-        self._newcomers: deque[tuple[WaitingRequest, bool]] = deque()
+        self._newcomers: deque[WaitingRequest] = deque()
+        self._further_calls: set[int] = set()
         self._front: list[WaitingRequest] = []
         self._others: deque[WaitingRequest] = deque()
 
     def enter(self, request: WaitingRequest, *, is_new: bool) -> None:
         """A request began to wait. is_new: it is not a further call of a program that is known."""
-        self._newcomers.append((request, is_new))
+        self._newcomers.append(request)
+        if not is_new:
+            self._further_calls.add(request.ticket)
 
     def next(
         self, waiting: Collection[WaitingRequest], most: int, ledger: Ledger
@@ -47,11 +50,9 @@ class PlanTurns:
         waiting: all, in order of coming. most: requests in one plan, but for the calls that go with others.
         """
         if len(waiting) <= most:
-            newcomers = list(self._newcomers)
-            self._newcomers.clear()
             self._others.clear()
-            return list(waiting), newcomers
-        newcomers = [self._newcomers.popleft() for _ in range(min(len(self._newcomers), most // _NEWCOMER_PART))]
+            return list(waiting), self._first_turns(len(self._newcomers))
+        newcomers = self._first_turns(most // _NEWCOMER_PART)
         turn = {request.ticket: request for request in self._front if request.is_in_line}
         for request, _ in newcomers:
             self._join(turn, request, ledger)
@@ -89,6 +90,13 @@ class PlanTurns:
             unique = {one.ticket: one for one in self._others if one.is_in_line and not one.is_at_front}
             self._others = deque(unique.values())
         return behind
+
+    def _first_turns(self, count: int) -> list[tuple[WaitingRequest, bool]]:
+        """(request, whether it is new as a unit) of so many newcomers."""
+        requests = [self._newcomers.popleft() for _ in range(min(count, len(self._newcomers)))]
+        told = [(request, request.ticket not in self._further_calls) for request in requests]
+        self._further_calls.difference_update(request.ticket for request in requests)
+        return told
 
     def _join(self, turn: dict[int, WaitingRequest], request: WaitingRequest, ledger: Ledger) -> None:
         if request.is_in_line:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tempo_router.events import ReplicaCapacity, ReplicaLoad
-from tempo_router.facts import facts_of
+from tempo_router.facts import Facts, facts_of
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, ReplicaId, RequestSpec
 from tempo_router.standing import UNRANKED, Standing
@@ -24,7 +24,6 @@ class Call:
         "cached_tokens",
         "dispatch_id",
         "expected_tokens",
-        "facts",
         "is_aborted",
         "lengths",
         "new_tokens",
@@ -54,11 +53,15 @@ class Call:
         self.new_tokens = new_tokens
         self.expected_tokens = new_tokens + self._left()
         self.is_aborted = False
-        self.facts = facts_of(spec)
         self.ticket = ticket
         self.since_s = since_s
         self.standing = standing
         self.cached_tokens = 0
+
+    @property
+    def facts(self) -> Facts:
+        """The spec in numbers; not kept, as who needs them often keeps them in columns."""
+        return facts_of(self.spec)
 
     @property
     def generated_tokens(self) -> int:

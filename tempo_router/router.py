@@ -12,6 +12,7 @@ from typing import assert_never
 
 from tempo_router.actions import Abort, Action, Admit, Evict, Reject, RejectReason, Retune
 from tempo_router.backlog import expected_wait_s
+from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
 from tempo_router.dispatcher import Dispatcher
 from tempo_router.events import (
@@ -88,7 +89,8 @@ class RouterCore:
         self._config = config
         self._policy = build_policy(config)
         self._lengths = lengths if lengths is not None else LengthHistograms()
-        self._line = WaitingLine(self._policy)
+        self._is_committed = config.policy == "tempo" and config.switches.commitment
+        self._line = WaitingLine(HoldingBack(self._policy) if self._is_committed else self._policy)
         self._fleet = Fleet(epoch)
         self._groups = GroupBook()
         self._ledger = Ledger()
@@ -423,9 +425,19 @@ class RouterCore:
                 self._ledger.progressed(call.spec, tokens)
                 if call.new_tokens == tokens and isinstance(call.spec.slo, ProgramCall):
                     self._history.call_started(self._now_s - call.spec.arrival_s)
+                    self._program_progressed(call.spec)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._fleet.calls:
                 self._on_call_finished(call, finished, actions)
+
+    def _program_progressed(self, spec: RequestSpec) -> None:
+        """A call of a program got its first token: those of its calls that wait are gambles no longer."""
+        program = self._ledger.program(spec)
+        if program is None or not self._is_committed:
+            return
+        for job in program.live.values():
+            if isinstance(job, WaitingRequest) and job.is_queued:
+                self._line.queue.rekey(job, self._context())
 
     def _on_call_finished(self, call: Call, finished: CallFinished, actions: list[Action]) -> None:
         if finished.reason == "lost":
@@ -495,7 +507,11 @@ class RouterCore:
         plan.make(waiting, running, context, self._history, replicas=max(len(self._fleet.takers()), 1))
         queue, policy = self._line.queue, self._policy
         assert isinstance(policy, ColumnPolicy), "the policy that makes plans orders by columns"
-        queue.rekey_many(waiting, policy.arrange_columns(plan.columns(waiting), context).tolist())
+        columns = plan.columns(waiting)
+        keys = policy.arrange_columns(columns, context)
+        if self._is_committed:
+            keys = held_back(keys, columns, waiting, self._ledger)
+        queue.rekey_many(waiting, keys.tolist())
         for request in self._turns.settle(waiting, len(self._line.requests), most):
             if request.standing.is_admitted:
                 # No later plan counts with the room that this one has kept for it.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
-from tempo_router.facts import facts_of
+from tempo_router.facts import Facts, facts_of
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.policies.base import ColumnPolicy, Context, Policy
@@ -38,7 +38,6 @@ class LiveCall:
         "blocks",
         "call_id",
         "computed",
-        "facts",
         "is_decoding",
         "joined",
         "lengths",
@@ -66,7 +65,6 @@ class LiveCall:
         self.spec = spec
         self.lengths = lengths
         self.standing = standing
-        self.facts = facts_of(spec)
         self.ticket = ticket
         self.since_s = since_s
         self.to_compute = spec.context_tokens
@@ -78,6 +76,11 @@ class LiveCall:
         self.row = 0
         self.segments: list[tuple[int, int]] = []
         self._clock = clock
+
+    @property
+    def facts(self) -> Facts:
+        """The spec in numbers; not kept, as who needs them often keeps them in columns."""
+        return facts_of(self.spec)
 
     @property
     def new_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """A request that waits at the router: its spec, and what has been learnt about it since it came."""
 
-from tempo_router.facts import facts_of
+from tempo_router.facts import Facts, facts_of
 from tempo_router.prediction import Lengths
 from tempo_router.request import RequestSpec
 from tempo_router.standing import UNRANKED
@@ -12,7 +12,7 @@ class WaitingRequest:
     ticket: number in the order of becoming waiting, unique; breaks every tie.
     since_s: when it began to wait here. lengths: distribution of its answer's length.
     cached_tokens: leading tokens of its context that a replica is believed to have cached.
-    facts: the spec in numbers. cost_s: predicted GPU seconds, as counted in the backlog.
+    cost_s: predicted GPU seconds, as counted in the backlog.
     hopeless_at_s: when it is beyond help, as predicted when it came.
     is_at_front: the next plan looks at it again (plan_turns.py).
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
@@ -26,7 +26,6 @@ class WaitingRequest:
         "cached_tokens",
         "cost_s",
         "entry",
-        "facts",
         "hopeless_at_s",
         "is_at_front",
         "is_in_line",
@@ -55,7 +54,6 @@ class WaitingRequest:
         self.lengths = lengths
         self.cost_s = cost_s
         self.hopeless_at_s = hopeless_at_s
-        self.facts = facts_of(spec)
         self.is_relegated = False
         self.standing = UNRANKED
         self.is_at_front = False
@@ -65,6 +63,11 @@ class WaitingRequest:
         self.entry = 0
         self.cached_tokens = 0
         self.blocked_since_s: float | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """The spec in numbers; not kept, as who needs them often keeps them in columns."""
+        return facts_of(self.spec)
 
     @property
     def generated_tokens(self) -> int:
