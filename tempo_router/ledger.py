@@ -1,5 +1,6 @@
 """Who was served what: programs in progress and tenants. Kept by RouterCore, read by policies."""
 
+from collections.abc import Iterable
 from math import log2
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,21 @@ class Ledger:
         program = self.program(spec)
         if program is not None:
             program.attained_tokens += tokens
+
+    def progressed_many(self, produced: Iterable[tuple[RequestSpec, int]]) -> None:
+        """`progressed` for the calls of one step: (call, tokens). Tenants are few, so their tokens are summed first."""
+        by_tenant: dict[str, int] = {}
+        for spec, tokens in produced:
+            name = spec.tenant
+            by_tenant[name] = by_tenant.get(name, 0) + tokens
+            if isinstance(spec.slo, ProgramCall):
+                program = self.programs.get(spec.slo.program_id)
+                if program is not None:
+                    program.attained_tokens += tokens
+        for name, tokens in by_tenant.items():
+            tenant = self.tenants[name]
+            tenant.counter += OUTPUT_SERVICE * tokens
+            tenant.served += OUTPUT_SERVICE * tokens
 
     def left(self, spec: RequestSpec, *, run_s: float = 0.0, output_tokens: int | None = None) -> None:
         """A request neither waits nor runs. output_tokens: of a completed answer; None when it was given up."""

@@ -420,12 +420,18 @@ class RouterCore:
             replica.steps.observe(event.step)
             self._steps.observe(event.step)
         replica.progress(calls, event.tokens)
+        produced = [
+            (call.spec, tokens)
+            for call, (_, tokens) in zip(calls, event.tokens, strict=True)
+            if call is not None and not call.is_aborted
+        ]
+        self._ledger.progressed_many(produced)
         for call, (_, tokens) in zip(calls, event.tokens, strict=True):
-            if call is not None and not call.is_aborted:
-                self._ledger.progressed(call.spec, tokens)
-                if call.new_tokens == tokens and isinstance(call.spec.slo, ProgramCall):
-                    self._history.call_started(self._now_s - call.spec.arrival_s)
-                    self._program_progressed(call.spec)
+            if call is None or call.new_tokens != tokens or call.is_aborted:
+                continue
+            if isinstance(call.spec.slo, ProgramCall):
+                self._history.call_started(self._now_s - call.spec.arrival_s)
+                self._program_progressed(call.spec)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._fleet.calls:
                 self._on_call_finished(call, finished, actions)

@@ -1,7 +1,10 @@
 """What tenants asked for is counted when it arrives, once."""
 
+from dataclasses import replace
+
 from tempo_router.ledger import Ledger
-from tests.builders import request, waiting
+from tempo_router.request import ProgramCall, ProgramId
+from tests.builders import CHAT, request, waiting
 
 
 def test_what_a_tenant_offers_counts_once_whatever_is_served_of_it():
@@ -14,3 +17,28 @@ def test_what_a_tenant_offers_counts_once_whatever_is_served_of_it():
     ledger.left(first.spec)
     ledger.arrived(waiting(request("a", prompt_tokens=100, attempt=1)))
     assert account.offered == 100 + 2 * first.lengths.mean
+
+
+def test_the_tokens_of_a_step_count_as_if_each_call_had_told_its_own():
+    books = Ledger(), Ledger()
+    calls = []
+    for number in range(12):
+        slo = ProgramCall(ProgramId(f"p{number % 2}"), 60.0) if number % 3 else CHAT
+        calls.append(replace(request(f"r{number}", slo=slo), tenant=f"t{number % 4}"))
+    for book in books:
+        for spec in calls:
+            book.arrived(waiting(spec))
+    produced = [(spec, number) for number, spec in enumerate(calls)]
+    for spec, tokens in produced:
+        books[0].progressed(spec, tokens)
+    books[1].progressed_many(produced)
+
+    one_by_one, at_once = (
+        (
+            {name: (tenant.counter, tenant.served) for name, tenant in book.tenants.items()},
+            {name: program.attained_tokens for name, program in book.programs.items()},
+        )
+        for book in books
+    )
+    assert at_once == one_by_one
+    assert all(served > 0 for _, served in at_once[0].values())
