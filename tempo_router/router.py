@@ -96,6 +96,7 @@ class RouterCore:
         self._ledger = Ledger()
         self._history = history if history is not None else ProgramHistory()
         self._plan = TempoPlan(config) if config.policy == "tempo" else None
+        self._by_columns = self._policy if isinstance(self._policy, ColumnPolicy) else None
         self._turns = PlanTurns()
         self._plan_at_s = float("-inf")
         self._prefixes = PrefixMemory()
@@ -511,10 +512,9 @@ class RouterCore:
             plan.arrived(request, is_new=is_new)
         running = [call for call in self._fleet.running.values() if not call.is_aborted]
         plan.make(waiting, running, context, self._history, replicas=max(len(self._fleet.takers()), 1))
-        queue, policy = self._line.queue, self._policy
-        assert isinstance(policy, ColumnPolicy), "the policy that makes plans orders by columns"
-        columns = plan.columns(waiting)
-        keys = policy.arrange_columns(columns, context)
+        queue, columns = self._line.queue, plan.columns(waiting)
+        assert self._by_columns is not None, "the policy that makes plans orders by columns"
+        keys = self._by_columns.arrange_columns(columns, context)
         if self._is_committed:
             keys = held_back(keys, columns, waiting, self._ledger)
         queue.rekey_many(waiting, keys.tolist())

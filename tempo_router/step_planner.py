@@ -20,6 +20,9 @@ from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
 
+_ONE_BY_ONE = 16
+"""So few keys cost less one by one than in arrays, whose operations take a microsecond each however few the calls."""
+
 LEAST_CHUNK = 64
 """Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap (docs/scheduling.md)."""
 
@@ -392,7 +395,7 @@ class StepPlanner:
     def _keys(self, rows: Ints, now_s: float, *, is_alone: bool = False) -> Floats:
         """The policy's keys of these rows. is_alone: each for itself, not as a set that the policy arranges."""
         context = self.context(now_s)
-        if self._by_columns is not None:
+        if self._by_columns is not None and not (is_alone and rows.size <= _ONE_BY_ONE):
             return self._by_columns.arrange_columns(self._table.columns(rows, self._clock.steps), context)
         policy, calls = self._policy, self._table.calls(rows)
         return np.array([policy.key(call, context) for call in calls] if is_alone else policy.arrange(calls, context))
