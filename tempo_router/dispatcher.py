@@ -5,7 +5,7 @@ from tempo_router.commitment import is_gamble
 from tempo_router.config import SchedulingConfig
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
-from tempo_router.hopeless import is_hopeless
+from tempo_router.hopeless import HopelessTimers, is_hopeless
 from tempo_router.ledger import Ledger
 from tempo_router.placement import choose, kv_needed
 from tempo_router.policies.base import Context, Policy
@@ -35,7 +35,7 @@ _DISPLACED_PER_FRAME = 8
 class Dispatcher:
     """Matches the line of waiting requests with the room of the fleet, and remembers why the last look found none.
 
-    Line, fleet, groups and ledger are shared with the router, which tells of what it changes: requests come and go
+    Line, fleet, groups, ledger, prefixes and timers are shared with the router, which tells of what it changes: requests come and go
     through `enter`, `withdraw` and `give_up`, and `replicas_changed` follows any change of who takes work.
 
     has_plan: a plan says which requests are admitted; its standing decides beside the policy's key.
@@ -50,6 +50,7 @@ class Dispatcher:
         groups: GroupBook,
         ledger: Ledger,
         prefixes: PrefixMemory,
+        timers: HopelessTimers,
         *,
         has_plan: bool,
     ) -> None:
@@ -61,6 +62,7 @@ class Dispatcher:
         self._groups = groups
         self._ledger = ledger
         self._prefixes = prefixes
+        self._timers = timers
         self._has_plan = has_plan
         self._is_committed = has_plan and config.switches.commitment
         self._displace_at_s = float("-inf")
@@ -196,7 +198,7 @@ class Dispatcher:
             needed = kv_needed(request, self._fleet.kv_sizes)
             target = None
             if needed is not None:
-                large = (one for one in full if one.capacity.kv_tokens >= needed)
+                large = (one for one in full if one.free_kv >= needed)
                 target = max(large, key=lambda one: (self._rank_of_last(one, context), -one.number), default=None)
             if target is None or self._rank_of_last(target, context) <= key:
                 self._queue.push_back(request, context)
@@ -271,7 +273,8 @@ class Dispatcher:
         """Replicas that take a call now, in order of attaching; not the one that is kept for a held request."""
         depth = self._config.replica_queue_depth
         held = self._hold[1] if self._hold is not None else None
-        is_deep = self._policy.preempts
+        # What a plan has no room for would only crowd the engine's queue.
+        is_deep = self._policy.preempts and not self._has_plan
         return [one for one in self._fleet.replicas.values() if one is not held and one.is_open(depth, is_deep=is_deep)]
 
     def _starving(self, now_s: float) -> WaitingRequest | None:
@@ -311,6 +314,7 @@ class Dispatcher:
         priority = self._policy.engine_priority(request, context)
         self.withdraw(request)
         call = self._fleet.start(request, replica, context.now_s)
+        self._timers.set_started(request, call, context.now_s)
         self._groups.started(spec, replica.replica_id)
         self._ledger.started(call, replica.replica_id, context.now_s - request.since_s)
         actions.append(

@@ -1,7 +1,8 @@
-"""When waiting requests turn out to be beyond help."""
+"""When requests of which nothing is computed yet turn out to be beyond help: those that wait, here or in an engine."""
 
 import heapq
 
+from tempo_router.replicas import Call
 from tempo_router.step_time import Pace, StepTimeModel
 from tempo_router.value import hopeless_at_s
 from tempo_router.waiting import WaitingRequest
@@ -17,26 +18,32 @@ def is_hopeless(request: WaitingRequest, pace: Pace, now_s: float) -> bool:
 
 
 class HopelessTimers:
-    """One timer for each waiting request that can become hopeless.
+    """One timer for each request that can become hopeless before its first token.
 
     Estimates move on after a timer was set: one that fires looks again, and is set anew where there is hope.
     """
 
     def __init__(self) -> None:
-        self._timers: list[tuple[float, int, WaitingRequest]] = []
+        self._timers: list[tuple[float, int, WaitingRequest | Call]] = []
 
-    def set(self, request: WaitingRequest, waiting: int) -> None:
-        """A request began to wait, one of so many. O(log n); timers that lost their request are swept out."""
+    def set(self, request: WaitingRequest, live: int) -> None:
+        """A request began to wait, one of so many that wait or run. O(log n); timers that lost theirs are swept out."""
         if request.hopeless_at_s < float("inf"):
             heapq.heappush(self._timers, (request.hopeless_at_s, request.ticket, request))
-        if len(self._timers) > 2 * waiting + _SLACK:
+        if len(self._timers) > 2 * live + _SLACK:
             self._timers = [timer for timer in self._timers if _is_timed(timer[2])]
             heapq.heapify(self._timers)
 
-    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest]:
+    def set_started(self, request: WaitingRequest, call: Call, now_s: float) -> None:
+        """A waiting request became a call: it may have to wait in the engine, too."""
+        if request.hopeless_at_s < float("inf") and not request.is_relegated:
+            at_s = max(request.hopeless_at_s, now_s + _MIN_RECHECK_S)
+            heapq.heappush(self._timers, (at_s, -request.ticket, call))
+
+    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:
         """Requests that have become hopeless, earliest first. Looks at a bounded number of timers."""
         timers = self._timers
-        hopeless: list[WaitingRequest] = []
+        hopeless: list[WaitingRequest | Call] = []
         for _ in range(_TIMERS_PER_CALL):
             if not timers or timers[0][0] > now_s:
                 break
@@ -50,11 +57,14 @@ class HopelessTimers:
                 heapq.heappush(timers, (max(at_s, now_s + _MIN_RECHECK_S), ticket, request))
         return hopeless
 
-    def audit(self, waiting: int) -> None:
-        """Check that memory is bounded while so many requests wait. Raises AssertionError."""
-        bound = 2 * waiting + _SLACK + _TIMERS_PER_CALL
-        assert len(self._timers) <= bound, f"{len(self._timers)} timers for {waiting} waiting requests"
+    def audit(self, live: int) -> None:
+        """Check that memory is bounded while so many requests wait or run. Raises AssertionError."""
+        bound = 2 * live + _SLACK + _TIMERS_PER_CALL
+        assert len(self._timers) <= bound, f"{len(self._timers)} timers for {live} requests"
 
 
-def _is_timed(request: WaitingRequest) -> bool:
+def _is_timed(request: WaitingRequest | Call) -> bool:
+    if isinstance(request, Call):
+        is_there = request.replica.calls.get(request.dispatch_id) is request
+        return is_there and not (request.is_aborted or request.is_relegated or request.new_tokens)
     return request.is_in_line and not request.is_relegated

@@ -10,7 +10,7 @@ Who waits is in `waiting_line`, who runs in `fleet`; `dispatcher` moves requests
 from collections import Counter, deque
 from typing import assert_never
 
-from tempo_router.actions import Abort, Action, Admit, Evict, Reject, RejectReason, Retune
+from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retune
 from tempo_router.backlog import expected_wait_s
 from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
@@ -100,6 +100,7 @@ class RouterCore:
         self._turns = PlanTurns()
         self._plan_at_s = float("-inf")
         self._prefixes = PrefixMemory()
+        self._timers = HopelessTimers()
         self._dispatcher = Dispatcher(
             config,
             self._policy,
@@ -108,11 +109,11 @@ class RouterCore:
             self._groups,
             self._ledger,
             self._prefixes,
+            self._timers,
             has_plan=self._plan is not None,
         )
         self._samples: deque[LengthSample] = deque(maxlen=_MAX_SAMPLES)
         self._steps = StepTimeModel()
-        self._timers = HopelessTimers()
         self._ended_early: dict[RequestId, tuple[RequestSpec, int]] = {}
         self._mean_length = _FIRST_MEAN_LENGTH
         self._now_s = float("-inf")
@@ -158,7 +159,10 @@ class RouterCore:
             case _:
                 assert_never(event)
         for request in self._timers.due(self._steps, self._now_s):
-            self._dispatcher.give_up(request, self._context(), actions)
+            if isinstance(request, Call):
+                self._take_back(request, actions)
+            else:
+                self._dispatcher.give_up(request, self._context(), actions)
         self._plan_if_due(actions)
         if self._is_settled and self._dispatcher.may_dispatch(self._now_s):
             self._dispatcher.dispatch(self._context(), actions)
@@ -285,7 +289,7 @@ class RouterCore:
             self._turns.enter(request, is_new=is_new)
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
-        self._timers.set(request, len(self._line.requests))
+        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
 
     def _retire(self, request_id: RequestId, actions: list[Action]) -> None:
         """The owner gave this request up, or its attempt was overtaken: it neither waits nor runs from now on."""
@@ -299,6 +303,18 @@ class RouterCore:
             self._groups.left(call.spec, was_running=True)
             self._ledger.left(call.spec)
             actions.append(Abort(call.dispatch_id, call.replica.replica_id))
+
+    def _take_back(self, call: Call, actions: list[Action]) -> None:
+        """A call that waits in its engine can no longer meet its SLO: it ends, or goes on as best effort."""
+        spec = call.spec
+        if self._config.hopeless == "refuse" and not spec.generated_tokens:
+            self._retire(spec.request_id, actions)
+            actions.append(Expire(spec.request_id))
+            return
+        call.standing = call.standing._replace(is_relegated=True)
+        actions.append(Relegate(spec.request_id))
+        if call.replica.capacity.has_step_planner:
+            actions.append(Retune(call.replica.replica_id, ((call.dispatch_id, call.standing),), self._step_cap_s()))
 
     def _abort(self, call: Call, actions: list[Action]) -> None:
         call.is_aborted = True
@@ -528,8 +544,11 @@ class RouterCore:
         for call in running:
             if call.replica.capacity.has_step_planner:
                 retuned.setdefault(call.replica.replica_id, []).append((call.dispatch_id, call.standing))
-        cap_s = plan.step_cap_s
+        cap_s = self._step_cap_s()
         actions.extend(Retune(replica_id, tuple(standings), cap_s) for replica_id, standings in retuned.items())
+
+    def _step_cap_s(self) -> float | None:
+        return self._plan.step_cap_s if self._plan is not None else None
 
     # ---- self-check ----
 
@@ -538,7 +557,7 @@ class RouterCore:
         both = self._line.requests.keys() & self._fleet.running.keys()
         assert not both, f"waiting and running at once: {sorted(both)}"
         self._line.audit()
-        self._timers.audit(len(self._line.requests))
+        self._timers.audit(len(self._line.requests) + len(self._fleet.calls))
         self._fleet.audit()
         specs = [request.spec for request in self._line.requests.values()]
         specs += [call.spec for call in self._fleet.running.values()]

@@ -32,6 +32,7 @@ from tempo_router.events import (
     StepReport,
     Ticked,
 )
+from tempo_router.policies import build_policy
 from tempo_router.request import BestEffort, DispatchId, Latency, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, request
@@ -418,10 +419,17 @@ class RouterMachine(RuleBasedStateMachine):
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
                 self.replicas[replica_id].calls[dispatch_id].is_aborted = True
             case Relegate(request_id=request_id):
-                assert request_id in self.waiting
+                assert request_id in self.waiting or self.is_unstarted(self.running[request_id])
             case Expire(request_id=request_id):
                 assert self.config.hopeless == "refuse"
-                assert self.waiting.pop(request_id).generated_tokens == 0
+                spec = self.waiting.pop(request_id, None)
+                if spec is None:
+                    # Its abort came before.
+                    place = self.running.pop(request_id)
+                    assert self.is_unstarted(place)
+                    assert self.replicas[place.replica_id].calls[place.dispatch_id].is_aborted
+                    spec = place.spec
+                assert spec.generated_tokens == 0
             case Evict(request_id=request_id, attempt=attempt):
                 lost = self.running.pop(request_id)
                 assert lost.spec.attempt == attempt
@@ -441,7 +449,7 @@ class RouterMachine(RuleBasedStateMachine):
         assert spec.attempt == dispatch.attempt
         depth = self.config.replica_queue_depth
         unstarted = sum(call.tokens == 0 for call in replica.calls.values())
-        is_planned = self.config.policy == "tempo" and replica.capacity.has_step_planner
+        is_planned = build_policy(self.config).preempts and replica.capacity.has_step_planner
         if replica.calls and replica.engine_waiting and not is_planned:
             prompts = sum(call.spec.context_tokens for call in replica.calls.values() if call.tokens == 0)
             fills_steps = prompts < min(2 * replica.capacity.max_step_tokens, FREE_KV_TOKENS)
@@ -456,12 +464,12 @@ class RouterMachine(RuleBasedStateMachine):
 
     def note_standings(self, retune: Retune) -> None:
         """Plans go to replicas with a step planner, about calls that these run, and hold only sane numbers."""
-        assert self.config.policy == "tempo"
         replica = self.replicas[retune.replica_id]
         assert replica.capacity.has_step_planner
         assert retune.step_cap_s is None or 0 < retune.step_cap_s < 10
         for dispatch_id, standing in retune.standings:
             assert not replica.calls[dispatch_id].is_aborted, "a plan over a call that nobody wants"
+            assert self.config.policy == "tempo" or standing.is_relegated
             assert 0 <= standing.density < inf
             assert 0 <= standing.later_s < inf
 
@@ -479,6 +487,9 @@ class RouterMachine(RuleBasedStateMachine):
     def new_name(self) -> str:
         self.names += 1
         return f"r{self.names}"
+
+    def is_unstarted(self, place: Place) -> bool:
+        return self.replicas[place.replica_id].calls[place.dispatch_id].tokens == 0
 
     def live(self) -> list[RequestId]:
         return sorted([*self.waiting, *self.running])

@@ -9,6 +9,7 @@ from tempo_router.config import SchedulingConfig
 from tempo_router.dispatcher import Dispatcher
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
+from tempo_router.hopeless import HopelessTimers
 from tempo_router.ledger import Ledger
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
@@ -33,7 +34,15 @@ class Desk:
         self.ledger = Ledger()
         self.prefixes = PrefixMemory()
         self.dispatcher = Dispatcher(
-            settings, order, self.line, self.fleet, self.groups, self.ledger, self.prefixes, has_plan=False
+            settings,
+            order,
+            self.line,
+            self.fleet,
+            self.groups,
+            self.ledger,
+            self.prefixes,
+            HopelessTimers(),
+            has_plan=False,
         )
         self.tickets = 0
 

@@ -1,10 +1,12 @@
-"""Timers of waiting requests that become hopeless."""
+"""Timers of requests that become hopeless before their first token."""
 
 import pytest
 
+from tempo_router.events import ReplicaCapacity
+from tempo_router.fleet import Fleet
 from tempo_router.hopeless import HopelessTimers, is_hopeless
 from tempo_router.prediction import LengthHistograms
-from tempo_router.request import Slo
+from tempo_router.request import ReplicaId, Slo
 from tempo_router.step_time import StepTimeModel
 from tempo_router.value import hopeless_at_s
 from tempo_router.waiting import WaitingRequest
@@ -67,4 +69,28 @@ def test_timers_of_requests_that_left_do_not_pile_up():
         one = in_line(f"r{ticket}", ticket)
         timers.set(one, 1)
         one.is_in_line = False
-        timers.audit(waiting=1)
+        timers.audit(live=1)
+
+
+def test_a_call_that_waits_in_its_engine_is_due_until_its_first_token():
+    timers = HopelessTimers()
+    fleet = Fleet(epoch=0)
+    replica = fleet.attach(ReplicaId("gpu0"), ReplicaCapacity(4, 512, 10_000), StepTimeModel())
+    one, other = in_line("unstarted", 1), in_line("started", 2)
+    for request_ in (one, other):
+        timers.set_started(request_, fleet.start(request_, replica, 0.0), 0.0)
+    unstarted, started = fleet.running[one.spec.request_id], fleet.running[other.spec.request_id]
+    replica.progress([started], [(started.dispatch_id, 1)])
+    assert timers.due(STEPS, one.hopeless_at_s - 0.01) == []
+    assert timers.due(STEPS, 1e6) == [unstarted]
+
+
+def test_a_call_that_has_left_its_engine_is_not_due():
+    timers = HopelessTimers()
+    fleet = Fleet(epoch=0)
+    replica = fleet.attach(ReplicaId("gpu0"), ReplicaCapacity(4, 512, 10_000), StepTimeModel())
+    one = in_line("gone", 1)
+    call = fleet.start(one, replica, 0.0)
+    timers.set_started(one, call, 0.0)
+    fleet.release(call)
+    assert timers.due(STEPS, 1e6) == []

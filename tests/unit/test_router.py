@@ -403,10 +403,26 @@ def test_relegated_work_is_never_in_the_way_of_work_that_can_meet_its_target():
 def test_hopeless_work_expires_where_the_operator_wants_it_refused_but_running_work_goes_on():
     core = router("gpu0", hopeless="refuse", max_running=1)
     core.handle(arrived("running", slo=Deadline(3.0)))
+    core.handle(progressed("gpu0", 0.1, {1: 1}))
     core.handle(arrived("waiting", slo=Deadline(3.0)))
     assert core.handle(Ticked(4.0)) == [Expire(RequestId("waiting"))]
     assert core.knows(RequestId("running"), 0)
     assert not core.knows(RequestId("waiting"), 0)
+
+
+def test_hopeless_work_that_waits_in_its_engine_is_taken_back():
+    core = router("gpu0", hopeless="refuse")
+    core.handle(arrived("r", slo=Deadline(3.0)))
+    assert core.handle(Ticked(4.0)) == [Abort(DispatchId(1), ReplicaId("gpu0")), Expire(RequestId("r"))]
+    assert not core.knows(RequestId("r"), 0)
+
+
+def test_hopeless_work_that_waits_in_its_engine_goes_on_as_best_effort_where_the_operator_wants_it():
+    core = router("gpu0", hopeless="relegate")
+    core.handle(arrived("r", slo=Deadline(3.0)))
+    assert core.handle(Ticked(4.0)) == [Relegate(RequestId("r"))]
+    assert core.handle(Ticked(5.0)) == []
+    assert core.knows(RequestId("r"), 0)
 
 
 def test_answer_that_has_begun_is_not_broken_off():
