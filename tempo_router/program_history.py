@@ -17,7 +17,7 @@ _MAX_KEYS = 1024
 _SMOOTHING = 0.02
 _WAIT_SMOOTHING = 0.01
 _TRUSTED = 8
-"""So many programs of an application and deadline make its own statistics better than the application's."""
+"""So many programs of an application and deadline make its own statistics better than the application's, or what follows a stage known."""
 
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
@@ -32,7 +32,7 @@ class Forecast:
 
     calls; prompt_tokens, output_tokens: of all of them; squared_prompts: sum of prompt², for attention.
     chain_tokens: output of the longest call of each stage, summed; chain_prompt_tokens: its prompts; gaps_s: tools.
-    stages: how many.
+    stages: how many. unknown: probability that the program goes on to where too few went before to tell.
     """
 
     calls: float = 0.0
@@ -43,6 +43,7 @@ class Forecast:
     chain_prompt_tokens: float = 0.0
     gaps_s: float = 0.0
     stages: float = 0.0
+    unknown: float = 0.0
 
 
 NOTHING = Forecast()
@@ -141,7 +142,8 @@ class ProgramHistory:
 
     def _forecast(self, outline: _Outline) -> Forecast:
         known = self._forecasts.get(outline)
-        if known is not None and self._observed - known[0] < 16:
+        # The first programs teach the most.
+        if known is not None and self._observed - known[0] < min(16, 1 + known[0] // 8):
             return known[1]
         forecast = self._sum_up(outline)
         if len(self._forecasts) > _MAX_KEYS:
@@ -172,8 +174,11 @@ class ProgramHistory:
         app, bucket, current = outline
         own, general = self._of(app, bucket)
         total = [0.0] * 8
-        reached = 1.0
-        for number in range(current, min(len(general), _MAX_STAGES)):
+        reached, unknown = 1.0, 0.0
+        for number in range(current, _MAX_STAGES):
+            if number >= len(general):
+                unknown += reached
+                break
             stage = _trusted(own, general, number)
             if number > current:
                 outputs = stage.calls.value * stage.output.value
@@ -182,10 +187,12 @@ class ProgramHistory:
                     stage.chain_tokens.value, stage.chain_prompt.value, stage.gap_s.value, 1.0,
                 )  # fmt: skip
                 total = [sum_ + reached * value for sum_, value in zip(total, values, strict=True)]
-            reached *= stage.follows.value
+            known = min(1.0, stage.follows.count / _TRUSTED)
+            unknown += reached * (1.0 - known)
+            reached *= known * stage.follows.value
             if reached < 1e-3:
                 break
-        return Forecast(*total)
+        return Forecast(*total, unknown)
 
 
 class KnownGraphs(ProgramHistory):

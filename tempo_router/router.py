@@ -64,7 +64,7 @@ from tempo_router.waiting_line import WaitingLine
 _REFRESHED_PER_TICK = 32
 _MAX_ENDED_EARLY = 1024
 _MAX_SAMPLES = 4096
-_LEAST_PLAN_S = 0.2
+_LEAST_PLAN_S = 0.1
 _MOST_PLANNED = 1024
 """Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
 _FIRST_MEAN_LENGTH = 230.0

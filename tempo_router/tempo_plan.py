@@ -45,6 +45,16 @@ Ints = npt.NDArray[np.int64]
 
 _SPREAD = 0.25
 _SPREAD_S = 0.3
+_UNSEEN_SHARE = 0.5
+"""Of the time left that a program is believed to take where nobody went before it: a client that sets a deadline leaves
+about as much slack as work. Without it the first programs look short, and twice as many are begun as can be ended."""
+
+_UNSEEN_GAPS = 0.25
+"""Of that time, what tools and prompts take; the rest is decoding."""
+
+_UNSEEN_COST = 2.0
+"""GPU time of unseen stages over that of decoding their longest calls: for prompts, and calls beside them."""
+
 _UNSURE = 1.5
 """Factor on what work is believed to take while the step-time model is far off."""
 
@@ -55,7 +65,7 @@ _NOBODY: tuple[Ints, Floats] = (np.zeros(0, dtype=np.int64), np.zeros((4, 0)))
 
 _MEANS = attrgetter(
     "calls", "prompt_tokens", "squared_prompts", "output_tokens",
-    "chain_tokens", "chain_prompt_tokens", "gaps_s", "stages",
+    "chain_tokens", "chain_prompt_tokens", "gaps_s", "stages", "unknown",
 )  # fmt: skip
 """Of a forecast, all in one tuple."""
 
@@ -280,13 +290,21 @@ class _Units:
         self.wait_s = history.wait_s
         means = np.array([_MEANS(one) for one in different], dtype=np.float64).T.take(of_unit, axis=1)
         calls, prompts, squared, self.later_tokens = means[:4]
-        chain_tokens, chain_prompts, gaps, stages = means[4:]
-        self.chain_tokens, self.gaps_s = chain_tokens, gaps
+        chain_tokens, chain_prompts, gaps, stages, unknown = means[4:]
         mean_context = (prompts + self.later_tokens / 2) / np.maximum(calls, 1e-9)
         token_s = pace.share_s + pace.decode_s + pace.context_token_s * mean_context
         self.later_cost_s = (
             prompts * pace.prefill_token_s + pace.attention_s * squared / 2 + self.later_tokens * token_s
         )
+        if unknown.any():
+            left_s = self._facts[DEADLINE_S, self._first_calls] - self._now_s
+            unseen_s = _UNSEEN_SHARE * unknown * np.where(unknown > 0.0, np.maximum(left_s, 0.0), 0.0)
+            unseen_tokens = (1.0 - _UNSEEN_GAPS) * unseen_s / self.tau_s
+            chain_tokens = chain_tokens + unseen_tokens
+            gaps = gaps + _UNSEEN_GAPS * unseen_s
+            self.later_tokens = self.later_tokens + unseen_tokens
+            self.later_cost_s += _UNSEEN_COST * unseen_tokens * (pace.share_s + pace.decode_s)
+        self.chain_tokens, self.gaps_s = chain_tokens, gaps
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
         chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
         self.waits_s = stages * history.wait_s

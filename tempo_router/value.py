@@ -12,6 +12,7 @@ from tempo_router.step_time import Pace
 PREFILL_WALL_RATIO = 1.3
 """Wall time of a prefill over its GPU time: other sequences share its steps."""
 
+_FIRST_TOKEN_GRACE = 0.25
 _FOREVER = float("inf")
 
 
@@ -73,13 +74,16 @@ def _catch_up_s(slo: Latency, pace: Pace) -> float:
 def hopeless_at_s(spec: RequestSpec, lengths: Lengths, pace: Pace) -> float:
     """From when on a dispatch comes too late for any worth; infinity for best effort.
 
-    A stream: even the longest likely answer would be late to its last token. A whole answer: even the shortest
-    likely one would miss the deadline with the replica to itself.
+    A stream that has not begun: its first token would be late by a quarter of its target, when its reader has seen the
+    target missed. One that has: even the longest likely answer would be late to its last token. A whole answer: even
+    the shortest likely one would miss the deadline with the replica to itself.
     """
     generated, limit = spec.generated_tokens, spec.max_output_tokens
     match spec.slo:
         case Latency() as slo:
-            savable = lengths.longest_left(generated, limit) - (0.0 if generated else 1.0)
+            if not generated:
+                return _latest_start_s(spec, slo, pace) + _FIRST_TOKEN_GRACE * slo.ttft_s
+            savable = lengths.longest_left(generated, limit)
             return _latest_start_s(spec, slo, pace) + max(savable, 0.0) * _catch_up_s(slo, pace)
         case Deadline(ttlt_s=ttlt_s) | ProgramCall(ttlt_s=ttlt_s):
             shortest_s = lengths.shortest_left(generated, limit) * pace.alone_s
