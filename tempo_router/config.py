@@ -135,7 +135,9 @@ class SwitchesConfig(StrictModel):
     serial_demand: bool = Field(
         True, description="spread a chain's demand over the time from its latest start; off: all at its deadline"
     )
-    commitment: bool = Field(True, description="start what counts only as a whole only once the plan has room for it")
+    commitment: bool = Field(
+        True, description="start what counts only as a whole only once the plan has room for it, or a replica is idle"
+    )
     gap_bound: bool = Field(True, description="never pause a stream for longer than its reader would notice")
     affinity: bool = Field(True, description="prefer the replica that has a request's prefix cached")
 

@@ -11,7 +11,7 @@ from tempo_router.placement import choose, kv_needed
 from tempo_router.policies.base import Context, Policy
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.replicas import Replica
-from tempo_router.request import RequestSpec
+from tempo_router.request import ProgramCall, RequestSpec
 from tempo_router.waiting import WaitingRequest
 from tempo_router.waiting_line import WaitingLine
 
@@ -30,14 +30,24 @@ _OVERCOMMIT = 1.5
 """Live calls of a replica with a step planner, at most, over its slots."""
 
 _DISPLACED_PER_FRAME = 8
+_TIGHTEST_TBT_S = 0.1
+"""Time between tokens that is assumed of streams until a plan has seen some."""
+
+_GAMBLES = 4
+"""Gambles that are looked at in one go, of those that an idle replica could take."""
+
+_IDLE = 0.8
+"""A replica whose mean step is below this share of the cap could do more."""
 
 
 class Dispatcher:
     """Matches the line of waiting requests with the room of the fleet, and remembers why the last look found none.
 
-    Line, fleet, groups, ledger, prefixes and timers are shared with the router, which tells of what it changes: requests come and go
-    through `enter`, `withdraw` and `give_up`, and `replicas_changed` follows any change of who takes work.
+    Line, fleet, groups, ledger, prefixes and timers are shared with the router, which tells of what it changes:
+    requests come and go through `enter`, `withdraw` and `give_up`, and `replicas_changed` follows any change of who
+    takes work.
 
+    step_cap_s: how long a step may be, by the last plan, in seconds.
     has_plan: a plan says which requests are admitted; its standing decides beside the policy's key.
     """
 
@@ -65,6 +75,7 @@ class Dispatcher:
         self._timers = timers
         self._has_plan = has_plan
         self._is_committed = has_plan and config.switches.commitment
+        self.step_cap_s = _TIGHTEST_TBT_S * config.step_cap_share
         self._displace_at_s = float("-inf")
         self._since_trickle = 0
         self._hold: tuple[WaitingRequest, Replica] | None = None
@@ -224,6 +235,7 @@ class Dispatcher:
         lacking: list[int] = []
         may_trickle = self._since_trickle >= _TRICKLE - 1
         has_seen_all = has_seen_enough = False
+        gambles = 0
         while candidates := self._open_replicas():
             has_seen_enough = len(lacking) >= _look_ahead(candidates)
             if has_seen_enough:
@@ -242,9 +254,17 @@ class Dispatcher:
                 continue
             if starving is None and self._is_committed and is_gamble(request, self._ledger):
                 # Gambles are at the end of the queue: behind the first there is nothing else.
-                passed_over.append(request)
-                has_seen_all = True
-                break
+                idle = [one for one in candidates if self._has_time_for(one, request)]
+                replica = choose(self._allowed(request, needed, idle), needed, self._home(request)) if idle else None
+                gambles += 1
+                if replica is None:
+                    passed_over.append(request)
+                    has_seen_all = gambles >= _GAMBLES or all(one.unstarted for one in candidates)
+                    if has_seen_all:
+                        break
+                    continue
+                self._start(request, replica, context, actions)
+                continue
             replica = choose(self._allowed(request, needed, candidates), needed, self._home(request))
             if replica is not None:
                 self._start(request, replica, context, actions)
@@ -257,6 +277,15 @@ class Dispatcher:
             self._queue.push_back(request, context)
         self._blocked_kv = min(lacking) if lacking and (has_seen_all or has_seen_enough) else None
         self._was_all_blocked = has_seen_all
+
+    def _has_time_for(self, replica: Replica, gamble: WaitingRequest) -> bool:
+        """Nothing that the plan wants would have to wait for it.
+
+        No prompt waits there and, if it is a whole program that would begin, its steps are well below their cap.
+        """
+        if replica.unstarted:
+            return False
+        return not isinstance(gamble.spec.slo, ProgramCall) or replica.steps.tau_s < _IDLE * self.step_cap_s
 
     def _is_worth_looking(self) -> bool:
         """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""

@@ -17,7 +17,8 @@ _MAX_KEYS = 1024
 _SMOOTHING = 0.02
 _WAIT_SMOOTHING = 0.01
 _TRUSTED = 8
-"""So many programs of an application and deadline make its own statistics better than the application's, or what follows a stage known."""
+"""So many programs of an application and deadline make its own statistics better than the application's; and so many
+that ended a stage tell what follows it."""
 
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
@@ -192,7 +193,8 @@ class ProgramHistory:
             reached *= known * stage.follows.value
             if reached < 1e-3:
                 break
-        return Forecast(*total, unknown)
+        total.append(unknown)
+        return Forecast(*total)
 
 
 class KnownGraphs(ProgramHistory):

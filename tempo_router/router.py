@@ -545,6 +545,8 @@ class RouterCore:
             if call.replica.capacity.has_step_planner:
                 retuned.setdefault(call.replica.replica_id, []).append((call.dispatch_id, call.standing))
         cap_s = self._step_cap_s()
+        if cap_s is not None:
+            self._dispatcher.step_cap_s = cap_s
         actions.extend(Retune(replica_id, tuple(standings), cap_s) for replica_id, standings in retuned.items())
 
     def _step_cap_s(self) -> float | None:

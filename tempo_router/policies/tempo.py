@@ -29,7 +29,6 @@ _FIRST_TOKEN_PRESS = 0.1
 reader notices an early start. Halves the P95 of the time to first token, and changes goodput by less than noise."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Tempo(ColumnPolicy):
     """Admitted calls by time left over time needed, the denser the sooner; deferred ones by density; then best effort.
