@@ -75,16 +75,17 @@ def hopeless_at_s(spec: RequestSpec, lengths: Lengths, pace: Pace) -> float:
     """From when on a dispatch comes too late for any worth; infinity for best effort.
 
     A stream that has not begun: its first token would be late by a quarter of its target, when its reader has seen the
-    target missed. One that has: even the longest likely answer would be late to its last token. A whole answer: even
-    the shortest likely one would miss the deadline with the replica to itself.
+    target missed. Any: even the longest likely answer would be late to its last token. A whole answer: even the
+    shortest likely one would miss the deadline with the replica to itself.
     """
     generated, limit = spec.generated_tokens, spec.max_output_tokens
     match spec.slo:
         case Latency() as slo:
+            savable = lengths.longest_left(generated, limit) - (0.0 if generated else 1.0)
+            grace_s = max(savable, 0.0) * _catch_up_s(slo, pace)
             if not generated:
-                return _latest_start_s(spec, slo, pace) + _FIRST_TOKEN_GRACE * slo.ttft_s
-            savable = lengths.longest_left(generated, limit)
-            return _latest_start_s(spec, slo, pace) + max(savable, 0.0) * _catch_up_s(slo, pace)
+                grace_s = min(grace_s, _FIRST_TOKEN_GRACE * slo.ttft_s)
+            return _latest_start_s(spec, slo, pace) + grace_s
         case Deadline(ttlt_s=ttlt_s) | ProgramCall(ttlt_s=ttlt_s):
             shortest_s = lengths.shortest_left(generated, limit) * pace.alone_s
             return spec.arrival_s + ttlt_s - pace.prefill_s(spec.context_tokens) - shortest_s

@@ -1,6 +1,7 @@
 """What is still to come of a program, learnt from the ones before it."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -59,8 +60,29 @@ def values(forecast: Forecast) -> list[float]:
     return [getattr(forecast, name) for name in Forecast.__dataclass_fields__]
 
 
-def test_nothing_is_expected_of_an_application_that_was_never_seen():
-    assert ProgramHistory().forecast(program("p")) == NOTHING
+def test_of_an_application_that_was_never_seen_nothing_is_known_but_that_it_may_go_on():
+    assert ProgramHistory().forecast(program("p")) == replace(NOTHING, unknown=1.0)
+
+
+def test_what_is_unknown_shrinks_with_every_program_seen_and_is_nothing_after_eight():
+    history = ProgramHistory()
+    unknown = [history.forecast(program("new")).unknown]
+    for number in range(8):
+        runs(history, program(f"p{number}"), RESEARCH)
+        unknown.append(history.forecast(program("new")).unknown)
+    assert unknown == sorted(unknown, reverse=True)
+    assert len(set(unknown)) == 9
+    assert unknown[-1] == 0.0
+
+
+def test_stages_that_nobody_reached_yet_stay_unknown():
+    history = ProgramHistory()
+    for number in range(20):
+        one = program(f"p{number}")
+        history.call_came(one, 0, 100, 0.0)
+        history.call_ended(one, 0, 50, 1.0)
+        history.call_came(one, 1, 100, 1.0)
+    assert history.forecast(program("new")).unknown == 1.0
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -385,6 +385,7 @@ def test_clock_that_stands_still_or_steps_back_does_no_harm():
 def test_waiting_deadline_is_relegated_when_it_can_no_longer_be_met_and_still_served():
     core = router("gpu0", policy="edf", max_running=1)
     core.handle(arrived("first"))
+    core.handle(progressed("gpu0", 0.1, {1: 1}))
     core.handle(arrived("tool", slo=Deadline(3.0)))
     assert core.handle(Ticked(2.0)) == []
     assert core.handle(Ticked(3.0)) == [Relegate(RequestId("tool"))]
@@ -431,10 +432,17 @@ def test_answer_that_has_begun_is_not_broken_off():
     assert core.handle(Ticked(4.0)) == [Relegate(RequestId("r"))]
 
 
-def test_stream_is_relegated_only_when_not_one_token_could_be_in_time():
+def test_stream_is_relegated_when_its_first_token_would_be_late_by_a_quarter_of_its_target():
     core = router(policy="density")
-    core.handle(arrived("r", slo=Latency(1.0, 0.1), max_output_tokens=50))
-    assert core.handle(Ticked(2.0)) == []
+    core.handle(arrived("r", slo=Latency(4.0, 0.1), max_output_tokens=50))
+    assert core.handle(Ticked(4.0)) == []
+    assert core.handle(Ticked(5.0)) == [Relegate(RequestId("r"))]
+
+
+def test_stream_that_has_begun_is_relegated_only_when_not_one_token_could_be_in_time():
+    core = router(policy="density")
+    core.handle(arrived("r", slo=Latency(1.0, 0.1), attempt=1, generated_tokens=5, max_output_tokens=50))
+    assert core.handle(Ticked(3.0)) == []
     assert core.handle(Ticked(7.0)) == [Relegate(RequestId("r"))]
 
 

@@ -120,7 +120,7 @@ def test_below_capacity_a_clairvoyant_meets_nearly_everything(seed: int):
     assert met_share(report) >= 0.995, f"{met_share(report):.4f} of the units met their SLO"
 
 
-@pytest.mark.parametrize(("kv", "is_short"), [(0.25, False), (0.03, True)])
+@pytest.mark.parametrize(("kv", "is_short"), [(0.25, False), (0.02, True)])
 def test_with_a_smaller_cache_everything_ends_no_token_is_lost_and_nothing_is_held(kv: float, is_short: bool):
     settings = {"rate_per_s": 6.0, "duration_s": 12.0, "agent.share": 0.0}
     trace = generate(generator_config(settings), 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tempo_router.prediction import Lengths
 from tempo_router.request import Deadline, Latency
 from tempo_router.step_time import Pace
-from tempo_router.value import cost_s, expected_good, hopeless_at_s
+from tempo_router.value import PREFILL_WALL_RATIO, cost_s, expected_good, hopeless_at_s
 from tests.builders import BACKGROUND, request
 
 PACE = Pace(prefill_token_s=1e-3, share_s=0.01, decode_s=0.01, context_token_s=0.0, tau_s=0.1, alone_s=0.05)
@@ -67,16 +67,23 @@ def test_whole_answer_is_beyond_help_when_even_alone_the_shortest_is_late():
     values=st.lists(st.floats(1, 3000), min_size=20, max_size=20),
     before=st.floats(0.001, 50),
 )
-def test_stream_has_worth_exactly_until_it_is_beyond_help(ttft_s, tbt_s, prompt, limit, generated, values, before):
+def test_stream_has_worth_until_it_is_beyond_help(ttft_s, tbt_s, prompt, limit, generated, values, before):
     spec = request(
         slo=Latency(ttft_s, tbt_s), prompt_tokens=prompt, max_output_tokens=limit, generated_tokens=generated
     )
     lengths = Lengths(tuple(sorted(values)))
     end_s = hopeless_at_s(spec, lengths, PACE)
-    after, _ = expected_good(spec, lengths, PACE, end_s + 1e-3)
-    assert after == pytest.approx(0.0, abs=1e-6)
+    if generated:
+        after, _ = expected_good(spec, lengths, PACE, end_s + 1e-3)
+        assert after == pytest.approx(0.0, abs=1e-6)
     if generated < limit:
         assert expected_good(spec, lengths, PACE, end_s - before)[0] > 0.0
+
+
+def test_stream_that_has_not_begun_is_beyond_help_a_quarter_of_its_target_after_its_latest_start():
+    spec = request(slo=Latency(2.0, 0.5), prompt_tokens=100, max_output_tokens=500)
+    latest_s = 2.0 - PREFILL_WALL_RATIO * PACE.prefill_s(100) - PACE.tau_s
+    assert hopeless_at_s(spec, ALWAYS_100, PACE) == pytest.approx(latest_s + 0.5)
 
 
 @given(now_s=st.floats(0, 100), later_s=st.floats(0, 100), slo=st.sampled_from([STREAM, WHOLE]))
