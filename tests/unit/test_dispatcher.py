@@ -15,7 +15,8 @@ from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.replicas import Replica
-from tempo_router.request import ReplicaId, RequestId
+from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId, Slo
+from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
 from tempo_router.waiting import WaitingRequest
 from tempo_router.waiting_line import WaitingLine
@@ -25,7 +26,7 @@ from tests.builders import TOOL, capacity, context, dispatched, request
 class Desk:
     """A dispatcher and what it shares with a router."""
 
-    def __init__(self, policy: str = "fcfs", **config: object) -> None:
+    def __init__(self, policy: str = "fcfs", *, has_plan: bool = False, **config: object) -> None:
         settings = SchedulingConfig.model_validate({"policy": policy, "replica_queue_depth": 0, **config})
         order = build_policy(settings)
         self.line = WaitingLine(order)
@@ -33,17 +34,8 @@ class Desk:
         self.groups = GroupBook()
         self.ledger = Ledger()
         self.prefixes = PrefixMemory()
-        self.dispatcher = Dispatcher(
-            settings,
-            order,
-            self.line,
-            self.fleet,
-            self.groups,
-            self.ledger,
-            self.prefixes,
-            HopelessTimers(),
-            has_plan=False,
-        )
+        shared = (self.line, self.fleet, self.groups, self.ledger, self.prefixes, HopelessTimers())
+        self.dispatcher = Dispatcher(settings, order, *shared, has_plan=has_plan)
         self.tickets = 0
 
     def attach(self, name: str = "gpu0", max_running: int = 1, kv_tokens: int = 10_000, at_s: float = 0.0) -> Replica:
@@ -95,6 +87,44 @@ def test_a_dispatcher_that_says_it_cannot_dispatch_would_not(policy: str):
             desk.end(next(iter(desk.fleet.running)))
     assert started >= 20
     assert refused
+
+
+def deferred(desk: Desk, name: str, slo: Slo) -> WaitingRequest:
+    one = desk.enter(name, slo=slo)
+    one.standing = Standing(density=5.0, is_admitted=False)
+    return one
+
+
+def test_a_gamble_starts_on_a_replica_where_no_prompt_waits_and_the_next_waits_for_its_first_token():
+    desk = Desk("tempo", has_plan=True)
+    replica = desk.attach(max_running=4)
+    for name in ("a", "b"):
+        deferred(desk, name, TOOL)
+    assert dispatched(desk.dispatch()) == [("a", "gpu0")]
+    assert dispatched(desk.dispatch(0.1)) == []
+    call = desk.fleet.running[RequestId("a")]
+    replica.progress([call], [(call.dispatch_id, 1)])
+    assert dispatched(desk.dispatch(0.2)) == [("b", "gpu0")]
+
+
+def test_a_whole_program_is_begun_unplanned_only_where_steps_are_well_below_their_cap():
+    desk = Desk("tempo", has_plan=True)
+    replica = desk.attach()
+    deferred(desk, "p", ProgramCall(ProgramId("p"), 60.0))
+    desk.dispatcher.step_cap_s = replica.steps.tau_s
+    assert dispatched(desk.dispatch()) == []
+    desk.dispatcher.step_cap_s = 2.0 * replica.steps.tau_s
+    assert dispatched(desk.dispatch(0.1)) == [("p", "gpu0")]
+
+
+def test_a_short_answer_behind_programs_that_may_not_begin_is_found():
+    desk = Desk("tempo", has_plan=True)
+    replica = desk.attach()
+    desk.dispatcher.step_cap_s = replica.steps.tau_s
+    for number in range(3):
+        deferred(desk, f"p{number}", ProgramCall(ProgramId(f"p{number}"), 60.0))
+    deferred(desk, "answer", TOOL)
+    assert dispatched(desk.dispatch()) == [("answer", "gpu0")]
 
 
 def test_with_nobody_waiting_there_is_nothing_to_dispatch():
