@@ -203,13 +203,11 @@ class _Engine:
         least = _Attention(*(min(getattr(part, name) for part in parts) for name in _Attention.__slots__))
         # A longer chunk needs fewer of them.
         attention = dataclasses.replace(least, max_chunk=max(part.max_chunk for part in parts))
-        groups = tuple(
-            (count, _efficient(_corners(kind.step_time, slots, kind.shape.max_step_tokens)))
-            for count, kind in zip(counts, kinds, strict=True)
-        )
-        shapes = [shape for _, group in groups for shape in group]
+        corners = [_corners(kind.step_time, slots, kind.shape.max_step_tokens) for kind in kinds]
+        # Of all corners: mixtures replace the smallest steps for many calls, but not for one that is alone.
+        shapes = [shape for group in corners for shape in group]
         return cls(
-            groups=groups,
+            groups=tuple((count, _efficient(group)) for count, group in zip(counts, corners, strict=True)),
             attention=attention,
             step_s=min(shape.seconds for shape in shapes),
             decode_step_s=min(shape.seconds for shape in shapes if shape.decodes > 0),
