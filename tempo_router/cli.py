@@ -511,6 +511,9 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="0: the trace as it is; else units permuted")
     parser.add_argument("--bucket-s", type=_positive, default=4.0, help="width of a time bucket (default: 4)")
     parser.add_argument("--time-limit-s", type=_positive, default=300.0, help="of the solver, for each trace")
+    parser.add_argument(
+        "--loose", action="store_true", help="leave out that tokens in a row need as many steps: half the time"
+    )
     parser.add_argument("--out", type=Path, help="the bounds as JSON")
     parser.set_defaults(command=_bound)
 
@@ -529,7 +532,12 @@ def _bound(options: argparse.Namespace) -> int:
             saturated = saturated_tokens_per_s(trace, profiles)
             offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
         bound = token_goodput_bound(
-            offered, profiles, options.slots, bucket_s=options.bucket_s, time_limit_s=options.time_limit_s
+            offered,
+            profiles,
+            options.slots,
+            bucket_s=options.bucket_s,
+            time_limit_s=options.time_limit_s,
+            serial_steps=not options.loose,
         )
         results.append({"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)})
         _say(f"{trace.name}: at most {bound.per_s:.1f} good tokens/s ({bound.total:.0f} in all)")

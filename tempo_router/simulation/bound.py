@@ -12,8 +12,11 @@ duration and cut time into buckets. What then holds in every bucket:
 * Windows. A call works between the earliest end of its parents (alone on the engine, nothing waited for) and the
   latest end that leaves its descendants the same; what does not fit is worth nothing. Decoding starts no earlier
   than the shortest prefill and follows the prefill, children follow parents (in fractions, to the end of a bucket).
-* Steps in a row (if asked for, with one replica). A call makes one token in a step, and the calls of a path through a
-  program never share one: the tokens and chunks on a long path are at most the number of steps.
+* Steps in a row. A call makes one token in a step, and the calls of a path through a program never share one. So the
+  tokens and chunks on a unit's longest path are at most the number of steps between its arrival and its deadline;
+  accepted in part, at most in proportion. This is what sets a price on large steps: the fixed part of a step is shared
+  by all that it computes, but who needs many of them needs them short. All replicas' steps are counted, since a path
+  may move between them, so with several the limit is weak.
 * Streams. Token i counts if it is made in or before the bucket of its due time; each pays its row and its context,
   and needs the prefill to have happened.
 
@@ -46,12 +49,16 @@ ASSUMPTIONS = (
     "Nothing but engine steps takes time: no routing, no network, no scheduling.",
     "A call waits for its parents' ends and its gap; a unit is worth nothing after its deadline.",
     "Stream tokens count one by one; late ones cost nothing.",
-    "A call's pace is limited by the fastest step; with path_limits and one replica also by the number of steps.",
+    "A call's pace is limited by the fastest step.",
+)
+_SERIAL_ASSUMPTION = (
+    "What a unit does one after the other takes as many steps in its window, wherever in it and on whichever replica."
 )
 # Buckets that a window is cut into, at least (guessed); more is tighter and slower.
 _BUCKETS_PER_WINDOW = 3
 _BUCKETS_PER_STREAM = 6
-# A path gets its rows if it needs this share of the steps that its window could hold at the fastest pace.
+# Steps in a row are limited if they are this share of those that the window could hold at the fastest pace. Below, the
+# limit would only bind steps ten times as long as the fastest; without it the bound is looser, but valid.
 _LONG_PATH = 0.1
 
 _Floats = NDArray[np.float64]
@@ -75,7 +82,7 @@ class Bound:
     nonzeros: int
     bucket_s: float
     solve_s: float
-    assumptions: tuple[str, ...] = ASSUMPTIONS
+    assumptions: tuple[str, ...]
 
 
 def token_goodput_bound(
@@ -86,7 +93,7 @@ def token_goodput_bound(
     value: Callable[[Unit], float] | None = None,
     bucket_s: float = 4.0,
     time_limit_s: float = 300.0,
-    path_limits: bool = False,
+    serial_steps: bool = True,
 ) -> Bound:
     """Good output tokens that no schedule of the trace on these replicas exceeds.
 
@@ -95,15 +102,14 @@ def token_goodput_bound(
         and slower. On four mixed traces (600 s at 1.5x and, with halved targets, at 2x; 1,800 s at 2x) the bounds with
         4 s and 1 s differed by less than 0.002 %, within the solver's tolerance, and took 3 to 29 s and 5 to 33 s.
     time_limit_s: the solver stops there; the bound is then what is offered.
-    path_limits: tighter, by the steps in a row that long answers and programs need, but many times slower (measured:
-    0.6 % lower in 36 s instead of 8 s, for 373 units).
+    serial_steps: with the steps in a row; without them the bound is looser and takes about half the time.
     Raises ConfigError on profiles of an unknown kind and on settings out of range.
     """
     if not profiles or slots < 1 or not bucket_s > 0:
         raise ConfigError(f"{len(profiles)} profiles, slots={slots}, bucket_s={bucket_s}: each must be above zero")
     engine = _Engine.of(profiles, slots)
     plans = [plan for unit in trace.units if (plan := _plan(unit, engine, value)) is not None]
-    model = _Model(engine, bucket_s, plans, path_limits=path_limits)
+    model = _Model(engine, bucket_s, plans, serial_steps=serial_steps)
     total, point, solve_s = model.program.solve(time_limit_s)
     accepted: dict[SloClass, float] = {"latency": 0.0, "deadline": 0.0, "program": 0.0}
     offered = dict(accepted)
@@ -123,6 +129,7 @@ def token_goodput_bound(
         nonzeros=model.program.nonzeros,
         bucket_s=bucket_s,
         solve_s=solve_s,
+        assumptions=(*ASSUMPTIONS, _SERIAL_ASSUMPTION) if serial_steps else ASSUMPTIONS,
     )
 
 
@@ -345,8 +352,9 @@ class _Work:
 class _Plan:
     """A unit that can have some value.
 
-    late_gpu_s: time beyond the steps that may fall anywhere in the unit's window. path: calls of the path with most
-    steps. dues: index and due time of a stream's tokens after the first that can be made in time.
+    late_gpu_s: time beyond the steps that may fall anywhere in the unit's window. steps: fewest of the engine that the
+    whole unit takes one after the other. dues: index and due time of a stream's tokens after the first that can be made
+    in time.
     """
 
     slo_class: SloClass
@@ -355,7 +363,7 @@ class _Plan:
     end_s: float
     works: tuple[_Work, ...]
     late_gpu_s: float
-    path: tuple[int, ...]
+    steps: int
     first_due_s: float | None = None
     dues: tuple[tuple[int, float], ...] = ()
     s_per_context_token: float = 0.0
@@ -394,7 +402,7 @@ def _stream_plan(unit: Unit, slo: Latency, engine: _Engine, worth: float, *, cou
         end_s=end,
         works=(work,),
         late_gpu_s=prompt_s if counts_tokens else prompt_s + growth,
-        path=(0,),
+        steps=_serial_steps(call, engine),
         first_due_s=dues[0] if makeable[0] else None,
         dues=later,
         s_per_context_token=engine.attention.s_per_context_token,
@@ -410,13 +418,11 @@ def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float)
     starts = [unit.arrival_s] * len(calls)
     ends = [deadline_s] * len(calls)
     steps = [0] * len(calls)
-    before: list[int | None] = [None] * len(calls)
     for i in order:
         for parent in calls[i].parents:
             starts[i] = max(starts[i], starts[parent] + prefills[parent] + decodes[parent] + calls[i].gap_s)
-            if before[i] is None or steps[parent] > steps[before[i] or 0]:
-                before[i] = parent
-        steps[i] = _serial_steps(calls[i], engine) + (0 if (last := before[i]) is None else steps[last])
+            steps[i] = max(steps[i], steps[parent])
+        steps[i] += _serial_steps(calls[i], engine)
     for i in reversed(order):
         for parent in calls[i].parents:
             ends[parent] = min(ends[parent], ends[i] - decodes[i] - prefills[i] - calls[i].gap_s)
@@ -430,11 +436,6 @@ def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float)
     for call, work in zip(calls, works, strict=True):
         late += engine.attention.prompt_s(call.prompt_tokens - work.missing, work.missing)
         late += engine.attention.s_per_context_token * work.tokens * (work.tokens - 1) / 2
-    path = []
-    at: int | None = max(range(len(calls)), key=lambda i: steps[i])
-    while at is not None:
-        path.append(at)
-        at = before[at]
     return _Plan(
         slo_class=_class_of(unit),
         worth=worth,
@@ -442,7 +443,7 @@ def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float)
         end_s=deadline_s,
         works=works,
         late_gpu_s=late,
-        path=tuple(path),
+        steps=max(steps),
     )
 
 
@@ -590,11 +591,11 @@ class _Spread:
 class _Model:
     """The buckets, at widths of bucket_s * 2**level, and the units that use them."""
 
-    def __init__(self, engine: _Engine, bucket_s: float, plans: Sequence[_Plan], *, path_limits: bool) -> None:
+    def __init__(self, engine: _Engine, bucket_s: float, plans: Sequence[_Plan], *, serial_steps: bool) -> None:
         self.program = _Program()
         self.worths: list[tuple[SloClass, int, float]] = []
         self._engine = engine
-        self._path_limits = path_limits
+        self._serial_steps = serial_steps
         self._bucket_s = bucket_s
         self._origin_s = min((plan.start_s for plan in plans), default=0.0)
         horizon_s = max((plan.end_s for plan in plans), default=0.0) - self._origin_s
@@ -617,7 +618,11 @@ class _Model:
         return max(0, math.floor(math.log2(max(shortest, 1e-9) / (self._bucket_s * wanted))))
 
     def _supply(self) -> None:
-        """Steps of each shape in each finest bucket, and the number of steps at every level."""
+        """Steps of each shape in each finest bucket, and at every level the steps that a path may take there.
+
+        A path's steps are among those of all replicas, and no more than one replica could do at the fastest pace.
+        """
+        steps: list[int] = []
         for k in range(self._sizes[0]):
             # The coarsest buckets may reach beyond the last deadline; nothing there counts.
             seconds = min(self._bucket_s, max(0.0, self._horizon_s - k * self._bucket_s))
@@ -636,16 +641,16 @@ class _Model:
                     self._use(_PREFILL, 0, k, column, -shape.prefill)
                 self._use(_GPU, 0, k, attention, -1.0)
                 counts.extend(time)
-            if k == 0:
-                self._steps.append([])
-            self._steps[0].append(self._sum_of(counts))
+            steps.append(self._sum_of(counts, seconds / self._engine.step_s))
+        self._steps.append(steps)
         for level in range(1, len(self._sizes)):
             finer = self._steps[level - 1]
-            self._steps.append([self._sum_of(finer[2 * k : 2 * k + 2]) for k in range(self._sizes[level])])
+            halves = (finer[2 * k : 2 * k + 2] for k in range(self._sizes[level]))
+            self._steps.append([self._sum_of(two, sum(self.program.tops[column] for column in two)) for two in halves])
 
-    def _sum_of(self, columns: Sequence[int]) -> int:
+    def _sum_of(self, columns: Sequence[int], top: float) -> int:
         """A column that is at most the sum of the given ones."""
-        total = self.program.column(0.0, sum(self.program.tops[column] for column in columns))
+        total = self.program.column(0.0, top)
         self.program.row([total, *columns], [1.0, *[-1.0] * len(columns)], -math.inf, 0.0)
         return total
 
@@ -693,8 +698,6 @@ class _Model:
             self._count_tokens(plan, level, *calls[0], late)
         else:
             self._accept(plan, level, calls, late)
-        if self._path_limits and self._engine.replicas == 1:
-            self._limit_path(plan, level, calls)
 
     def _call(self, work: _Work, level: int) -> tuple[_Spread, _Spread | None]:
         """Columns of a call's prefill and decode, as fractions of it."""
@@ -737,6 +740,7 @@ class _Model:
         program = self.program
         unit = program.column(plan.worth, 1.0)
         self.worths.append((plan.slo_class, unit, plan.worth))
+        self._limit_steps(plan, unit, plan.steps, plan.end_s)
         for spread in (part for call in calls for part in call if part is not None):
             program.row([unit, *spread.columns], [-1.0, *[1.0] * len(spread.columns)], 0.0, 0.0)
         program.row([unit, *late.columns], [-plan.late_gpu_s, *[1.0] * len(late.columns)], 0.0, 0.0)
@@ -766,14 +770,16 @@ class _Model:
         costs = [*[1.0] * len(late.columns), *[-plan.late_gpu_s] * len(prefill.columns)]
         good: list[int] = []
         counts: list[float] = []
-        due_in: dict[int, list[int]] = {}
+        due_in: dict[int, list[tuple[int, float]]] = {}
         for index, due in plan.dues:
-            due_in.setdefault(self._bucket(due, level), []).append(index)
-        for k, indices in sorted(due_in.items()):
+            due_in.setdefault(self._bucket(due, level), []).append((index, due))
+        for k, group in sorted(due_in.items()):
+            indices = [index for index, _ in group]
             column = program.column(len(indices), 1.0)
             self.worths.append((plan.slo_class, column, len(indices)))
             good.append(column)
             counts.append(len(indices))
+            self._limit_steps(plan, column, indices[0] + plan.works[0].chunks, group[-1][1])
             ready = prefill.upto(k)
             program.row([column, *ready], [1.0, *[-1.0] * len(ready)], -math.inf, 0.0)
             assert decode is not None
@@ -783,19 +789,32 @@ class _Model:
             costs.append(-plan.s_per_context_token * len(indices) * (indices[0] - 1))
         program.row(paid, costs, 0.0, math.inf)
 
-    def _limit_path(self, plan: _Plan, level: int, calls: Sequence[tuple[_Spread, _Spread | None]]) -> None:
-        """One token or chunk of a path in a step."""
-        path = [(plan.works[i], calls[i]) for i in plan.path]
-        steps = sum(work.tokens + work.missing / self._engine.attention.max_chunk for work, _ in path)
-        if steps < _LONG_PATH * (plan.end_s - plan.start_s) / self._engine.step_s:
+    def _limit_steps(self, plan: _Plan, share: int, steps: int, end_s: float) -> None:
+        """What needs `steps` one after the other between the plan's start and end_s is done in the share of a column.
+
+        Buckets that the window cuts are counted in full: its steps could all be in the part that lies inside.
+        """
+        first, last = self._bucket(plan.start_s, 0), self._bucket(end_s, 0)
+        most = (last + 1 - first) * self._bucket_s / self._engine.step_s
+        if not self._serial_steps or steps < _LONG_PATH * most:
             return
-        rows: dict[int, tuple[list[int], list[float]]] = {}
-        for work, (prefill, decode) in path:
-            amounts = ((prefill, work.missing / self._engine.attention.max_chunk), (decode, float(work.tokens)))
-            for spread, amount in amounts:
-                for k, column in enumerate(spread.columns, spread.first) if spread else ():
-                    columns, coefficients = rows.setdefault(k, ([], []))
-                    columns.append(column)
-                    coefficients.append(amount)
-        for k, (columns, coefficients) in rows.items():
-            self.program.row([self._steps[level][k], *columns], [-1.0, *coefficients], -math.inf, 0.0)
+        counts = self._steps_between(first, last)
+        self.program.row([share, *counts], [1.0, *[-1.0 / steps] * len(counts)], -math.inf, 0.0)
+
+    def _steps_between(self, first: int, last: int) -> list[int]:
+        """Columns that sum to the steps of the finest buckets first..last, as few as the levels allow."""
+        columns = []
+        level = 0
+        end = last + 1
+        while first < end:
+            if level + 1 == len(self._steps):
+                columns.extend(self._steps[level][first:end])
+                break
+            if first % 2:
+                columns.append(self._steps[level][first])
+                first += 1
+            if end % 2:
+                end -= 1
+                columns.append(self._steps[level][end])
+            first, end, level = first // 2, end // 2, level + 1
+        return columns

@@ -52,6 +52,9 @@ BACKLOG_SHARE = 0.95
 _REFERENCE_FORMAT = 1
 """To be raised when the engine's model changes, so that references that were measured before are not used."""
 
+_BOUND_FORMAT = 2
+"""To be raised when the bound is computed otherwise, so that older ones are not used. 2: steps in a row."""
+
 _MOST_REPLICAS = 64
 
 _REMEMBERED_TRACES = 256
@@ -323,7 +326,7 @@ def bound_tokens_per_s(
     from tempo_router.simulation.bound import token_goodput_bound
 
     cache = cache or FigureCache()
-    key = _key(trace_digest(trace), repr(tuple(profiles)), str(slots))
+    key = _key(trace_digest(trace), repr(tuple(profiles)), str(slots), str(_BOUND_FORMAT))
     bound = cache.get("bound", key)
     if bound is None:
         bound = token_goodput_bound(trace, profiles, slots).per_s
