@@ -51,6 +51,9 @@ DEFAULT_STAGE_TTLT_S = 20.0
 """The deadline of a program without one, per stage."""
 
 _MAX_TOKENS = 100_000_000
+_MAX_SECONDS = 1e9
+"""More than thirty years, and less than today's date as epoch seconds: such an arrival is a mistake, and a simulation
+of it would not end."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
@@ -165,8 +168,10 @@ def _rows(text: str, path: str) -> Iterator[_Row]:
 def _checked_header(columns: Sequence[str], path: str) -> Sequence[str]:
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
     if missing:
+        # As spreadsheets export it in half of the world.
+        hint = "; separate the columns by commas" if len(columns) == 1 else ""
         raise TraceError(
-            f"the header lacks {', '.join(missing)}; every trace needs {', '.join(REQUIRED_COLUMNS)}", path, 1
+            f"the header lacks {', '.join(missing)}; every trace needs {', '.join(REQUIRED_COLUMNS)}{hint}", path, 1
         )
     for name, times in Counter(columns).items():
         if name not in COLUMNS:
@@ -270,6 +275,9 @@ class _Parser:
             self._fail(column, "not a finite number of seconds")
         if number < 0:
             self._fail(column, "must not be negative")
+        if number > _MAX_SECONDS:
+            hint = "; count from the start of the window, not from 1970" if column == "arrival_s" else ""
+            self._fail(column, f"must be at most {_MAX_SECONDS:.0f} s{hint}")
         return number
 
     def _target(self, column: str) -> float | None:

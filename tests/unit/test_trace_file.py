@@ -180,6 +180,9 @@ WRONG_VALUES = [
     ("arrival_s", "nan", "finite"),
     ("arrival_s", "inf", "finite"),
     ("arrival_s", "1e999", "finite"),
+    ("arrival_s", "1764000000", "must be at most 1000000000 s; count from the start of the window, not from 1970"),
+    ("gap_s", "1e300", "must be at most 1000000000 s"),
+    ("slo_ttft_s", "1e10", "must be at most 1000000000 s"),
     ("arrival_s", "soon", "not a number of seconds"),
     ("arrival_s", "1_0", "not a number of seconds"),
     ("arrival_s", "", "needs the time of its arrival"),
@@ -288,6 +291,7 @@ def test_the_first_call_of_a_unit_has_no_gap(trace_of):
     ("lines", "line", "problem"),
     [
         ([SMALL.replace(",class", "")], 1, "the header lacks class"),
+        ([SMALL.replace(",", ";")], 1, "; separate the columns by commas"),
         ([SMALL + ",slo_tfft_s"], 1, "did you mean slo_ttft_s?"),
         ([SMALL + ",colour"], 1, "unknown column; remove it"),
         ([SMALL + ",class"], 1, "this column comes 2 times"),
