@@ -237,8 +237,10 @@ def _problem(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         names = _setting_names(GeneratorConfig())
-        near = difflib.get_close_matches(name, names, n=1)
-        return f"{name}: no such setting; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}")
+        # A part of a name (rate, chat.prompt) is no close match of the whole.
+        near = difflib.get_close_matches(name, names, n=1) or [known for known in names if name in known][:3]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        return f"{name}: no such setting; {hint}tempo-router generate --list prints all {len(names)}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}={error['input']!r}: {message}" if name and not isinstance(error["input"], dict) else message
 
