@@ -100,7 +100,10 @@ def from_burstgpt(path: Path, labels: Labels | None = None) -> Converted:
     requests = []
     columns = ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")
     for line, fields in _csv(path, columns):
-        is_chat = "conversation" in fields["Log Type"].lower()
+        log_type = fields["Log Type"].strip()
+        if log_type.lower() not in {"conversation log", "api log"}:
+            raise TraceError("expected Conversation log or API log", str(path), line, "Log Type", log_type)
+        is_chat = log_type.lower() == "conversation log"
         requests.append(
             _Request(
                 line,

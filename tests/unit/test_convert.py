@@ -148,6 +148,7 @@ def test_a_custom_file_with_lengths_gets_poisson_arrivals(file):
         ("azure", AZURE + "2024-05-10 00:00:00,1\n", r":2: 2 fields under a header of 3"),
         ("azure", AZURE + "2024-05-10 00:00:00Z,1,1\n2024-05-10 00:00:00,1,1\n", r":3: TIMESTAMP=.*time zone"),
         ("burstgpt", BURST + "nan,GPT-4,1,1,2,API log\n", r":2: Timestamp='nan'"),
+        ("burstgpt", BURST + "1,GPT-4,1,1,2,Converation log\n", r":2: Log Type='Converation log': expected Conver"),
         ("burstgpt", BURST + "1,GPT-4,1,0,1,API log\n", r"no request with an answer in this file \(1 without\)"),
         ("mooncake", '{"timestamp": 1}\n', ":1: this line has no input_length; it has timestamp"),
         ("mooncake", mooncake((0, 5, [1])) + "oops\n", ":2: not JSON"),
