@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        status = command(options)
+        # Here, where what is wrong can still be said: a full disk shows only when the buffer is written.
+        sys.stdout.flush()
     except TempoError as e:
         return _fail(str(e))
     except BrokenPipeError:
@@ -71,8 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             sys.stdout.close()
         return 0
+    except OSError as e:
+        if e.filename is not None:
+            raise  # Files raise errors of their own, so this is a defect; what has no name is stdout.
+        with suppress(OSError):
+            sys.stdout.close()
+        return _fail(f"the output cannot be written: {e.strerror or e}")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -197,6 +206,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    if options.out.exists() and options.source.exists() and options.out.samefile(options.source):
+        raise ConfigError(f"--out {options.out}: this is the source; name another file")
     labels = Labels(options.app, options.row_class, options.tenant)
     if options.format == "vllm-bench":
         converted = from_vllm_bench(options.source, labels, rate_per_s=options.rate, seed=options.seed)
@@ -299,6 +310,7 @@ def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> lis
     step_times = [load_profile(name, options.profile_path).step_time for name in dict.fromkeys(profile_names)]
     if options.slo_unloaded is not None and len(step_times) > 1:
         raise ConfigError("--slo-unloaded: unlike replicas have no one unloaded time; use --slo-factor")
+    _check_apps(options.without_app, traces)
     changed = []
     for trace in traces:
         units_before = len(trace.units)
@@ -315,6 +327,14 @@ def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> lis
             trace = transform.with_slo_scale(trace, options.slo_factor)  # noqa: PLW2901
         changed.append(trace)
     return changed
+
+
+def _check_apps(left_out: Sequence[str], traces: Sequence[Trace]) -> None:
+    """Raises ConfigError for an application that no trace has: leaving out nothing would look like success."""
+    apps = sorted({unit.app for trace in traces for unit in trace.units})
+    for app in left_out:
+        if app not in apps:
+            raise ConfigError(f"--without-app {app}: no unit is of this application; there are: {', '.join(apps)}")
 
 
 def _profile_names(options: argparse.Namespace) -> tuple[str, ...]:
@@ -382,6 +402,9 @@ def _simulate(options: argparse.Namespace) -> int:
         _write_rows(options, rows, is_complete=is_complete)
         if rows:
             _say(_table(rows))
+            if not is_complete:
+                # The table may go to a file, where nobody sees what stderr said.
+                _say(f"incomplete: {len(rows)} of {len(cells)} runs")
     return 0 if is_complete else EXIT_INTERRUPTED
 
 
@@ -457,14 +480,24 @@ def _check(cell: "Cell") -> None:
 def _write_rows(options: argparse.Namespace, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> None:
     from tempo_router.simulation.experiment import write_atomically
 
+    _write_json(options.out, "rows", rows, is_complete=is_complete)
     try:
-        if options.out is not None:
-            result = {"complete": is_complete, "version": version("tempo-serve"), "rows": list(rows)}
-            write_atomically(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
         if options.csv is not None:
             write_atomically(options.csv, _csv_text(rows, is_complete=is_complete))
     except OSError as e:
         raise ConfigError(f"{e.filename or 'output'}: cannot be written: {e.strerror or e}") from e
+
+
+def _write_json(path: Path | None, name: str, results: Sequence[dict[str, Any]], *, is_complete: bool) -> None:
+    from tempo_router.simulation.experiment import write_atomically
+
+    if path is None:
+        return
+    content = {"complete": is_complete, "version": version("tempo-serve"), name: list(results)}
+    try:
+        write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
 def _csv_text(rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
@@ -520,13 +553,16 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
 
 def _bound(options: argparse.Namespace) -> int:
     from tempo_router.simulation.bound import token_goodput_bound
-    from tempo_router.simulation.experiment import recorded_tokens_per_s, saturated_tokens_per_s, write_atomically
+    from tempo_router.simulation.experiment import recorded_tokens_per_s, saturated_tokens_per_s
     from tempo_router.simulation.step_profiles import load_profile
 
     names = _profile_names(options)
     profiles = tuple(load_profile(name, options.profile_path) for name in names)
-    results = []
-    for trace in _workloads(options, names):
+    traces = _workloads(options, names)
+    results: list[dict[str, Any]] = []
+    # Written before the first solution, so that a path that cannot be written costs no time.
+    _write_json(options.out, "bounds", results, is_complete=False)
+    for trace in traces:
         offered = transform.permuted(trace, options.seed)
         if options.load is not None:
             saturated = saturated_tokens_per_s(trace, profiles)
@@ -540,17 +576,14 @@ def _bound(options: argparse.Namespace) -> int:
             serial_steps=not options.loose,
         )
         results.append({"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)})
+        _write_json(options.out, "bounds", results, is_complete=len(results) == len(traces))
         _say(f"{trace.name}: at most {bound.per_s:.1f} good tokens/s ({bound.total:.0f} in all)")
         for name, offered_tokens in bound.offered.items():
-            share = bound.accepted.get(name, 0.0) / offered_tokens if offered_tokens else 0.0
-            _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
+            if offered_tokens:
+                share = bound.accepted.get(name, 0.0) / offered_tokens
+                _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
         _say(f"  {bound.rows} rows, {bound.columns} columns, {bound.solve_s:.1f} s")
     _say("Assumptions:")
     for assumption in results[0]["assumptions"]:
         _say(f"  - {assumption}")
-    if options.out is not None:
-        try:
-            write_atomically(options.out, json.dumps(results, indent=1) + "\n")
-        except OSError as e:
-            raise ConfigError(f"{options.out}: cannot be written: {e.strerror or e}") from e
     return 0

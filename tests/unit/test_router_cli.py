@@ -233,7 +233,39 @@ def test_an_interrupted_run_keeps_what_is_done_and_says_so(trace, tmp_path, caps
     assert [row["seed"] for row in result["rows"]] == [0, 1]
     with table.open(encoding="utf-8", newline="") as file:
         assert [row["complete"] for row in csv.DictReader(file)] == ["false", "false"]
-    assert "interrupted; 2 of 5 runs are complete" in capsys.readouterr().err
+    out_text, err_text = capsys.readouterr()
+    assert "interrupted; 2 of 5 runs are complete" in err_text
+    assert out_text.splitlines()[-1] == "incomplete: 2 of 5 runs"
+
+
+def test_an_interrupted_bound_keeps_what_is_done_and_says_so(trace, tmp_path, monkeypatch):
+    from tempo_router.simulation import bound
+
+    bound_of = bound.token_goodput_bound
+    solved = []
+
+    def solve_one(*arguments, **more):
+        if solved:
+            raise KeyboardInterrupt
+        solved.append(True)
+        return bound_of(*arguments, **more)
+
+    monkeypatch.setattr(bound, "token_goodput_bound", solve_one)
+    out = tmp_path / "b.json"
+
+    assert main(f"bound --trace {trace} --trace {trace} --profile toy-cpu --out {out}".split()) == 130
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["complete"] is False
+    assert [found["trace"] for found in result["bounds"]] == ["small"]
+
+
+def test_a_full_disk_under_stdout_is_one_line(trace):
+    command = [sys.executable, "-c", "import sys; from tempo_router.cli import main; sys.exit(main())", "trace", trace]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+
+    assert ended.returncode == 2
+    assert ended.stderr == "tempo-router: the output cannot be written: No space left on device\n"
 
 
 def test_bound_is_no_less_than_what_a_policy_gets(trace, tmp_path, capsys):
@@ -243,7 +275,9 @@ def test_bound_is_no_less_than_what_a_policy_gets(trace, tmp_path, capsys):
     assert main(["bound", *common, "--out", str(bound_file)]) == 0
     assert "Assumptions:" in capsys.readouterr().out
     assert main(["simulate", *common, "--policy", "edf", "--out", str(rows_file)]) == 0
-    (bound,) = json.loads(bound_file.read_text(encoding="utf-8"))
+    result = json.loads(bound_file.read_text(encoding="utf-8"))
+    assert result["complete"] is True
+    (bound,) = result["bounds"]
     (row,) = json.loads(rows_file.read_text(encoding="utf-8"))["rows"]
     assert bound["per_s"] >= row["token_goodput"] > 0
 
@@ -274,12 +308,28 @@ def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
         (["--seed", "-1"], "not below zero"),
         (["--generate"], "give --trace or --generate, not both"),
         (["--max-call-tokens", "1"], "units is left; leave out less"),
+        (["--without-app", "chatt"], "--without-app chatt: no unit is of this application; there are: chat, code"),
         (["--polciy", "edf"], "unrecognized arguments: --polciy edf"),
         (["--out", "/dev/null/r.json"], "/dev/null"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_runs(trace, refused, arguments, problem):
     assert problem in refused("simulate", "--trace", trace, "--profile", "toy-cpu", *arguments)
+
+
+def test_a_bound_that_could_not_be_written_is_not_computed(trace, refused):
+    line = refused("bound", "--trace", trace, "--profile", "toy-cpu", "--out", "/dev/null/b.json")
+
+    assert "/dev/null/b.json: cannot be written" in line
+
+
+def test_a_conversion_does_not_overwrite_its_source(tmp_path, refused):
+    source = tmp_path / "conv.csv"
+    source.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,1,1\n", encoding="utf-8")
+    before = source.read_bytes()
+
+    assert "this is the source" in refused("convert", source, "--from", "azure", "--out", source)
+    assert source.read_bytes() == before
 
 
 def test_a_wrong_last_run_is_found_before_the_first(trace, refused, tmp_path):
