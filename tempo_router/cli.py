@@ -40,6 +40,7 @@ except KeyboardInterrupt:
 
 if TYPE_CHECKING:
     from tempo_router.simulation.experiment import Cell
+    from tempo_router.simulation.step_profiles import StepProfile
 
 # Of a row, what fits on a line: column, heading, how it is shown.
 _TABLE: tuple[tuple[str, str, str], ...] = (
@@ -379,7 +380,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from tempo_router.simulation.experiment import run_cell
+    from tempo_router.simulation.experiment import fleet, run_cell
 
     cells = _cells(options)
     rows: list[dict[str, Any]] = []
@@ -389,7 +390,7 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         with tqdm(total=len(cells), unit="run", disable=None, file=sys.stderr, bar_format=_BAR) as bar:
             for done, cell in enumerate(cells):
-                _measure_reference(cell)
+                _measure_reference(cell.trace, fleet(cell))
                 bar.set_description_str(f"{cell.policy} at {cell.load:g}x")
                 rows.append(run_cell(cell, _Progress(bar, done), clock=time.perf_counter))
                 bar.n = done + 1
@@ -408,12 +409,12 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0 if is_complete else EXIT_INTERRUPTED
 
 
-def _measure_reference(cell: "Cell") -> None:
+def _measure_reference(trace: Trace, profiles: "tuple[StepProfile, ...]") -> float:
     """What load 1.0 means: known from earlier runs or measured now, with a bar of its own, since it takes as long."""
-    from tempo_router.simulation.experiment import fleet, saturated_tokens_per_s
+    from tempo_router.simulation.experiment import saturated_tokens_per_s
 
     with tqdm(total=1, disable=None, file=sys.stderr, bar_format=_REFERENCE_BAR, leave=False) as bar:
-        saturated_tokens_per_s(cell.trace, fleet(cell), on_progress=_Progress(bar, 0))
+        return saturated_tokens_per_s(trace, profiles, on_progress=_Progress(bar, 0))
 
 
 _REFERENCE_BAR = "speed from a backlog {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
@@ -553,7 +554,7 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
 
 def _bound(options: argparse.Namespace) -> int:
     from tempo_router.simulation.bound import token_goodput_bound
-    from tempo_router.simulation.experiment import recorded_tokens_per_s, saturated_tokens_per_s
+    from tempo_router.simulation.experiment import recorded_tokens_per_s
     from tempo_router.simulation.step_profiles import load_profile
 
     names = _profile_names(options)
@@ -565,7 +566,7 @@ def _bound(options: argparse.Namespace) -> int:
     for trace in traces:
         offered = transform.permuted(trace, options.seed)
         if options.load is not None:
-            saturated = saturated_tokens_per_s(trace, profiles)
+            saturated = _measure_reference(trace, profiles)
             offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
         bound = token_goodput_bound(
             offered,
