@@ -171,12 +171,17 @@ def _generate(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise ConfigError("--out: name the file to write, such as --out trace.csv.gz")
-    trace = generate(generator_config(_settings(options.settings)), options.seed)
-    if not trace.units:
-        raise ConfigError("nothing arrives: raise rate_per_s or duration_s")
+    trace = _generated(options.settings, options.seed)
     write_trace(trace, options.out)
     _say(f"{options.out}: {len(trace.units)} units, {trace.calls} calls")
     return 0
+
+
+def _generated(pairs: Iterable[str], seed: int) -> Trace:
+    trace = generate(generator_config(_settings(pairs)), seed)
+    if not trace.units:
+        raise ConfigError("nothing arrives: raise rate_per_s or duration_s")
+    return trace
 
 
 def _setting_lines(config: Any, prefix: str) -> Iterable[str]:
@@ -207,8 +212,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    if options.out.exists() and options.source.exists() and options.out.samefile(options.source):
-        raise ConfigError(f"--out {options.out}: this is the source; name another file")
+    _check_outputs([options.out], [options.source])
     labels = Labels(options.app, options.row_class, options.tenant)
     if options.format == "vllm-bench":
         converted = from_vllm_bench(options.source, labels, rate_per_s=options.rate, seed=options.seed)
@@ -220,6 +224,20 @@ def _convert(options: argparse.Namespace) -> int:
     left_out = f", {converted.left_out} without an answer left out" if converted.left_out else ""
     _say(f"{options.out}: {len(converted.trace.units)} requests{left_out}")
     return 0
+
+
+def _check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path | None]) -> None:
+    """Raises ConfigError for an output that would overwrite what is read, or another output."""
+    read = {path.resolve() for path in inputs if path is not None}
+    written: set[Path] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        if path.resolve() in read:
+            raise ConfigError(f"{path}: it is read and would be overwritten; name another file for the output")
+        if path.resolve() in written:
+            raise ConfigError(f"{path}: two outputs cannot be one file")
+        written.add(path.resolve())
 
 
 # ---- trace
@@ -303,7 +321,7 @@ def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> lis
     if options.generate is not None and options.traces:
         raise ConfigError("give --trace or --generate, not both")
     if options.generate is not None:
-        traces = [generate(generator_config(_settings(options.generate)), options.generate_seed)]
+        traces = [_generated(options.generate, options.generate_seed)]
     elif options.traces:
         traces = [read_trace(path) for path in options.traces]
     else:
@@ -382,6 +400,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     from tempo_router.simulation.experiment import fleet, run_cell
 
+    _check_outputs([options.out, options.csv], [*options.traces, options.profile_path])
     cells = _cells(options)
     rows: list[dict[str, Any]] = []
     # Written before the first simulation, so that a path that cannot be written costs no time.
@@ -557,6 +576,7 @@ def _bound(options: argparse.Namespace) -> int:
     from tempo_router.simulation.experiment import recorded_tokens_per_s
     from tempo_router.simulation.step_profiles import load_profile
 
+    _check_outputs([options.out], [*options.traces, options.profile_path])
     names = _profile_names(options)
     profiles = tuple(load_profile(name, options.profile_path) for name in names)
     traces = _workloads(options, names)

@@ -328,8 +328,27 @@ def test_a_conversion_does_not_overwrite_its_source(tmp_path, refused):
     source.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,1,1\n", encoding="utf-8")
     before = source.read_bytes()
 
-    assert "this is the source" in refused("convert", source, "--from", "azure", "--out", source)
+    assert "would be overwritten" in refused("convert", source, "--from", "azure", "--out", source)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["simulate", "bound"])
+def test_results_do_not_overwrite_the_trace(trace, refused, command, monkeypatch):
+    before = trace.read_bytes()
+    monkeypatch.chdir(trace.parent)
+
+    line = refused(command, "--trace", trace, "--profile", "toy-cpu", "--out", f"./{trace.name}")
+
+    assert "small.csv: it is read and would be overwritten" in line
+    assert trace.read_bytes() == before
+
+
+def test_two_outputs_in_one_file_are_refused(trace, refused, tmp_path):
+    out = tmp_path / "r"
+    line = refused("simulate", "--trace", trace, "--profile", "toy-cpu", "--out", out, "--csv", out)
+
+    assert "two outputs cannot be one file" in line
+    assert not out.exists()
 
 
 def test_a_wrong_last_run_is_found_before_the_first(trace, refused, tmp_path):
@@ -368,6 +387,7 @@ def test_a_trace_without_a_rate_cannot_be_loaded(tmp_path, refused):
     [
         (["simulate", "--profile", "toy-cpu"], "no workload: give --trace FILE or --generate"),
         (["simulate", "--trace", "t.csv"], "required: --profile"),
+        (["simulate", "--profile", "toy-cpu", "--generate", "rate_per_s=0.001", "duration_s=1"], "nothing arrives"),
         (["generate"], "--out: name the file to write"),
         (["generate", "--out", "/dev/null/g.csv", "duration_s=9"], "/dev/null/g.csv: cannot be written"),
         (["generate", "--out", "g.csv", "rate=2"], "rate: no such setting"),
