@@ -4,8 +4,6 @@
 
 BIN := .venv/bin
 CONFIG ?= serve_config.yaml
-# All that can be run by themselves; http_load needs a server.
-BENCH ?= $(filter-out http_load,$(patsubst benchmarks/%.py,%,$(shell grep -l '__main__' benchmarks/*.py)))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -28,10 +26,8 @@ lint: setup ## check format, style, types and import directions
 format: setup ## format the code and mend what ruff can mend
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 
-bench: setup ## measure, results under bench-results/; BENCH=<names of modules in benchmarks/> chooses some
-	@mkdir -p bench-results
-	@set -e; for name in $(BENCH); do echo "== $$name"; \
-		$(BIN)/python -m benchmarks.$$name --json bench-results/$$name.json $(ARGS); done
+bench: setup ## measure, short, results under bench-results/; ARGS=<names> chooses some
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 proto: setup ## write the stubs of cluster/wire.proto anew
 	@scripts/generate_stubs.sh

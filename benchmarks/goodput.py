@@ -560,6 +560,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    read = {path.resolve() for path in (*(options.traces or []), options.profile_path) if path is not None}
+    if options.out.resolve() in read:
+        raise ConfigError(f"--out {options.out}: would overwrite what is measured; name another file")
     plan = plan_of(options)
     results = resumed(options.out, plan.conditions) if options.resume and options.out.exists() else Results(
         options.out, plan.conditions

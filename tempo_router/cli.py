@@ -131,7 +131,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seed(text: str) -> int:
+def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, not below zero")
     return int(text)
@@ -158,7 +158,7 @@ def _settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as rate_per_s=2 or agent.share=0.1")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=_whole, default=0)
     parser.add_argument("--out", type=Path, help="file.csv or file.csv.gz")
     parser.add_argument("--list", action="store_true", help="print all settings with their defaults and end")
     parser.set_defaults(command=_generate)
@@ -207,7 +207,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=_positive, help="vllm-bench: Poisson arrivals per second, for files without times"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of these arrivals")
+    parser.add_argument("--seed", type=_whole, default=0, help="of these arrivals")
     parser.set_defaults(command=_convert)
 
 
@@ -296,7 +296,7 @@ def _statistics_text(found: TraceStatistics) -> str:
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", dest="traces", action="append", type=Path, default=[], help="may be repeated")
     parser.add_argument("--generate", nargs="*", metavar="KEY=VALUE", help="generate the trace instead of reading it")
-    parser.add_argument("--generate-seed", type=_seed, default=0)
+    parser.add_argument("--generate-seed", type=_whole, default=0)
     parser.add_argument("--first-s", type=_positive, help="only what arrives in the first seconds of a trace")
     parser.add_argument("--without-app", action="append", default=[], help="leave out this application; repeatable")
     parser.add_argument("--max-call-tokens", type=_count, help="leave out units with a larger call")
@@ -383,11 +383,20 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--objective", default="token", help="token, balanced, request or gain (default: token)")
     parser.add_argument(
-        "--seed", dest="seeds", action="append", type=_seed, help="0 (default): the trace as it is; else units permuted"
+        "--seed", dest="seeds", action="append", type=_whole, help="0 (default): the trace as it is; else permuted"
     )
     parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
     parser.add_argument(
         "--knowledge", default="learned", help="of lengths and programs: learned, regressor, none or true"
+    )
+    parser.add_argument(
+        "--patience",
+        type=_positive,
+        metavar="F",
+        help="clients leave after F times their TTFT, or time to last token (default: they stay)",
+    )
+    parser.add_argument(
+        "--retries", type=_whole, default=0, metavar="N", help="how often a refused unit is sent again (default: 0)"
     )
     parser.add_argument(
         "--switch", dest="switches", action="append", default=[], metavar="KEY=VALUE", help="a scheduling setting"
@@ -477,6 +486,8 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
             slots=options.slots,
             sheds=False if options.no_shedding else None,
             knowledge=options.knowledge,
+            patience=options.patience,
+            retries=options.retries,
             switches=switches,
         )
         for trace, load, policy, seed in combinations
@@ -561,7 +572,7 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         help="offered tokens over what the replicas can just deliver; default: the trace's own",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="0: the trace as it is; else units permuted")
+    parser.add_argument("--seed", type=_whole, default=0, help="0: the trace as it is; else units permuted")
     parser.add_argument("--bucket-s", type=_positive, default=4.0, help="width of a time bucket (default: 4)")
     parser.add_argument("--time-limit-s", type=_positive, default=300.0, help="of the solver, for each trace")
     parser.add_argument(

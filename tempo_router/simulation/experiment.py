@@ -69,7 +69,7 @@ class Cell:
     objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
     slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
     tuned: slots and sheds were chosen for this policy in runs that are no part of the comparison.
-    knowledge: see Setup. time_scale, kv_scale: of all profiles.
+    knowledge, patience, retries: see Setup. time_scale, kv_scale: of all profiles.
     switches: names of SwitchesConfig or SchedulingConfig with their values, over those of the objective.
     """
 
@@ -84,6 +84,8 @@ class Cell:
     sheds: bool | None = None
     tuned: bool = False
     knowledge: str = "learned"
+    patience: float | None = None
+    retries: int = 0
     time_scale: float = 1.0
     kv_scale: float = 1.0
     switches: Mapping[str, Any] = field(default_factory=dict)
@@ -453,6 +455,8 @@ def _checked(cell: Cell) -> Callable[[tuple[StepProfile, ...]], Setup]:
             max_running=cell.slots,
             sheds=cell.sheds is not False,
             knowledge=knowledge,
+            patience=cell.patience,
+            retries=cell.retries,
         )
 
     return setup_of

@@ -8,6 +8,7 @@ calls is refused or given up, the rest of the program is withdrawn.
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -84,6 +85,10 @@ class Setup:
             raise ConfigError("profiles=(): a simulation needs at least one replica; name a profile")
         if self.max_running < 1:
             raise ConfigError(f"max_running={self.max_running}: a replica needs at least one slot")
+        if self.patience is not None and not (isfinite(self.patience) and self.patience > 0):
+            raise ConfigError(f"patience={self.patience}: must be above zero, in multiples of a unit's target")
+        if self.retries < 0:
+            raise ConfigError(f"retries={self.retries}: must not be below zero")
 
 
 def simulate(trace: Trace, setup: Setup, *, on_progress: Callable[[float], None] | None = None) -> Report:

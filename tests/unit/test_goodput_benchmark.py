@@ -678,6 +678,13 @@ def test_what_is_unknown_is_said_before_anything_runs(arguments, message, trace_
     assert not (tmp_path / "r.json").exists()
 
 
+def test_results_do_not_overwrite_a_trace(trace_path, capsys):
+    before = trace_path.read_bytes()
+    assert goodput.main(["--traces", str(trace_path), "--out", str(trace_path)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert trace_path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "arguments", [["--loads", "1.0,0"], ["--loads", "nan"], ["--seeds", "0"], ["--kv-scale", "-1"]]
 )

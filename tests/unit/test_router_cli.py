@@ -197,6 +197,16 @@ def test_simulate_writes_a_row_for_every_combination(trace, tmp_path, capsys):
     assert err == "", "no progress bar where nobody watches"
 
 
+def test_clients_without_patience_leave(trace, tmp_path):
+    goodput = {}
+    for name, options in (("patient", []), ("impatient", ["--patience", "0.000001", "--retries", "2"])):
+        out = tmp_path / f"{name}.json"
+        arguments = ["simulate", "--trace", str(trace), "--profile", "toy-cpu", "--load", "1", "--out", str(out)]
+        assert main([*arguments, *options]) == 0
+        goodput[name] = json.loads(out.read_text(encoding="utf-8"))["rows"][0]["token_goodput"]
+    assert goodput["impatient"] < 0.5 * goodput["patient"]
+
+
 def test_simulate_can_generate_change_and_replicate(tmp_path, capsys):
     out = tmp_path / "r.json"
     status = main(
@@ -306,6 +316,8 @@ def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
         (["--profile", "toy-cpu", "--replicas", "3"], "--replicas 3: there are 2 --profile"),
         (["--slots", "0"], "must be a whole number above zero"),
         (["--seed", "-1"], "not below zero"),
+        (["--patience", "0"], "must be a number above zero"),
+        (["--retries", "-1"], "not below zero"),
         (["--generate"], "give --trace or --generate, not both"),
         (["--max-call-tokens", "1"], "units is left; leave out less"),
         (["--without-app", "chatt"], "--without-app chatt: no unit is of this application; there are: chat, code"),

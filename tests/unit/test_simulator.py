@@ -246,3 +246,9 @@ def test_progress_is_told_and_ends_with_one():
 def test_a_setup_that_cannot_run_is_refused(change: dict[str, Any], said: str):
     with pytest.raises(ConfigError, match=said):
         setup(**change)
+
+
+@pytest.mark.parametrize("wrong", [{"patience": 0.0}, {"patience": float("nan")}, {"retries": -1}])
+def test_clients_that_cannot_be_are_refused(wrong: dict[str, float]):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        setup(**wrong)
