@@ -204,6 +204,11 @@ class RouterCore:
         live = self._line.requests.get(request_id) or self._fleet.running.get(request_id)
         return None if live is None else live.spec
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._line.requests and not self._fleet.calls
+
     def is_waiting(self, request_id: RequestId) -> bool:
         """Whether the request waits, on no replica yet."""
         return request_id in self._line.requests

@@ -154,6 +154,7 @@ class _Run:
         self._on_progress = on_progress
         self._now_s = 0.0
         self._sequence = 0
+        self.events = 0
         self._agenda: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._calls: dict[RequestId, tuple[_UnitRun, int]] = {}
         self._specs: dict[RequestId, RequestSpec] = {}
@@ -209,13 +210,12 @@ class _Run:
             self._at(0.0 if self._setup.backlog else unit.arrival_s, self._unit_arrives, number)
         self._at(_TICK_S, self._tick, None)
         units = len(self._trace.units)
-        events = 0
         while self._agenda and self._decided < units:
             at_s, _, action, argument = heapq.heappop(self._agenda)
             self._now_s = at_s
             action(argument)
-            events += 1
-            if self._on_progress is not None and events % 4096 == 0:
+            self.events += 1
+            if self._on_progress is not None and self.events % 4096 == 0:
                 self._on_progress(self._decided / units)
         if self._on_progress is not None:
             self._on_progress(1.0)
@@ -329,7 +329,11 @@ class _Run:
     # ---- router and replicas ----
 
     def _tick(self, _: None) -> None:
-        self._at(self._now_s + _TICK_S, self._tick, None)
+        ticks = 1
+        if self._core.is_idle and self._agenda:
+            # Nothing happens before the next arrival, which may be hours away.
+            ticks = max(1, int((self._agenda[0][0] - self._now_s) / _TICK_S))
+        self._at(self._now_s + ticks * _TICK_S, self._tick, None)
         if self._foretelling is not None:
             self._foretelling.learn(self._core.drain_samples(), self._now_s)
         self._tell(Ticked(self._now_s))

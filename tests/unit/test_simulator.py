@@ -252,3 +252,12 @@ def test_a_setup_that_cannot_run_is_refused(change: dict[str, Any], said: str):
 def test_clients_that_cannot_be_are_refused(wrong: dict[str, float]):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         setup(**wrong)
+
+
+def test_empty_hours_cost_no_events():
+    answer = Deadline(20.0)
+    units = (alone(answer, 0.0, 100, 10, "first"), alone(answer, 1e8, 100, 10, "three years later"))
+    run, report = finished_run(Trace("rare", units), setup())
+    assert [unit.status for unit in report.units] == ["finished", "finished"]
+    assert report.duration_s > 1e8
+    assert run.events < 1000
