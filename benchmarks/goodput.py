@@ -656,7 +656,7 @@ def _names(text: str) -> list[str]:
 
 
 def _loads(text: str) -> tuple[float, ...]:
-    return tuple(_factor(part) for part in text.split(","))
+    return tuple(dict.fromkeys(_factor(part) for part in text.split(",")))
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+from pydantic import ValidationError
 
 from tempo_router.config import PolicyName, SchedulingConfig, SwitchesConfig, unknown_key_message
 from tempo_router.errors import ConfigError
@@ -207,8 +208,12 @@ def scheduling_of(cell: Cell) -> SchedulingConfig:
         settings["switches"] = parts
     try:
         return SchedulingConfig.model_validate(settings)
-    except ValueError as e:
-        raise ConfigError(f"switches={dict(cell.switches)}: {e}") from e
+    except ValidationError as e:
+        problems = (
+            f"{error['loc'][-1] if error['loc'] else 'settings'}={error['input']!r}: {error['msg']}"
+            for error in e.errors()
+        )
+        raise ConfigError(f"switches: {'; '.join(problems)}") from e
 
 
 def nearest(name: str, valid: Sequence[str], what: str) -> str:

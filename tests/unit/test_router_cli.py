@@ -310,6 +310,7 @@ def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
         (["--knowledge", "learnt"], "did you mean 'learned'?"),
         (["--switch", "tik_s=1"], "tick_s"),
         (["--switch", "tick_s"], "expected KEY=VALUE"),
+        (["--switch", "timeline=maybe"], "switches: timeline='maybe': Input should be a valid boolean"),
         (["--switch", "tick_s=1", "--switch", "tick_s=2"], "tick_s: given twice"),
         (["--profile", "toy-gpu", "--slots", "4"], "'toy-gpu': no such step-time profile; there are: llama-3-8b"),
         (["--profile-path", "nowhere.json"], "nowhere.json"),
