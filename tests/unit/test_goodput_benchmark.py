@@ -727,6 +727,8 @@ def test_ctrl_c_ends_a_real_run_at_once_with_its_rows_on_disk(trace_path, tmp_pa
         text=True,
         cwd=Path(goodput.__file__).parents[1],
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts what it runs in the background with Ctrl-C ignored, tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # no threads here
     )
     assert program.stderr is not None
     with program.stderr:
