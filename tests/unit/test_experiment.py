@@ -213,7 +213,7 @@ def test_switches_go_to_the_section_that_has_them():
         ({"objective": "tokens"}, "did you mean 'token'"),
         ({"knowledge": "learnt"}, "did you mean 'learned'"),
         ({"switches": {"resrve": False}}, "did you mean 'reserve'"),
-        ({"switches": {"reserve": "perhaps"}}, "switches={'reserve': 'perhaps'}"),
+        ({"switches": {"reserve": "perhaps"}}, "switches: reserve='perhaps': Input should be a valid boolean"),
         ({"load": 0.0}, "load=0.0: must be above zero"),
         ({"load": float("nan")}, "load=nan"),
         ({"slots": 0}, "slots=0"),
