@@ -6,8 +6,8 @@
         --seeds 3 --tune --bound --ablation --out bench-results/goodput.json --report docs/results.md
     python -m benchmarks.goodput --render bench-results/goodput.json --report docs/results.md
 
-Every policy runs as in production, in virtual time: router, step planner, length estimates. Loads are relative to what
-the engines deliver from a backlog under first come, first served with 128 slots, whatever slots a policy runs with.
+Every policy runs as in production, in virtual time: router, step planner, length estimates. Loads are relative to the
+saturated throughput under first come, first served with 128 slots, whatever slots a policy runs with.
 Rivals that know no objective run once; those in OBJECTIVE_AWARE run under each. --tune: every rival runs with the
 slots and the shedding that suit it best, chosen on a part that is not compared (benchmarks/goodput_tuning.py). Rows go
 to --out as they come, so an interrupted run keeps them, marked by "complete": false; --resume goes on with it. --quick:
@@ -72,7 +72,7 @@ QUICK_WORKLOAD = GeneratorConfig(duration_s=1500.0)
 
 DEFAULT_LOADS = (0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
 REPLICA_RATES = (2.0, 4.0)
-"""--replicas-needed: rates of arrivals, as multiples of what one replica delivers from a backlog."""
+"""--replicas-needed: rates of arrivals, as multiples of the saturated throughput of one replica."""
 REPLICA_ATTAINMENT = 0.95
 REPLICA_MOST = 16
 

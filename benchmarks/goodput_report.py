@@ -103,7 +103,7 @@ def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[
     if needs:
         note = (
             f"For {100 * needs[0]['wanted']:.0f} % attainment over all units at a fixed rate of arrivals, which is a"
-            " multiple of what one replica delivers from a backlog."
+            " multiple of the saturated throughput of one replica."
         )
         parts += ["## Replicas needed", note, replicas_markdown(needs)]
     parts += ["## Columns of the rows", columns_markdown()]

@@ -445,7 +445,7 @@ def _measure_reference(trace: Trace, profiles: "tuple[StepProfile, ...]") -> flo
         return saturated_tokens_per_s(trace, profiles, on_progress=_Progress(bar, 0))
 
 
-_REFERENCE_BAR = "speed from a backlog {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+_REFERENCE_BAR = "saturated throughput {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
 
 

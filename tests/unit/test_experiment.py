@@ -13,18 +13,19 @@ from tempo_router.simulation.experiment import (
     Cell,
     FigureCache,
     backlog,
-    backlog_rate,
     bound_slots,
     fleet,
     fleet_name,
     identity,
     offered,
+    output_rate,
     recorded_tokens_per_s,
     replicas_needed,
     run_cell,
     saturated_tokens_per_s,
     scheduling_of,
     trace_digest,
+    without_targets,
     write_atomically,
 )
 from tempo_router.simulation.generate import GeneratorConfig, generate
@@ -67,20 +68,34 @@ def test_backlog_has_every_call_once_without_targets_or_dependencies():
     assert all(not unit.calls[0].parents and unit.calls[0].gap_s == 0 for unit in calls.units)
 
 
-def test_backlog_rate_leaves_the_emptying_at_the_end_out():
-    # 95 tokens within 10 s, then a straggler that takes 90 s for the last 5.
-    outcomes = [finished(0.0, 10.0, 95), finished(10.0, 100.0, 5)]
-    assert backlog_rate(outcomes) == pytest.approx(9.5, rel=1e-6)
-    assert backlog_rate(outcomes, share=1.0) == pytest.approx(1.0, rel=1e-6)
+def test_output_rate_leaves_filling_and_emptying_out():
+    # A slow start, 90 tokens within 10 s, then a straggler that takes 80 s for the last 5.
+    outcomes = [finished(0.0, 10.0, 5), finished(10.0, 20.0, 90), finished(20.0, 100.0, 5)]
+    assert output_rate(outcomes, (0.05, 0.95)) == pytest.approx(9.0, rel=1e-6)
+    assert output_rate(outcomes, (0.0, 1.0)) == pytest.approx(1.0, rel=1e-6)
 
 
-def test_backlog_rate_counts_an_answer_of_one_token_when_it_came():
-    assert backlog_rate([finished(4.0, 4.0, 1)], share=1.0) == pytest.approx(0.25, rel=1e-6)
+def test_output_rate_counts_an_answer_of_one_token_when_it_came():
+    assert output_rate([finished(4.0, 4.0, 1)], (0.0, 1.0)) == pytest.approx(0.25, rel=1e-6)
 
 
-def test_backlog_rate_of_nothing_is_refused():
+def test_output_rate_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="KV memory"):
-        backlog_rate([])
+        output_rate([], (0.1, 0.9))
+
+
+def test_first_come_delivers_the_reference_however_fast_the_trace_comes(cache):
+    """Else load 1.0 would not be what engines deliver at most."""
+    units = [
+        Unit(f"u{i}", 0.05 * i, Latency(2.0, 0.1), (TraceCall(f"u{i}", prompt_tokens=900, output_tokens=60),))
+        for i in range(1500)
+    ]
+    trace, profile = Trace("alike", tuple(units)), load_profile(H100)
+    reference = saturated_tokens_per_s(trace, (profile,), 64, cache=cache)
+    for load in (0.9, 1.2, 2.0):
+        flood = transform.faster(without_targets(trace), load * reference / recorded_tokens_per_s(trace))
+        delivered = output_rate(experiment._first_come(flood, profile, 64, lambda _: None), (0.1, 0.9))
+        assert delivered == pytest.approx(min(load, 1.0) * reference, rel=0.03)
 
 
 def test_a_busy_engine_cannot_beat_its_own_step_times(cache):
@@ -117,13 +132,12 @@ def test_a_load_offers_the_same_whatever_slots_a_policy_runs_with(cache):
     assert [bound_slots(cell(slots=slots)) for slots in (4, 128, 256)] == [128, 128, 256]
 
 
-def test_other_targets_and_arrivals_need_no_reference_of_their_own(cache):
+def test_other_targets_need_no_reference_of_their_own(cache):
     profiles = (load_profile(H100),)
     plain = saturated_tokens_per_s(TRACE, profiles, 32, cache=cache)
-    changed = transform.faster(transform.with_slo_scale(TRACE, 0.5), 2.0)
+    changed = transform.with_slo_scale(TRACE, 0.5)
     assert saturated_tokens_per_s(changed, profiles, 32, cache=cache) == plain
     assert len(list(cache.folder.iterdir())) == 1
-    assert backlog(changed) == backlog(TRACE)
     saturated_tokens_per_s(Trace(TRACE.name, TRACE.units[1:]), profiles, 32, cache=cache)
     assert len(list(cache.folder.iterdir())) == 2
 
