@@ -165,7 +165,7 @@ class SchedulingConfig(StrictModel):
     dag_weight: float = Field(
         4.0, ge=0, description="what a program counts among requests, in single requests (measured in simulation)"
     )
-    capacity_factor: float = Field(1.0, gt=0, description="GPU time that a plan may fill, over what there is")
+    capacity_factor: float = Field(0.7, gt=0, description="GPU time that a plan may fill, over what there is")
     reserve_factor: float = Field(1.0, ge=0, description="share of the denser work to come that a plan leaves room for")
     tenant_exponent: float = Field(
         0.0, ge=0, le=4, description="0: tenants do not matter; 1: the less served count for more"

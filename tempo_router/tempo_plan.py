@@ -36,7 +36,7 @@ from tempo_router.reserve import Reserve
 from tempo_router.standing import Standing
 from tempo_router.step_cap import ArrivedUnit, StepCap
 from tempo_router.step_time import Pace
-from tempo_router.timeline import BUCKET_ENDS_S, admit, due_in_bucket
+from tempo_router.timeline import ALL_BUCKETS, BUCKET_ENDS_S, admit, due_in_bucket
 from tempo_router.value import PREFILL_WALL_RATIO
 from tempo_router.waiting import WaitingRequest
 
@@ -188,7 +188,7 @@ class TempoPlan:
         for job in self._new:
             unit = units.index_of(job.spec)
             if unit is not None:
-                self._reserve.add(float(density[unit]), float(units.cost_s[unit]), now_s)
+                self._reserve.add(float(density[unit]), units.demand(np.array([unit]), ALL_BUCKETS)[0], now_s)
                 arrived = units.as_arrived(unit, now_s)
                 if arrived is not None:
                     self._cap.note(arrived)
@@ -198,12 +198,11 @@ class TempoPlan:
         self, units: "_Units", density: Floats, order: Ints, now_s: float, replicas: int
     ) -> npt.NDArray[np.bool_]:
         capacity = self._config.capacity_factor * replicas * BUCKET_ENDS_S
-        kept = np.zeros(order.size)
-        if self._switches.reserve:
-            kept = self._config.reserve_factor * self._reserve.rates(density[order], now_s)
+        factor = self._config.reserve_factor if self._switches.reserve else 0.0
+        kept = self._reserve.needs(density[order], now_s)
 
         def allowance_of(ranks: Ints, buckets: slice) -> Floats:
-            allowance: Floats = capacity[None, buckets] - kept[ranks][:, None] * BUCKET_ENDS_S[None, buckets]
+            allowance: Floats = capacity[None, buckets] - factor * kept.of(ranks, buckets)
             return allowance
 
         def demand_of(ranks: Ints, buckets: slice) -> Floats:

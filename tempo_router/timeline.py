@@ -9,8 +9,11 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
-BUCKET_ENDS_S: Floats = np.cumsum(np.concatenate((np.full(20, 0.2), np.full(16, 1.0), np.full(8, 15.0))))
-"""Ends of the buckets after now, in seconds: fine where it is urgent, 140 s in all."""
+BUCKETS_S: Floats = np.concatenate((np.full(20, 0.2), np.full(16, 1.0), np.full(8, 15.0)))
+"""Lengths of the buckets, in seconds: fine where it is urgent."""
+
+BUCKET_ENDS_S: Floats = np.cumsum(BUCKETS_S)
+"""Their ends after now, 140 s in all."""
 
 ALL_BUCKETS, LAST_BUCKET = slice(None), slice(-1, None)
 

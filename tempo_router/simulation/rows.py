@@ -49,7 +49,11 @@ IDENTITY: tuple[Column, ...] = (
     Column("time_scale", "", "factor on the profile's step times"),
     Column("kv_scale", "", "factor on the profile's KV memory"),
     Column("switches", "", "other settings of the scheduler that differ from the defaults"),
-    Column("saturated_tokens_per_s", "tokens/s", "output of all replicas flooded with the trace: fcfs, chunks, 128 slots each"),
+    Column(
+        "saturated_tokens_per_s",
+        "tokens/s",
+        "output of all replicas while the trace floods them: fcfs, 128 slots",
+    ),
 )
 
 MEASURES: tuple[Column, ...] = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tempo_router import timeline
 from tempo_router.reserve import BINS_PER_OCTAVE, DECAY_S, Reserve
-from tempo_router.timeline import ALL_BUCKETS, BUCKET_ENDS_S, LAST_BUCKET, bucket_of, due_in_bucket
+from tempo_router.timeline import ALL_BUCKETS, BUCKET_ENDS_S, BUCKETS_S, LAST_BUCKET, bucket_of, due_in_bucket
 
 Floats = npt.NDArray[np.float64]
 
@@ -130,14 +130,26 @@ ARRIVALS = st.lists(
 )
 """(density, cost, seconds since the one before)"""
 
+HORIZON_S = float(BUCKET_ENDS_S[-1])
+
+
+def at_once(cost_s: float) -> Floats:
+    """The demand of a unit that needs all its GPU time when it comes."""
+    return np.full(BUCKET_ENDS_S.size, cost_s)
+
 
 def told(arrivals: list[tuple[float, float, float]], scale: float = 1.0) -> tuple[Reserve, float]:
     """A reserve that heard of these arrivals, and when the last one came."""
     reserve, now_s = Reserve(), 10.0
     for density, cost_s, gap_s in arrivals:
         now_s += gap_s
-        reserve.add(density * scale, cost_s, now_s)
+        reserve.add(density * scale, at_once(cost_s), now_s)
     return reserve, now_s
+
+
+def kept(reserve: Reserve, densities: Floats, now_s: float) -> Floats:
+    """What it keeps before each of these densities: (densities, buckets)."""
+    return reserve.needs(densities, now_s).of(np.arange(densities.size), ALL_BUCKETS)
 
 
 @LIMITS
@@ -146,10 +158,11 @@ def test_denser_work_leaves_room_for_less_to_come(
     arrivals: list[tuple[float, float, float]], densities: list[float], later_s: float
 ):
     reserve, now_s = told(arrivals)
-    rates = reserve.rates(np.sort(np.array(densities)), now_s + later_s)
+    needs = kept(reserve, np.sort(np.array(densities)), now_s + later_s)
 
-    assert np.all(rates >= 0.0)
-    assert np.all(np.diff(rates) <= 0.0), f"rates {rates} rise with density"
+    assert np.all(needs >= 0.0)
+    assert np.all(np.diff(needs, axis=0) <= 0.0), f"needs {needs} rise with density"
+    assert np.all(np.diff(needs, axis=1) >= 0.0), f"needs {needs} fall with time"
 
 
 @LIMITS
@@ -163,8 +176,24 @@ def test_the_whole_reserve_is_the_decayed_work_of_all_arrivals(arrivals: list[tu
     lived_s = max(ages_s[-2], 1.0)
     window_s = DECAY_S * (1.0 - np.exp(-lived_s / DECAY_S))
 
-    # Of a density below all that were heard of, all arrivals are denser.
-    assert reserve.rates(np.array([0.0]), now_s)[0] == pytest.approx(work_s / window_s, rel=1e-6)
+    # Of a density below all that were heard of, all arrivals are denser. What is due at once comes at a steady rate,
+    # but for the half of the first bucket in which it is not due yet.
+    needed_s = work_s / window_s * (HORIZON_S - BUCKETS_S[0] / 2)
+    assert kept(reserve, np.array([0.0]), now_s)[0, -1] == pytest.approx(needed_s, rel=1e-6)
+
+
+@LIMITS
+@given(st.floats(0.1, 50.0), st.integers(0, BUCKET_ENDS_S.size - 1))
+def test_what_arrives_is_kept_for_when_it_is_due(cost_s: float, due: int):
+    reserve = Reserve()
+    demand_s = np.where(np.arange(BUCKET_ENDS_S.size) >= due, cost_s, 0.0)
+    reserve.add(1.0, demand_s, 1.0)
+    needs = kept(reserve, np.array([0.0]), 1.0)[0]
+
+    assert np.all(needs[:due] == 0.0), f"{needs} is kept before bucket {due}"
+    slack_s = BUCKET_ENDS_S[due] - BUCKETS_S[due] / 2
+    at_once_s = cost_s / (DECAY_S * (1.0 - np.exp(-1.0 / DECAY_S))) * (HORIZON_S - slack_s)
+    assert needs[-1] == pytest.approx(at_once_s, rel=1e-9)
 
 
 @LIMITS
@@ -172,10 +201,10 @@ def test_the_whole_reserve_is_the_decayed_work_of_all_arrivals(arrivals: list[tu
 def test_without_arrivals_the_reserve_goes_away(arrivals: list[tuple[float, float, float]]):
     reserve, now_s = told(arrivals)
     lowest = np.zeros(1)
-    rates = [float(reserve.rates(lowest, now_s + after_s)[0]) for after_s in (0.0, 5.0, 40.0, 200.0, 2000.0)]
+    needs = [float(kept(reserve, lowest, now_s + after_s)[0, -1]) for after_s in (0.0, 5.0, 40.0, 200.0, 2000.0)]
 
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates)), f"rates {rates} do not fall"
-    assert rates[-1] < 1e-12 * max(rates[0], 1.0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(needs)), f"needs {needs} do not fall"
+    assert needs[-1] < 1e-12 * max(needs[0], 1.0)
 
 
 @LIMITS
@@ -191,7 +220,7 @@ def test_scaling_all_values_by_a_power_of_two_moves_nothing(
     if np.any(np.abs(numbers - np.round(numbers)) < 1e-6):
         return
 
-    np.testing.assert_allclose(moved.rates(asked * 2.0**octaves, now_s), plain.rates(asked, now_s), rtol=1e-12)
+    np.testing.assert_allclose(kept(moved, asked * 2.0**octaves, now_s), kept(plain, asked, now_s), rtol=1e-12)
 
 
 @LIMITS
@@ -204,18 +233,20 @@ def test_the_reserve_before_a_density_is_the_work_that_is_denser(
 ):
     reserve, now_s = told(arrivals)
     window_s = DECAY_S * (1.0 - np.exp(-1.0 / DECAY_S))
-    kept_s = float(reserve.rates(np.array([density]), now_s)[0]) * window_s
+    rate = float(kept(reserve, np.array([density]), now_s)[0, -1]) / (HORIZON_S - BUCKETS_S[0] / 2)
     one_bin = 2 ** (1.001 / BINS_PER_OCTAVE)
 
     # All that is denser by more than a bin counts, and nothing that is less dense.
-    assert kept_s >= sum(cost for other, cost, _ in arrivals if other > density * one_bin) * (1 - 1e-9)
-    assert kept_s <= sum(cost for other, cost, _ in arrivals if other > density) * (1 + 1e-9)
+    assert rate * window_s >= sum(cost for other, cost, _ in arrivals if other > density * one_bin) * (1 - 1e-9)
+    assert rate * window_s <= sum(cost for other, cost, _ in arrivals if other > density) * (1 + 1e-9)
 
 
 def test_a_fresh_reserve_and_worthless_work_reserve_nothing():
     reserve = Reserve()
-    reserve.add(0.0, 5.0, 1.0)
-    reserve.add(2.0, 0.0, 1.0)
-    reserve.add(2.0, float("inf"), 1.0)
+    asked = np.array([0.0, 1.0, 1e9])
+    assert not kept(reserve, asked, 0.0).any()
+    reserve.add(0.0, at_once(5.0), 1.0)
+    reserve.add(2.0, at_once(0.0), 1.0)
+    reserve.add(2.0, at_once(float("inf")), 1.0)
 
-    assert reserve.rates(np.array([0.0, 1.0, 1e9]), 2.0).tolist() == [0.0, 0.0, 0.0]
+    assert not kept(reserve, asked, 2.0).any()
