@@ -60,14 +60,19 @@ def test_at_twice_the_capacity_readers_see_no_gaps_beyond_their_target_and_witho
     # A backlog of such units is worked off, first come first served, at 3.2 per second.
     tbt_s = 0.05
     trace = workload(seed, rate_per_s=7.0, duration_s=90.0, tbt_s=tbt_s)
-    report = simulate(trace, setup(H100))
-    unbound = simulate(trace, setup(H100, switches={"gap_bound": False}))
+    # So much is promised that many calls share the slots; with what a plan promises by default, few wait in mid-answer.
+    report = simulate(trace, setup(H100, capacity_factor=1.5))
+    unbound = simulate(trace, setup(H100, capacity_factor=1.5, switches={"gap_bound": False}))
+    by_default = simulate(trace, setup(H100))
     judged = [unit.is_met for unit in report.units if unit.is_met is not None]
-    p99_s, unbound_p99_s = (float(np.quantile(one.stream_gaps_s, 0.99)) for one in (report, unbound))
+    p99_s, unbound_p99_s, default_p99_s = (
+        float(np.quantile(one.stream_gaps_s, 0.99)) for one in (report, unbound, by_default)
+    )
 
     assert len(report.stream_gaps_s) > 10_000
     assert sum(judged) < 0.97 * len(judged), "everything was in time: this was no overload"
     assert p99_s < tbt_s < unbound_p99_s
+    assert default_p99_s < tbt_s
 
 
 # ---- tenants ----
@@ -110,7 +115,7 @@ def homes_kept(run: _Run) -> tuple[int, int]:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_on_unlike_replicas_everything_ends_the_faster_does_more_and_programs_stay_where_their_prefix_is(seed: int):
     # The slow one comes first: ties go to it. All programs are chains of calls that grow by what was said.
-    trace = workload(seed, rate_per_s=3.0, duration_s=40.0, **{"agent.share": 1.0})
+    trace = workload(seed, rate_per_s=2.0, duration_s=60.0, **{"agent.share": 1.0})
 
     def run(**switches: bool) -> tuple[_Run, Report]:
         one = _Run(trace, setup(A100, H100, switches=switches), None)
