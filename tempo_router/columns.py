@@ -181,6 +181,10 @@ class LiveTable:
         """Its standing changed."""
         self._numbers[DENSITY : IS_RELEGATED + 1, call.row] = call.standing
 
+    def retarget(self, call: "LiveCall") -> None:
+        """Its target changed."""
+        self._numbers[: len(call.facts), call.row] = call.facts
+
     def note_phase(self, call: "LiveCall", phase: float) -> None:
         """It entered a phase; its count of tokens is that of this moment."""
         numbers, row = self._numbers, call.row
