@@ -18,7 +18,14 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header, step_from_message
+from cluster.codec import (
+    capacity_from_facts,
+    header_from_spec,
+    message_from_retune,
+    message_from_standing,
+    spec_from_header,
+    step_from_message,
+)
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
@@ -224,9 +231,10 @@ class RouterServer:
                 eviction = wire.Eviction(request_id=request_id, attempt=attempt)
                 self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
                 self._forget(request_id)
-            case Retune():
-                # Only replicas with a step planner get these; no worker announces one yet (workers/vllm_engine.py).
-                raise InvalidEventError(f"{action.replica_id!r} has no step planner to retune")
+            case Retune(replica_id=replica_id):
+                worker = self._workers.get(replica_id)
+                if worker is not None:
+                    worker.outbox.merge(wire.RouterToWorker(retunes=[message_from_retune(action)]))
             case _:
                 assert_never(action)
 
@@ -259,6 +267,9 @@ class RouterServer:
             ingress_id=self._owners[action.request_id],
             priority=action.priority,
         )
+        if worker.facts.has_step_planner:
+            message.standing.CopyFrom(message_from_standing(action.standing))
+            message.length_atoms.extend(self._core.lengths_of(action.request_id).atoms)
         payload = self._payloads.pop(action.request_id, None)
         if payload is not None:
             message.payload.CopyFrom(payload)

@@ -503,6 +503,7 @@ class EngineFacts(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     SUPPORTED_TASKS_FIELD_NUMBER: _builtins.int
     READY_RESPONSE_FIELD_NUMBER: _builtins.int
+    HAS_STEP_PLANNER_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"vllm" or "simulated" """
     engine_version: _builtins.str
@@ -515,6 +516,7 @@ class EngineFacts(_message.Message):
     max_step_tokens: _builtins.int
     ready_response: _builtins.bytes
     """vLLM's own EngineCoreReadyResponse, msgpack; empty for other engines"""
+    has_step_planner: _builtins.bool
     @_builtins.property
     def supported_tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -531,10 +533,11 @@ class EngineFacts(_message.Message):
         max_step_tokens: _builtins.int = ...,
         supported_tasks: _abc.Iterable[_builtins.str] | None = ...,
         ready_response: _builtins.bytes = ...,
+        has_step_planner: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "engine_version", b"engine_version", "kv_blocks", b"kv_blocks", "kv_tokens", b"kv_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "model", b"model", "ready_response", b"ready_response", "supported_tasks", b"supported_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "engine_version", b"engine_version", "has_step_planner", b"has_step_planner", "kv_blocks", b"kv_blocks", "kv_tokens", b"kv_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "model", b"model", "ready_response", b"ready_response", "supported_tasks", b"supported_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,6 +750,119 @@ class WorkerToRouter(_message.Message):
 Global___WorkerToRouter: _TypeAlias = WorkerToRouter  # noqa: Y015
 
 @_typing.final
+class Standing(_message.Message):
+    """Mirrors tempo_router.standing.Standing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENSITY_FIELD_NUMBER: _builtins.int
+    IS_ADMITTED_FIELD_NUMBER: _builtins.int
+    LATER_S_FIELD_NUMBER: _builtins.int
+    IS_RELEGATED_FIELD_NUMBER: _builtins.int
+    density: _builtins.float
+    is_admitted: _builtins.bool
+    later_s: _builtins.float
+    is_relegated: _builtins.bool
+    def __init__(
+        self,
+        *,
+        density: _builtins.float = ...,
+        is_admitted: _builtins.bool = ...,
+        later_s: _builtins.float = ...,
+        is_relegated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "is_admitted", b"is_admitted", "is_relegated", b"is_relegated", "later_s", b"later_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
+
+@_typing.final
+class Retune(_message.Message):
+    """How running calls stand, by the last plan over the whole queue; columns of equal length."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPATCH_IDS_FIELD_NUMBER: _builtins.int
+    DENSITIES_FIELD_NUMBER: _builtins.int
+    ARE_ADMITTED_FIELD_NUMBER: _builtins.int
+    LATER_S_FIELD_NUMBER: _builtins.int
+    ARE_RELEGATED_FIELD_NUMBER: _builtins.int
+    STEP_CAP_S_FIELD_NUMBER: _builtins.int
+    step_cap_s: _builtins.float
+    """absent: the rule of the engine's policy"""
+    @_builtins.property
+    def dispatch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def densities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def are_admitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    @_builtins.property
+    def later_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def are_relegated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    def __init__(
+        self,
+        *,
+        dispatch_ids: _abc.Iterable[_builtins.int] | None = ...,
+        densities: _abc.Iterable[_builtins.float] | None = ...,
+        are_admitted: _abc.Iterable[_builtins.bool] | None = ...,
+        later_s: _abc.Iterable[_builtins.float] | None = ...,
+        are_relegated: _abc.Iterable[_builtins.bool] | None = ...,
+        step_cap_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s", "step_cap_s", b"step_cap_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s", "are_admitted", b"are_admitted", "are_relegated", b"are_relegated", "densities", b"densities", "dispatch_ids", b"dispatch_ids", "later_s", b"later_s", "step_cap_s", b"step_cap_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step_cap_s: _TypeAlias = _typing.Literal["step_cap_s"]  # noqa: Y015
+    _WhichOneofArgType__step_cap_s: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_cap_s) -> _WhichOneofReturnType__step_cap_s | None: ...
+
+Global___Retune: _TypeAlias = Retune  # noqa: Y015
+
+@_typing.final
+class Retarget(_message.Message):
+    """A running call's target changed; times count from the call's arrival, as in its header."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPATCH_ID_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    BEST_EFFORT_FIELD_NUMBER: _builtins.int
+    dispatch_id: _builtins.int
+    @_builtins.property
+    def latency(self) -> Global___Latency: ...
+    @_builtins.property
+    def deadline(self) -> Global___Deadline: ...
+    @_builtins.property
+    def program(self) -> Global___ProgramCall: ...
+    @_builtins.property
+    def best_effort(self) -> Global___BestEffort: ...
+    def __init__(
+        self,
+        *,
+        dispatch_id: _builtins.int = ...,
+        latency: Global___Latency | None = ...,
+        deadline: Global___Deadline | None = ...,
+        program: Global___ProgramCall | None = ...,
+        best_effort: Global___BestEffort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "dispatch_id", b"dispatch_id", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_slo: _TypeAlias = _typing.Literal["latency", "deadline", "program", "best_effort"]  # noqa: Y015
+    _WhichOneofArgType_slo: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_slo) -> _WhichOneofReturnType_slo | None: ...
+
+Global___Retarget: _TypeAlias = Retarget  # noqa: Y015
+
+@_typing.final
 class Dispatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -755,6 +871,8 @@ class Dispatch(_message.Message):
     INGRESS_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    LENGTH_ATOMS_FIELD_NUMBER: _builtins.int
     dispatch_id: _builtins.int
     ingress_id: _builtins.str
     priority: _builtins.int
@@ -764,6 +882,14 @@ class Dispatch(_message.Message):
     def payload(self) -> Global___Payload:
         """absent: fetch it from the ingress"""
 
+    @_builtins.property
+    def standing(self) -> Global___Standing:
+        """these two only for engines with a step planner"""
+
+    @_builtins.property
+    def length_atoms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of the answer, ascending"""
+
     def __init__(
         self,
         *,
@@ -772,10 +898,12 @@ class Dispatch(_message.Message):
         ingress_id: _builtins.str = ...,
         priority: _builtins.int = ...,
         payload: Global___Payload | None = ...,
+        standing: Global___Standing | None = ...,
+        length_atoms: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "payload", b"payload", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_id", b"dispatch_id", "header", b"header", "ingress_id", b"ingress_id", "payload", b"payload", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_id", b"dispatch_id", "header", b"header", "ingress_id", b"ingress_id", "length_atoms", b"length_atoms", "payload", b"payload", "priority", b"priority", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,6 +916,8 @@ class RouterToWorker(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     DISPATCHES_FIELD_NUMBER: _builtins.int
     ABORTS_FIELD_NUMBER: _builtins.int
+    RETUNES_FIELD_NUMBER: _builtins.int
+    RETARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -798,16 +928,24 @@ class RouterToWorker(_message.Message):
     def aborts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """dispatch ids"""
 
+    @_builtins.property
+    def retunes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Retune]:
+        """the last one counts"""
+
+    @_builtins.property
+    def retargets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Retarget]: ...
     def __init__(
         self,
         *,
         hello: Global___RouterHello | None = ...,
         dispatches: _abc.Iterable[Global___Dispatch] | None = ...,
         aborts: _abc.Iterable[_builtins.int] | None = ...,
+        retunes: _abc.Iterable[Global___Retune] | None = ...,
+        retargets: _abc.Iterable[Global___Retarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "dispatches", b"dispatches", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "dispatches", b"dispatches", "hello", b"hello", "retargets", b"retargets", "retunes", b"retunes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

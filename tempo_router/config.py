@@ -213,6 +213,11 @@ class EngineConfig(StrictModel):
         default_factory=dict,
         description="vLLM's API server arguments (chat_template, tool_call_parser, ...), with underscores",
     )
+    step_planner: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="who composes vLLM's steps. on: Tempo, by the order of scheduling.policy; off: vLLM, by priority; "
+        "auto: on with the policy tempo",
+    )
     profile: str = Field("toy-cpu", description="simulated engine: name of the step-time profile")
     profile_path: str | None = Field(None, description="simulated engine: a file with more profiles")
     time_scale: float = Field(1.0, gt=0, description="simulated engine: step times are multiplied by it")
@@ -300,6 +305,13 @@ class TempoConfig(StrictModel):
                 f"default_tier {self.default_tier!r} is not a tier; tiers are {', '.join(sorted(self.tiers))}"
             )
         return self
+
+    @property
+    def planned_scheduling(self) -> SchedulingConfig | None:
+        """What engines plan their steps by; None where these are left to them."""
+        chosen = self.engine.step_planner
+        is_on = chosen == "on" or (chosen == "auto" and self.scheduling.policy == "tempo")
+        return self.scheduling if is_on else None
 
     @property
     def model_name(self) -> str:

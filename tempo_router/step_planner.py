@@ -296,6 +296,10 @@ class StepPlanner:
         if call.blocks or call.is_decoding:
             self._evict(call)
 
+    def ordered(self) -> list[LiveCall]:
+        """All live calls in the order of the last plan's moment."""
+        return self._sorted(self._live.values(), self._now_s)
+
     @property
     def evicted(self) -> Sequence[LiveCall]:
         """Calls that lost their KV cache for the step that was planned last, in order."""
