@@ -47,6 +47,8 @@ KEY = "tempo"
 
 _NEVER = 1 << 60
 _MOST_EARLY = 1024
+_WORST_STANDS_S = 0.1
+"""How long the last of the order is taken for the last, so that a full cache does not mean sorting at every step."""
 _FACTS_OF_A_STRANGER = {"class": "best_effort"}
 
 _RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
@@ -136,6 +138,8 @@ class TempoScheduler(AsyncScheduler):
         self._not_ready: dict[str, Any] = {}
         self._begun: dict[DispatchId, LiveCall] = {}
         self._skipped: list[Any] = []
+        self._worst: Any = None
+        self._worst_until_s = -1.0
         self._early: dict[str, CallUpdate] = {}
         self._is_stuck = False
 
@@ -363,12 +367,16 @@ class TempoScheduler(AsyncScheduler):
 
     def _put_worst_last(self) -> None:
         """Blocks may run out within the step: the parent then preempts the tail."""
-        running = {request.request_id for request in self.running}
+        now_s = self.clock()
+        if now_s < self._worst_until_s and self.running[-1] is self._worst:
+            return
+        self._worst_until_s = now_s + _WORST_STANDS_S
         for call in reversed(self.planner.ordered()):
             request = self._requests[call.call_id]
-            if request.request_id in running:
+            if request.status == RequestStatus.RUNNING:
                 self.running.remove(request)
                 self.running.append(request)
+                self._worst = request
                 return
 
     def _follow(self, plan: StepPlan | None, output: Any) -> None:

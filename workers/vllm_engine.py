@@ -816,6 +816,7 @@ def _put_planner_in(config: Any, scheduling: SchedulingConfig) -> None:
         **(config.additional_config or {}),
         tempo_scheduler.KEY: {"slots": slots, "scheduling": scheduling.model_dump(mode="json")},
     }
+    log.info("step_planner_on", policy=scheduling.policy, slots=slots, places=chosen.max_num_seqs)
 
 
 def _buffers(encoder: Any, outputs: Any) -> tuple[bytes, ...]:

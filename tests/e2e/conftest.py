@@ -1,4 +1,4 @@
-"""One served application for all tests of real engines: two vLLM workers, one ingress, the default model."""
+"""One served application for all tests of real engines: two vLLM workers whose steps Tempo plans, one ingress."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +12,7 @@ from tests.served import Served, served
 
 WORKERS = 2
 ARGUMENTS: dict[str, Any] = {
+    "scheduling": {"policy": "tempo"},
     "engine": {
         "engine_kwargs": {
             "max_model_len": 4096,
