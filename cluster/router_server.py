@@ -10,7 +10,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from pathlib import Path
+from typing import Any, TextIO, assert_never
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ from cluster.served_stream import first_message, until_first_ends
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
+from tempo_router.event_log import Beginning, beginning_line, event_line
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -104,6 +106,7 @@ class RouterServer:
         self._is_settled = False
         self._is_stopping = False
         self._failure: Exception | None = None
+        self._events_log: TextIO | None = None
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
@@ -113,7 +116,10 @@ class RouterServer:
     async def start(self) -> str:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
-        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
+        lengths, beginning = await self._restore_lengths()
+        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths)
+        if self._config.record_events is not None:
+            self._record(Path(self._config.record_events), beginning)
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
@@ -136,6 +142,9 @@ class RouterServer:
         if self._estimates is not None:
             self._estimates.close()
         await self._server.stop(grace=0.2)
+        if self._events_log is not None:
+            self._events_log.close()
+            self._events_log = None
         try:
             await self._save_lengths()
             await self._store.release(self._owner, self.epoch)
@@ -201,7 +210,10 @@ class RouterServer:
         nowhere: the router has failed, and a new one learns from its peers what is true.
         """
         try:
-            for action in self._core.handle(event):
+            actions = self._core.handle(event)
+            if self._events_log is not None:
+                self._events_log.write(event_line(event, actions) + "\n")
+            for action in actions:
                 self._carry_out(action)
         except InvalidEventError:
             raise
@@ -331,16 +343,27 @@ class RouterServer:
         if self._estimates is not None:
             await self._estimates.save(lambda answers: self._store.save_snapshot(ANSWERS_SNAPSHOT, answers, self.epoch))
 
-    async def _restore_lengths(self) -> LengthHistograms:
+    async def _restore_lengths(self) -> tuple[LengthHistograms, Any]:
+        """(what was learnt, the snapshot that says so or None)."""
         lengths = LengthHistograms()
         saved = await self._store.load_snapshot(LENGTHS_SNAPSHOT)
-        if saved is not None:
-            try:
-                lengths.restore(json.loads(saved))
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
-                return LengthHistograms()
-        return lengths
+        if saved is None:
+            return lengths, None
+        try:
+            snapshot = json.loads(saved)
+            lengths.restore(snapshot)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
+            return LengthHistograms(), None
+        return lengths, snapshot
+
+    def _record(self, path: Path, lengths: Any) -> None:
+        """Write every event and what was decided to a file of this epoch, for `tempo_router.event_log.replay`."""
+        path = path.with_name(f"{path.stem}-{self.epoch}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._events_log = path.open("w", encoding="utf-8")
+        self._events_log.write(beginning_line(Beginning(self._config.scheduling, self.epoch, lengths)) + "\n")
+        log.info("events_recorded", path=str(path))
 
     async def _start_estimates(self) -> LengthEstimates:
         estimates = LengthEstimates(self._config.scheduling, drain=self._core.drain_samples, on_predicted=self.handle)

@@ -288,6 +288,11 @@ class TempoConfig(StrictModel):
     redis_url: str | None = Field(
         None, description="null: TEMPO_REDIS_URL if it is set, else an embedded server in data_dir"
     )
+    record_events: str | None = Field(
+        None,
+        description="file to which the router writes every event and decision, to be played again; its name gets the "
+        "epoch. Request ids, lengths and targets, no text; about 1 kB per request and step. null: nothing is written",
+    )
     tiers: dict[str, TierConfig] = Field(
         default_factory=lambda: dict(DEFAULT_TIERS), description="targets by name; these replace all default tiers"
     )
