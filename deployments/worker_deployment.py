@@ -52,6 +52,7 @@ class WorkerReplica:
                 on_step=self._worker.on_step,
                 on_death=self._worker.on_death,
                 scheduling=self._config.planned_scheduling,
+                calibrations=Path(self._config.data_dir) / "calibrations" if config.calibrate else None,
             )
         except TempoError:
             raise

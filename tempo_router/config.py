@@ -218,6 +218,11 @@ class EngineConfig(StrictModel):
         description="who composes vLLM's steps. on: Tempo, by the order of scheduling.policy; off: vLLM, by priority; "
         "auto: on with the policy tempo",
     )
+    calibrate: bool = Field(
+        False,
+        description="measure what steps cost before the first request, some seconds, and keep it in data_dir by model, "
+        "device and engine arguments; only where steps are planned",
+    )
     profile: str = Field("toy-cpu", description="simulated engine: name of the step-time profile")
     profile_path: str | None = Field(None, description="simulated engine: a file with more profiles")
     time_scale: float = Field(1.0, gt=0, description="simulated engine: step times are multiplied by it")

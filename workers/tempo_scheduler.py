@@ -34,7 +34,7 @@ from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId
 from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
-from tempo_router.step_time import StepTimeModel
+from tempo_router.step_time import Coefficients, StepTimeModel
 from workers.call_facts import CallFacts, CallUpdate, News, facts_from_values
 from workers.engine_blocks import EngineBlocks
 from workers.planned_queue import Funnel, PlannedQueue
@@ -104,9 +104,10 @@ def not_planned(config: Any) -> list[str]:
 
 
 class TempoScheduler(AsyncScheduler):
-    """Plans every step with `StepPlanner`. Settings: `additional_config["tempo"]`, see `settings`.
+    """Plans every step with `StepPlanner`. One thread calls it; `tell` may be called from any.
 
-    One thread calls it; `tell` may be called from any.
+    Settings are in `additional_config["tempo"]`, all optional: `scheduling` (as in the configuration of the router),
+    `slots` (sequences of one step; beyond it calls are held), `coefficients` (of step times, as measured before).
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -120,7 +121,8 @@ class TempoScheduler(AsyncScheduler):
         if hasattr(self, "skipped_waiting"):
             self.skipped_waiting: PlannedQueue[Any] = Funnel(self.waiting)
         self._most_tokens: int = self.max_num_scheduled_tokens
-        self.steps = StepTimeModel()
+        coefficients = chosen.get("coefficients")
+        self.steps = StepTimeModel(Coefficients(*coefficients)) if coefficients else StepTimeModel()
         self._kv = EngineBlocks(self.cache_config.num_gpu_blocks - 1, self.block_size, self._cached_tokens)
         self.planner = StepPlanner(
             build_policy(scheduling),

@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 import queue
+import random
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,12 +33,14 @@ import structlog
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError, EngineStartError, EngineVersionError, TempoError
 from tempo_router.events import FinishReason, ReplicaLoad, StepReport
+from workers.calibration import Calibration, CalibrationFile, measure
 from workers.call_facts import News, values_from_facts
 from workers.engine import ClientOutputs, EngineCall, EngineFacts, EngineFinished, EngineStep, OnDeath, OnStep
 
 try:
     import torch
     import vllm
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -454,7 +458,9 @@ class VllmEngine:
         on_step: OnStep,
         on_death: OnDeath,
         scheduling: SchedulingConfig | None = None,
+        known: Calibration | None = None,
     ) -> None:
+        self._known = known
         self._model = model
         self._arguments = arguments
         self._scheduling = scheduling
@@ -474,6 +480,15 @@ class VllmEngine:
         self._next_call_id = 1
         self._load: ReplicaLoad | None = None
         self._encoder = MsgpackEncoder()  # output thread only
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the steps cost, as far as is known. Only where steps are planned."""
+        step_planner = self._live_core.step_planner
+        if step_planner is None:
+            raise TempoError("only planned steps are calibrated")
+        steps = step_planner.steps
+        return Calibration(steps.coefficients, steps.relative_error, steps.observed)
 
     async def start(self) -> None:
         """Load the model in the engine's thread. Raises ConfigError or EngineStartError."""
@@ -564,7 +579,7 @@ class VllmEngine:
 
     def _run(self) -> None:
         try:
-            self._core = core = _build_core(self._arguments, self._scheduling, self._publish)
+            self._core = core = _build_core(self._arguments, self._scheduling, self._known, self._publish)
             self._facts = core.facts(self._model)
             self._load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=self._facts.kv_tokens)
         except ConfigError as e:
@@ -694,10 +709,12 @@ async def start_vllm_engine(
     on_step: OnStep,
     on_death: OnDeath,
     scheduling: SchedulingConfig | None = None,
+    calibrations: Path | None = None,
 ) -> VllmEngine:
     """Start vLLM in a thread of this process and return when it can take requests.
 
     scheduling: plan every step by this policy; None leaves the steps to vLLM.
+    calibrations: folder of what was measured of planned steps; what is not there is measured now. None: neither.
 
     engine_kwargs: vLLM's engine arguments, as in `vllm serve`, with underscores. What is not given comes from vLLM,
     except `scheduling_policy` ("priority") and, on a CPU, what `_cpu_defaults` says.
@@ -706,9 +723,55 @@ async def start_vllm_engine(
     check_vllm()
     if sys.getswitchinterval() > _SWITCH_INTERVAL_S:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    engine = VllmEngine(model, _arguments(model, engine_kwargs), on_step, on_death, scheduling)
+    arguments = _arguments(model, engine_kwargs)
+    file = None
+    if calibrations is not None and scheduling is not None:
+        file = CalibrationFile(
+            calibrations, model=model, device=current_platform.get_device_name(), arguments=dict(arguments)
+        )
+    known = file.load() if file is not None else None
+    engine = VllmEngine(model, arguments, on_step, on_death, scheduling, known)
     await engine.start()
+    if file is not None and known is None and engine.facts.has_step_planner:
+        await _calibrate(engine, file)
     return engine
+
+
+async def _calibrate(engine: VllmEngine, file: CalibrationFile) -> None:
+    """Measure and keep. An engine that cannot be measured still serves: it learns from its requests."""
+    began_s = time.monotonic()
+    try:
+        await measure(engine, _made_up_request)
+        file.save(engine.calibration)
+    except (TimeoutError, OSError) as error:
+        log.warning("calibration_failed", problem=repr(error), effect="step times are learnt from requests alone")
+        return
+    found = engine.calibration
+    log.info(
+        "calibrated",
+        seconds=round(time.monotonic() - began_s, 1),
+        steps=found.steps,
+        relative_error=round(found.relative_error, 3),
+        path=str(file.path),
+    )
+
+
+def _made_up_request(request_id: str, prompt_tokens: int, answer_tokens: int) -> tuple[bytes, ...]:
+    """Greedy, as long as it may be; its prompt is its own, so that no cache has it."""
+    rng = random.Random(request_id)
+    params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True, temperature=0.0)
+    request = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[rng.randrange(1, 200) for _ in range(prompt_tokens)],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    return _buffers(MsgpackEncoder(), request)
 
 
 def _arguments(model: str, engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -775,7 +838,10 @@ class _RewindingGenerator(torch.Generator):
 
 
 def _build_core(
-    arguments: Mapping[str, Any], scheduling: SchedulingConfig | None, publish: Callable[[Any], None]
+    arguments: Mapping[str, Any],
+    scheduling: SchedulingConfig | None,
+    known: Calibration | None,
+    publish: Callable[[Any], None],
 ) -> _Core:
     if current_platform.is_cpu():
         # Acts on the in-process executor, the default here; vLLM looks the name up when a seeded request comes.
@@ -786,11 +852,11 @@ def _build_core(
     config = vllm_arguments.create_engine_config()
     slots = config.scheduler_config.max_num_seqs
     if scheduling is not None:
-        _put_planner_in(config, scheduling)
+        _put_planner_in(config, scheduling, known)
     return _Core(config, slots=slots, log_stats=not vllm_arguments.disable_log_stats, publish=publish)
 
 
-def _put_planner_in(config: Any, scheduling: SchedulingConfig) -> None:
+def _put_planner_in(config: Any, scheduling: SchedulingConfig, known: Calibration | None) -> None:
     """Let Tempo's scheduler compose the steps, or say why vLLM's own does.
 
     Who is held keeps a place in vLLM's batch, so there are more of these than run at once.
@@ -812,10 +878,10 @@ def _put_planner_in(config: Any, scheduling: SchedulingConfig) -> None:
     # The victim is then the tail of the list of running requests, which the planner arranges.
     chosen.policy = "fcfs"
     chosen.max_num_seqs = min(math.ceil((1 + _HELD_SHARE) * slots), max(slots, chosen.max_num_batched_tokens))
-    config.additional_config = {
-        **(config.additional_config or {}),
-        tempo_scheduler.KEY: {"slots": slots, "scheduling": scheduling.model_dump(mode="json")},
-    }
+    settings: dict[str, Any] = {"slots": slots, "scheduling": scheduling.model_dump(mode="json")}
+    if known is not None:
+        settings["coefficients"] = list(known.coefficients)
+    config.additional_config = {**(config.additional_config or {}), tempo_scheduler.KEY: settings}
     log.info("step_planner_on", policy=scheduling.policy, slots=slots, places=chosen.max_num_seqs)
 
 
