@@ -1,13 +1,15 @@
-"""Goodput of the whole served system with real vLLM: one trace, several policies, replayed in turns over HTTP.
+"""Goodput of the served system with real vLLM: one trace, several policies, replayed in turns.
 
     python -m benchmarks.live --quick
     python -m benchmarks.live --trace a.csv.gz --policies fcfs,priority,class_priority,tempo --workers 2 \
         --loads 0.75,1.5 --seeds 3 --slots 8 --seconds 60 --scale 0.1 --json out.json
 
 Every policy has an application of its own, `tempo serve` with the same engine flags, and all are up all the time; only
-one is under load. For each seed and load the policies take turns, so that what else the machine does falls on all.
-Load 1.0 is what fcfs delivers of this trace's tokens from a backlog, measured first. Rows are those of the simulator's
-benchmark (tempo_router/simulation/rows.py), with `profile` naming the live engine.
+one is under load. --through fleet leaves out Ray and HTTP (benchmarks/live_fleet.py), for machines on which several
+applications are too much; router, workers, engines and the streams between them are the same. For each seed and load
+the policies take turns, so that what else the machine does falls on all. Load 1.0 is what fcfs delivers of this trace's
+tokens from a backlog, measured first. Rows are those of the simulator's benchmark (tempo_router/simulation/rows.py),
+with `profile` naming the live engine.
 
     fcfs            first come, first served: in the router, and vLLM's own policy of that name
     priority        earliest deadline, in the router and as vLLM's priority
@@ -23,16 +25,25 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live_client import Target, replay
+from benchmarks.live_client import Target, replay_http
+from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
 from benchmarks.servers import tempo_server
 from tempo_router.simulation import transform
-from tempo_router.simulation.experiment import backlog, recorded_tokens_per_s, trace_digest, without_targets
+from tempo_router.simulation.experiment import (
+    OVERLOAD,
+    STEADY,
+    backlog,
+    output_rate,
+    recorded_tokens_per_s,
+    trace_digest,
+    without_targets,
+)
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.rows import IDENTITY, MEASURES, measures
@@ -112,11 +123,26 @@ def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def saturated_tokens_per_s(trace: Trace, target: Target, seconds: float) -> float:
-    """Output tokens per second of the trace's beginning, all sent at once."""
-    part = backlog(without_targets(first_units(trace, seconds)))
-    report = asyncio.run(replay(part, target, limit_s=600.0))
-    return report.produced_tokens / report.duration_s
+Replay = Callable[[Trace, float], Report]
+"""Runs a trace through one application: (trace, seconds after its last arrival) -> report."""
+
+
+def saturated_tokens_per_s(trace: Trace, served: Replay, tokens: int) -> float:
+    """Output tokens per second under a flood of this trace's beginning, filling and emptying left out.
+
+    tokens: about so many are sent, twice: all at once to see how fast they are worked off, then OVERLOAD times as fast
+    as that. As in the simulator's benchmark, which says why.
+    """
+    total, units = 0, []
+    for unit in trace.units:
+        if total >= tokens:
+            break
+        units.append(unit)
+        total += unit.output_tokens
+    part = without_targets(Trace(trace.name, tuple(units)))
+    worked_off = output_rate(served(with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
+    flood = transform.faster(part, OVERLOAD * worked_off / recorded_tokens_per_s(part))
+    return output_rate(served(with_names(flood, "flood-"), 600.0).units, STEADY)
 
 
 def offered(trace: Trace, load: float, saturated: float, seconds: float, seed: int) -> Trace:
@@ -139,24 +165,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         targets = _start(stack, folder, options)
-        for name, target in targets.items():
-            saturated_tokens_per_s(trace, target, options.seconds / 6)  # warm-up
+        for name, served in targets.items():
+            saturated_tokens_per_s(with_names(trace, "warm-"), served, options.backlog // 4)
             print(f"{name} is warm", flush=True)
         reference = targets.get("fcfs") or next(iter(targets.values()))
-        saturated = options.saturated or saturated_tokens_per_s(trace, reference, options.seconds)
+        saturated = options.saturated or saturated_tokens_per_s(with_names(trace, "full-"), reference, options.backlog)
         print(f"load 1.0 is {saturated:.0f} output tokens/s", flush=True)
         for seed in range(options.seeds):
             for load in options.loads:
                 part = offered(trace, load, saturated, options.seconds, seed)
                 order = list(targets)
                 for name in order if seed % 2 == 0 else reversed(order):
-                    report = asyncio.run(replay(part, targets[name], limit_s=options.limit_s))
+                    report = targets[name](with_names(part, f"{seed}-{load}-"), options.limit_s)
                     one = row(
                         report,
                         part,
                         trace=trace.name,
                         trace_digest=digest,
-                        profile=f"live {MODEL} x {options.workers}",
+                        profile=f"live {MODEL} x {options.workers} through {options.through}",
                         replicas=options.workers,
                         load=load,
                         policy=name,
@@ -175,19 +201,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "summary": summary(rows)}
 
 
-def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str, Target]:
-    def start(name: str) -> tuple[str, Target]:
+def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str, Replay]:
+    """All applications, one after the other: imports dominate, and two at once only get into each other's way."""
+    if options.through == "fleet":
+        preload_vllm()
+    began_s = time.monotonic()
+    targets: dict[str, Replay] = {}
+    for name in options.policies:
         own = folder / name
         own.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(tempo_server(own, arguments_of(name, options)))
-        return name, Target(server.url, MODEL)
-
-    began_s = time.monotonic()
-    # Two at a time: imports dominate, and more of them only get into each other's way.
-    with ThreadPoolExecutor(options.at_once) as pool:
-        targets = dict(pool.map(start, options.policies))
-    print(f"{len(targets)} applications are up after {time.monotonic() - began_s:.0f} s", flush=True)
+        if options.through == "fleet":
+            targets[name] = stack.enter_context(fleet_server(own, arguments_of(name, options))).replay
+        else:
+            server = stack.enter_context(tempo_server(own, arguments_of(name, options)))
+            targets[name] = partial(_over_http, Target(server.url, MODEL))
+        print(f"{name} is up after {time.monotonic() - began_s:.0f} s", flush=True)
     return targets
+
+
+def _over_http(target: Target, trace: Trace, limit_s: float) -> Report:
+    return asyncio.run(replay_http(trace, target, limit_s=limit_s))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -256,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit-s", type=float, default=20.0, help="after the last arrival; what is open then is cut")
     parser.add_argument("--saturated", type=float, help="load 1.0 in output tokens/s; default: measured")
     parser.add_argument("--hopeless", choices=("relegate", "refuse"), default="relegate")
-    parser.add_argument("--at-once", type=int, default=2, help="applications that start at the same time")
+    parser.add_argument("--through", choices=("http", "fleet"), default="http", help="fleet: without Ray and HTTP")
+    parser.add_argument("--backlog", type=int, default=20_000, help="output tokens by which load 1.0 is measured")
     parser.add_argument("--folder", type=Path, default=Path("bench-results/live"), help="for logs and the model")
     parser.add_argument("--json", type=Path, help="write the rows to this file as they come")
     parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")

@@ -1,4 +1,4 @@
-"""Open-loop clients of a served application: a trace is replayed in real time over HTTP, and every token is timed.
+"""Open-loop clients of a served application: a trace is replayed in real time, and every token is timed.
 
 Requests are sent when the trace says so, whatever became of those before. Lengths are forced: prompts are made-up token
 ids of the trace's lengths (equal beginnings for equal prefix ids), answers end where the trace's end. Streams are
@@ -9,9 +9,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
@@ -27,7 +27,7 @@ _TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
-class _Delivered:
+class Delivered:
     """One call as its client saw it. times_s: of each token for streams, of the whole answer otherwise."""
 
     call: TraceCall
@@ -44,32 +44,43 @@ class Target:
     model: str
 
 
-async def replay(trace: Trace, target: Target, *, limit_s: float) -> Report:
-    """Send the trace and judge what comes back. limit_s: after the last arrival; what is open then is cut off."""
+class Sender(Protocol):
+    """The way to the server."""
+
+    async def send(self, unit: Unit, call: TraceCall, delivered: Delivered, now_s: Callable[[], float]) -> None:
+        """Send a call, wait for its end and note what came in `delivered`. now_s: the clock of the trace."""
+        ...
+
+
+async def replay_http(trace: Trace, target: Target, *, limit_s: float) -> Report:
+    """`replay` over HTTP."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        began_s = time.perf_counter()
-        units = [_UnitClient(unit, target, session, began_s) for unit in trace.units]
-        tasks = [asyncio.create_task(unit.run()) for unit in units]
-        await asyncio.wait(tasks, timeout=trace.span_s + limit_s)
-        for task in tasks:
-            task.cancel()
-        failures = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, Exception)]
-        if failures:
-            raise failures[0]
-        duration_s = time.perf_counter() - began_s
-    return _report(trace, units, duration_s)
+        return await replay(trace, HttpSender(target, session), limit_s=limit_s)
+
+
+async def replay(trace: Trace, sender: Sender, *, limit_s: float) -> Report:
+    """Send the trace and judge what comes back. limit_s: after the last arrival; what is open then is cut off."""
+    began_s = time.perf_counter()
+    units = [_UnitClient(unit, sender, began_s) for unit in trace.units]
+    tasks = [asyncio.create_task(unit.run()) for unit in units]
+    await asyncio.wait(tasks, timeout=trace.span_s + limit_s)
+    for task in tasks:
+        task.cancel()
+    failures = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, Exception)]
+    if failures:
+        raise failures[0]
+    return _report(trace, units, time.perf_counter() - began_s)
 
 
 class _UnitClient:
     """One client with its unit: sends calls when those before them have ended and their tools have run."""
 
-    def __init__(self, unit: Unit, target: Target, session: aiohttp.ClientSession, began_s: float) -> None:
+    def __init__(self, unit: Unit, sender: Sender, began_s: float) -> None:
         self.unit = unit
-        self.delivered: dict[int, _Delivered] = {}
-        self._target = target
-        self._session = session
+        self.delivered: dict[int, Delivered] = {}
+        self._sender = sender
         self._began_s = began_s
 
     async def run(self) -> None:
@@ -98,8 +109,8 @@ class _UnitClient:
             return False
         if call.gap_s:
             await asyncio.sleep(call.gap_s)
-        delivered = self.delivered[position] = _Delivered(call)
-        await self._send(call, delivered)
+        delivered = self.delivered[position] = Delivered(call)
+        await self._sender.send(self.unit, call, delivered, self._now_s)
         return delivered.status == "finished"
 
     async def _sleep_until(self, at_s: float) -> None:
@@ -107,57 +118,6 @@ class _UnitClient:
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._began_s
-
-    async def _send(self, call: TraceCall, delivered: _Delivered) -> None:
-        body = self._body(call)
-        headers = {"x-tempo-app": self.unit.app} if self.unit.app else {}
-        url = f"{self._target.url}/v1/completions"
-        async with self._session.post(url, json=body, headers=headers) as response:
-            if response.status != 200:
-                text = await response.text()
-                if response.status not in _REFUSED:
-                    raise RuntimeError(f"{call.request_id}: {response.status} {text[:200]}")
-                delivered.status = _REFUSED[response.status]  # type: ignore[assignment]
-                return
-            if body["stream"]:
-                await self._read_stream(response, delivered)
-            else:
-                answer = json.loads(await response.read())
-                delivered.tokens = int(answer["usage"]["completion_tokens"])
-                delivered.times_s = [self._now_s()]
-        delivered.status = "finished" if delivered.tokens == call.output_tokens else "expired"
-
-    async def _read_stream(self, response: aiohttp.ClientResponse, delivered: _Delivered) -> None:
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            choices = event.get("choices") or []
-            tokens = len(choices[0].get("token_ids") or ()) if choices else 0
-            if tokens:
-                delivered.tokens += tokens
-                delivered.times_s.extend([self._now_s()] * tokens)
-
-    def _body(self, call: TraceCall) -> dict[str, Any]:
-        body = {
-            "model": self._target.model,
-            "prompt": prompt_of(call),
-            "max_tokens": call.output_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": False,
-        }
-        if self.unit.tenant:
-            body["user"] = self.unit.tenant
-        match self.unit.slo:
-            case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
-                slo = {"ttft_ms": 1000 * ttft_s, "tbt_ms": 1000 * tbt_s}
-                return {**body, "stream": True, "return_token_ids": True, "slo": slo}
-            case Deadline(ttlt_s=ttlt_s):
-                left_s = self.unit.arrival_s + ttlt_s - self._now_s()
-                return {**body, "slo": {"ttlt_ms": max(1.0, 1000 * left_s)}}
-            case _:
-                return {**body, "service_tier": "flex"}
 
     def outcome(self) -> UnitOutcome:
         """Judged by what was delivered, as the simulator judges."""
@@ -173,6 +133,68 @@ class _UnitClient:
         if not isinstance(self.unit.slo, Latency):
             return []
         return [np.diff(one.times_s) for one in self.delivered.values() if len(one.times_s) > 1]
+
+
+class HttpSender:
+    """Over HTTP, as any client of the OpenAI API."""
+
+    def __init__(self, target: Target, session: aiohttp.ClientSession) -> None:
+        self._target = target
+        self._session = session
+
+    async def send(self, unit: Unit, call: TraceCall, delivered: Delivered, now_s: Callable[[], float]) -> None:
+        """One request to /v1/completions."""
+        body = self._body(unit, call, now_s())
+        headers = {"x-tempo-app": unit.app} if unit.app else {}
+        url = f"{self._target.url}/v1/completions"
+        async with self._session.post(url, json=body, headers=headers) as response:
+            if response.status != 200:
+                text = await response.text()
+                if response.status not in _REFUSED:
+                    raise RuntimeError(f"{call.request_id}: {response.status} {text[:200]}")
+                delivered.status = _REFUSED[response.status]  # type: ignore[assignment]
+                return
+            if body["stream"]:
+                await self._read_stream(response, delivered, now_s)
+            else:
+                answer = json.loads(await response.read())
+                delivered.tokens = int(answer["usage"]["completion_tokens"])
+                delivered.times_s = [now_s()]
+        delivered.status = "finished" if delivered.tokens == call.output_tokens else "expired"
+
+    async def _read_stream(
+        self, response: aiohttp.ClientResponse, delivered: Delivered, now_s: Callable[[], float]
+    ) -> None:
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            choices = event.get("choices") or []
+            tokens = len(choices[0].get("token_ids") or ()) if choices else 0
+            if tokens:
+                delivered.tokens += tokens
+                delivered.times_s.extend([now_s()] * tokens)
+
+    def _body(self, unit: Unit, call: TraceCall, at_s: float) -> dict[str, Any]:
+        body = {
+            "model": self._target.model,
+            "prompt": prompt_of(call),
+            "max_tokens": call.output_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": False,
+        }
+        if unit.tenant:
+            body["user"] = unit.tenant
+        match unit.slo:
+            case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+                slo = {"ttft_ms": 1000 * ttft_s, "tbt_ms": 1000 * tbt_s}
+                return {**body, "stream": True, "return_token_ids": True, "slo": slo}
+            case Deadline(ttlt_s=ttlt_s):
+                left_s = unit.arrival_s + ttlt_s - at_s
+                return {**body, "slo": {"ttlt_ms": max(1.0, 1000 * left_s)}}
+            case _:
+                return {**body, "service_tier": "flex"}
 
 
 def prompt_of(call: TraceCall) -> list[int]:
