@@ -562,7 +562,9 @@ class StepPlanner:
         cap = self.step_cap_s or rule.cap_s or self._cap_s(rule.cap_share)
         slack_s = self._least_slack_s(now_s)
         decodes = len(self._decoding)
-        fits = self._steps.budget_tokens(min(cap, slack_s), decodes, self._context_tokens + decodes)
+        # Steps of which the model is far off may take as long as nine in ten of them did lately.
+        margin = max(1.0, self._steps.upper_ratio) if self._steps.is_unsure else 1.0
+        fits = self._steps.budget_tokens(min(cap, slack_s) / margin, decodes, self._context_tokens + decodes)
         free = int(self._steps.pace().knee_tokens) - decodes
         return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
 

@@ -3,12 +3,13 @@
 import pytest
 
 from tempo_router.config import SchedulingConfig
+from tempo_router.events import StepReport
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import Standing
-from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
+from tempo_router.step_planner import LEAST_CHUNK, LiveCall, StepPlan, StepPlanner
 from tempo_router.step_time import StepTimeModel
 from tests.builders import BACKGROUND, CHAT, TOOL, request
 
@@ -101,3 +102,18 @@ def test_a_stream_that_became_a_deadline_no_longer_bounds_the_step(planner):
 
     assert planner._cap_s(0.5) == pytest.approx(0.05)
     assert call.spec.slo == TOOL
+
+
+def test_while_the_step_times_are_unsure_steps_keep_a_margin(planner):
+    """Equal steps take one time 0.1 s and the next 0.5 s, for more than a minute: no fit is right about that."""
+    planner.step_cap_s = 0.4
+    steps = planner._steps
+    for number in range(2000):
+        steps.observe(StepReport(0.5 if number % 2 else 0.1, 500, 0, 0, 125_000.0))
+        if steps.is_unsure:
+            break
+    assert steps.is_unsure
+
+    assert steps.upper_ratio > 1.2
+    assert planner._capped_budget(1.0) == steps.budget_tokens(0.4 / steps.upper_ratio, 0, 0)
+    assert LEAST_CHUNK < planner._capped_budget(1.0) < steps.budget_tokens(0.4, 0, 0)
