@@ -59,6 +59,7 @@ try:
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     from workers import tempo_scheduler
+    from workers.vllm_start import inspect_models_here
 except ImportError as e:
     raise EngineVersionError(f"vLLM cannot be used: {e}; install one of the tested versions (see README)") from e
 
@@ -848,6 +849,7 @@ def _build_core(
         torch.Generator = _RewindingGenerator
         # torch read OMP_NUM_THREADS when it was imported; kernels take the count of the thread that calls them: this.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    inspect_models_here()
     vllm_arguments = AsyncEngineArgs(**arguments)
     config = vllm_arguments.create_engine_config()
     slots = config.scheduler_config.max_num_seqs
