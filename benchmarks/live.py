@@ -33,6 +33,7 @@ from typing import Any
 
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
+from benchmarks.live_truth import LiveEngine, engine_of, errors, simulated_row
 from benchmarks.servers import tempo_server
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
@@ -112,7 +113,9 @@ def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     if chosen["engine"] == "fcfs":
         engine_kwargs["scheduling_policy"] = "fcfs"
+    arguments: dict[str, Any] = {"record_events": str(events_log(policy, options))} if options.truth else {}
     return {
+        **arguments,
         "model": MODEL,
         "scheduling": {"policy": chosen["policy"], "hopeless": options.hopeless},
         "engine": {
@@ -121,6 +124,11 @@ def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "workers": {"replicas": options.workers},
     }
+
+
+def events_log(policy: str, options: argparse.Namespace) -> Path:
+    """Where the router of this policy records; the epoch is appended to the name."""
+    return Path(options.folder.absolute() / policy / "events.jsonl")
 
 
 Replay = Callable[[Trace, float], Report]
@@ -163,6 +171,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     digest = trace_digest(trace)
     folder = options.folder.absolute()
     rows: list[dict[str, Any]] = []
+    parts: list[Trace] = []
     with ExitStack() as stack:
         targets = _start(stack, folder, options)
         for name, served in targets.items():
@@ -195,10 +204,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         saturated_tokens_per_s=saturated,
                     )
                     rows.append(one)
+                    parts.append(part)
                     _print_row(one)
                     if options.json:
                         _write(options.json, rows, options)
-    return {"rows": rows, "summary": summary(rows)}
+    found: dict[str, Any] = {"rows": rows, "summary": summary(rows)}
+    if options.truth:
+        found["truth"] = truth(rows, parts, options)
+    if options.json:
+        _write(options.json, rows, options, truth=found.get("truth"))
+    return found
+
+
+def truth(rows: Sequence[dict[str, Any]], parts: Sequence[Trace], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every cell once more, simulated with the steps that its own engine made."""
+    engines: dict[str, LiveEngine] = {}
+    found = []
+    for live, part in zip(rows, parts, strict=True):
+        policy = live["policy"]
+        if policy not in engines:
+            log = events_log(policy, options)
+            newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
+            engines[policy] = engine_of(newest)
+        engine = engines[policy]
+        simulated = simulated_row(part, live, engine, POLICIES[policy]["policy"])
+        entry = {"policy": policy, "load": live["load"], "seed": live["seed"], "steps": engine.steps}
+        entry |= {"step_error": round(engine.step_error, 3), **errors(live, simulated)}
+        found.append(entry)
+        print(json.dumps(entry), flush=True)
+    return found
 
 
 def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str, Replay]:
@@ -267,10 +301,11 @@ def _print_row(one: dict[str, Any]) -> None:
     )
 
 
-def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, *, truth: Any = None) -> None:
     conditions = {name: str(value) for name, value in vars(options).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": conditions, "rows": rows, "summary": summary(rows)}, indent=1))
+    content = {"conditions": conditions, "rows": rows, "summary": summary(rows), "truth": truth}
+    path.write_text(json.dumps(content, indent=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -293,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backlog", type=int, default=20_000, help="output tokens by which load 1.0 is measured")
     parser.add_argument("--folder", type=Path, default=Path("bench-results/live"), help="for logs and the model")
     parser.add_argument("--json", type=Path, help="write the rows to this file as they come")
+    parser.add_argument("--truth", action="store_true", help="simulate every cell too, and report what differs")
     parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")
     options = parser.parse_args(arguments)
     if options.quick:
