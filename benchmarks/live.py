@@ -109,14 +109,15 @@ def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
         "max_model_len": 4096,
         "max_num_seqs": options.slots,
         "max_num_batched_tokens": options.step_tokens,
-        "kv_cache_memory_bytes": 256 * 1024 * 1024,
+        **({"kv_cache_memory_bytes": 256 * 1024 * 1024} if options.model == MODEL else {}),
+        **options.engine_kwargs,
     }
     if chosen["engine"] == "fcfs":
         engine_kwargs["scheduling_policy"] = "fcfs"
     arguments: dict[str, Any] = {"record_events": str(events_log(policy, options))} if options.truth else {}
     return {
         **arguments,
-        "model": MODEL,
+        "model": options.model,
         "scheduling": {"policy": chosen["policy"], "hopeless": options.hopeless},
         "engine": {
             "engine_kwargs": engine_kwargs,
@@ -191,7 +192,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         part,
                         trace=trace.name,
                         trace_digest=digest,
-                        profile=f"live {MODEL} x {options.workers} through {options.through}",
+                        profile=f"live {Path(options.model).name} x {options.workers} through {options.through}",
                         replicas=options.workers,
                         load=load,
                         policy=name,
@@ -248,7 +249,7 @@ def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[
             targets[name] = stack.enter_context(fleet_server(own, arguments_of(name, options))).replay
         else:
             server = stack.enter_context(tempo_server(own, arguments_of(name, options)))
-            targets[name] = partial(_over_http, Target(server.url, MODEL))
+            targets[name] = partial(_over_http, Target(server.url, options.model))
         print(f"{name} is up after {time.monotonic() - began_s:.0f} s", flush=True)
     return targets
 
@@ -315,6 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", type=lambda text: text.split(","), default=list(POLICIES))
     parser.add_argument("--loads", type=lambda text: [float(one) for one in text.split(",")], default=[0.75, 1.5])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default=MODEL, help="path or hub id")
+    parser.add_argument("--engine-kwargs", type=json.loads, default={}, help="further arguments of vLLM, as JSON")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--slots", type=int, default=8, help="sequences of one engine step")
     parser.add_argument("--step-tokens", type=int, default=512, help="vLLM's max_num_batched_tokens")

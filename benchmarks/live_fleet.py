@@ -41,10 +41,14 @@ def preload_vllm() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import transformers  # noqa: F401
     import vllm.v1.executor.uniproc_executor
-    import vllm.v1.worker.cpu_worker  # noqa: F401
     import xgrammar  # noqa: F401
+    from vllm.platforms import current_platform
 
     import workers.vllm_engine  # noqa: F401
+
+    # Only what initialises no device: children could not use one that their parent has opened.
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 @dataclass
