@@ -24,6 +24,7 @@ from cluster.codec import (
     header_from_spec,
     message_from_retune,
     message_from_standing,
+    retarget_message,
     spec_from_header,
     step_from_message,
 )
@@ -32,7 +33,7 @@ from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
 from tempo_router.event_log import Beginning, beginning_line, event_line
@@ -221,7 +222,7 @@ class RouterServer:
             self._failure = error
             raise
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: Action) -> None:  # noqa: C901  # one case per action
         match action:
             case Admit():
                 self._tell_verdict(action)
@@ -247,6 +248,10 @@ class RouterServer:
                 worker = self._workers.get(replica_id)
                 if worker is not None:
                     worker.outbox.merge(wire.RouterToWorker(retunes=[message_from_retune(action)]))
+            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
+                worker = self._workers.get(replica_id)
+                if worker is not None:
+                    worker.outbox.merge(wire.RouterToWorker(retargets=[retarget_message(dispatch_id, slo)]))
             case _:
                 assert_never(action)
 

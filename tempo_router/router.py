@@ -10,7 +10,7 @@ Who waits is in `waiting_line`, who runs in `fleet`; `dispatcher` moves requests
 from collections import Counter, deque
 from typing import assert_never
 
-from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retarget, Retune
 from tempo_router.backlog import expected_wait_s
 from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
@@ -34,7 +34,7 @@ from tempo_router.events import (
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
-from tempo_router.ledger import Ledger
+from tempo_router.ledger import Ledger, Program
 from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
 from tempo_router.policies.base import ColumnPolicy
@@ -71,6 +71,8 @@ plan over 250 requests comes at most every 0.02 s, over 2,500 every 0.1 s. On an
 P95 of the time to first token was 0.35 s with plans at most every 0.1 s, and is 0.30 s, at equal goodput."""
 _MOST_PLANNED = 1024
 """Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
+_MOVED_S = 1e-3
+"""Less is what clocks and roundings do to a deadline that every call states anew."""
 _FIRST_MEAN_LENGTH = 230.0
 _MEAN_LENGTH_SMOOTHING = 0.002
 
@@ -239,7 +241,7 @@ class RouterCore:
                 return
         actions.append(self._admission(request))
         self._retire(spec.request_id, actions)
-        self._begin_waiting(request)
+        self._begin_waiting(request, actions)
 
     def _new_waiting(self, spec: RequestSpec) -> WaitingRequest:
         lengths = self._lengths.lookup(spec)
@@ -286,11 +288,15 @@ class RouterCore:
             _, probability = expected_good(spec, request.lengths, pace, self._now_s + wait_s)
         return Admit(spec.request_id, spec.attempt, wait_s, probability)
 
-    def _begin_waiting(self, request: WaitingRequest) -> None:
+    def _begin_waiting(self, request: WaitingRequest, actions: list[Action]) -> None:
         spec = request.spec
         self._groups.entered(spec)
+        before = self._ledger.program(spec)
+        known_s = before.deadline_s if before is not None else None
         self._ledger.arrived(request)
         program = self._ledger.program(spec)
+        if program is not None and known_s is not None and abs(program.deadline_s - known_s) > _MOVED_S:
+            self._retarget(program, actions)
         is_new = program is None or (program.done_calls == 0 and len(program.live) == 1)
         if program is not None:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
@@ -300,6 +306,13 @@ class RouterCore:
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
         self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+
+    def _retarget(self, program: Program, actions: list[Action]) -> None:
+        """The program's deadline moved with its newest call: those that run hear of it."""
+        for job in program.live.values():
+            if isinstance(job, Call) and not job.is_aborted and job.replica.capacity.has_step_planner:
+                slo = ProgramCall(program.program_id, program.deadline_s - job.spec.arrival_s)
+                actions.append(Retarget(job.replica.replica_id, job.dispatch_id, slo))
 
     def _retire(self, request_id: RequestId, actions: list[Action]) -> None:
         """The owner gave this request up, or its attempt was overtaken: it neither waits nor runs from now on."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError, TempoError
 from tempo_router.events import (
@@ -348,6 +348,8 @@ class _Run:
                 self._dispatch(action)
             case Retune(replica_id=replica_id, standings=standings, step_cap_s=step_cap_s):
                 self._replicas[replica_id].retune(standings, step_cap_s)
+            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
+                self._replicas[replica_id].planner.retarget(dispatch_id, slo)
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
                 self._replicas[replica_id].abort(dispatch_id)
                 self._at(self._now_s, self._wake, self._replicas[replica_id])

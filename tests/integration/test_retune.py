@@ -11,7 +11,7 @@ from cluster.codec import retarget_message
 from cluster.embedded_redis import start_embedded_redis
 from cluster.redis_store import RedisStore
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
-from tempo_router.request import Deadline, DispatchId, Latency
+from tempo_router.request import Deadline, DispatchId, Latency, ProgramCall, ProgramId, Slo
 from tempo_router.standing import Standing
 from tests.fleet import Fleet, call, eventually, submit
 from workers.call_facts import News
@@ -106,3 +106,21 @@ async def test_a_moved_target_reaches_the_engine_and_stays_with_the_call(fleet: 
     assert (update.request_id, update.slo) == ("one", Deadline(9.0))
     (running,) = worker.hello().hello.running
     assert running.header.deadline.ttlt_s == 9.0
+
+
+async def test_a_program_whose_newest_call_is_in_a_hurry_hurries_the_calls_that_run(fleet: Fleet):
+    """The deadline is the program's; every call states it anew, and the last word counts for all."""
+    program = ProgramId("p")
+    client, engine = fleet.clients[0], engine_of(next(iter(fleet.workers.values())))
+    await submit(client, call("one", output_tokens=3000, slo=ProgramCall(program, 60.0)))
+    await eventually(lambda: bool(getattr(engine, "calls", [])), "the first call is in the engine")
+    await submit(client, call("two", output_tokens=3000, slo=ProgramCall(program, 20.0)))
+
+    def moved() -> list[Slo]:
+        news = [update for news in getattr(engine, "news", []) for update in news.updates]
+        return [update.slo for update in news if update.request_id == "one" and update.slo is not None]
+
+    await eventually(lambda: bool(moved()), "the first call hears of it")
+    (slo,) = moved()
+    assert isinstance(slo, ProgramCall)
+    assert 20.0 < slo.ttlt_s < 40.0, "20 s from now, counted from its own arrival"
