@@ -25,7 +25,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -142,16 +142,38 @@ def saturated_tokens_per_s(trace: Trace, served: Replay, tokens: int) -> float:
     tokens: about so many are sent, twice: all at once to see how fast they are worked off, then OVERLOAD times as fast
     as that. As in the simulator's benchmark, which says why.
     """
+    part = without_targets(first_tokens(trace, tokens))
+    worked_off = output_rate(served(with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
+    flood = transform.faster(part, OVERLOAD * worked_off / recorded_tokens_per_s(part))
+    return output_rate(served(with_names(flood, "flood-"), 600.0).units, STEADY)
+
+
+def first_tokens(trace: Trace, tokens: int) -> Trace:
+    """The first units, until their answers have so many tokens together."""
     total, units = 0, []
     for unit in trace.units:
         if total >= tokens:
             break
         units.append(unit)
         total += unit.output_tokens
-    part = without_targets(Trace(trace.name, tuple(units)))
-    worked_off = output_rate(served(with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
-    flood = transform.faster(part, OVERLOAD * worked_off / recorded_tokens_per_s(part))
-    return output_rate(served(with_names(flood, "flood-"), 600.0).units, STEADY)
+    return Trace(trace.name, tuple(units))
+
+
+def saturation(trace: Trace, targets: Mapping[str, Replay], rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Tokens/s of a backlog in which nobody has a target, every policy in turn; and over that of the first."""
+    part = without_targets(first_tokens(trace, tokens))
+    rates: dict[str, list[float]] = {name: [] for name in targets}
+    for number in range(rounds):
+        for name in sorted(targets, reverse=bool(number % 2)):
+            report = targets[name](with_names(backlog(part), f"saturation-{number}-"), 600.0)
+            rates[name].append(output_rate(report.units, STEADY))
+    first = next(iter(targets))
+    found = []
+    for name, own in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(own, rates[first], strict=True)]
+        found.append({"policy": name, "tokens_per_s": _spread(own), f"over_{first}": _spread(ratios)})
+        print(json.dumps(found[-1]), flush=True)
+    return found
 
 
 def offered(trace: Trace, load: float, saturated: float, seconds: float, seed: int) -> Trace:
@@ -181,6 +203,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         reference = targets.get("fcfs") or next(iter(targets.values()))
         saturated = options.saturated or saturated_tokens_per_s(with_names(trace, "full-"), reference, options.backlog)
         print(f"load 1.0 is {saturated:.0f} output tokens/s", flush=True)
+        found: dict[str, Any] = {}
+        if options.saturation:
+            found["saturation"] = saturation(trace, targets, options.saturation, options.backlog)
         for seed in range(options.seeds):
             for load in options.loads:
                 part = offered(trace, load, saturated, options.seconds, seed)
@@ -209,12 +234,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     _print_row(one)
                     if options.json:
                         _write(options.json, rows, options)
-    found: dict[str, Any] = {"rows": rows, "summary": summary(rows)}
     if options.truth:
         found["truth"] = truth(rows, parts, options)
     if options.json:
-        _write(options.json, rows, options, truth=found.get("truth"))
-    return found
+        _write(options.json, rows, options, **found)
+    return {"rows": rows, "summary": summary(rows), **found}
 
 
 def truth(rows: Sequence[dict[str, Any]], parts: Sequence[Trace], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -302,10 +326,10 @@ def _print_row(one: dict[str, Any]) -> None:
     )
 
 
-def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, *, truth: Any = None) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, **found: Any) -> None:
     conditions = {name: str(value) for name, value in vars(options).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"conditions": conditions, "rows": rows, "summary": summary(rows), "truth": truth}
+    content = {"conditions": conditions, "rows": rows, "summary": summary(rows), **found}
     path.write_text(json.dumps(content, indent=1))
 
 
@@ -331,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backlog", type=int, default=20_000, help="output tokens by which load 1.0 is measured")
     parser.add_argument("--folder", type=Path, default=Path("bench-results/live"), help="for logs and the model")
     parser.add_argument("--json", type=Path, help="write the rows to this file as they come")
+    parser.add_argument("--saturation", type=int, default=0, help="rounds of a backlog without targets, first")
     parser.add_argument("--truth", action="store_true", help="simulate every cell too, and report what differs")
     parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")
     options = parser.parse_args(arguments)
