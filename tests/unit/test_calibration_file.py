@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tempo_router.config import EngineConfig
-from tempo_router.step_time import Coefficients, StepTimeModel
+from tempo_router.step_time import Coefficients
 from workers.calibration import Calibration, CalibrationFile, measure
 from workers.call_facts import News
 from workers.engine import EngineStep
@@ -64,8 +64,4 @@ async def test_the_sweep_goes_from_one_short_prompt_to_full_steps_and_leaves_not
     assert {report.decodes for report in reports} >= {0, 1, 2, 8}
     assert max(report.prefill_tokens for report in reports) > 200
     assert [news.step_cap_s for news in told] == [30.0, None]
-    model = StepTimeModel()
-    for report in reports:
-        model.observe(report)
-    assert model.relative_error < 0.3
     assert Counter(report.prefill_tokens > 0 for report in reports)[True] > 10
