@@ -20,6 +20,8 @@ _TRUSTED = 8
 """So many programs of an application and deadline make its own statistics better than the application's; and so many
 that ended a stage tell what follows it."""
 
+_LIKELY = 0.5
+
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
 
@@ -140,6 +142,24 @@ class ProgramHistory:
             numbered(None if one is None else (one.app, one.bucket, one.stage), len(number_of)) for one in programs
         ]
         return [NOTHING if outline is None else self._forecast(outline) for outline in number_of], numbers
+
+    def shares_ahead(self, program: Program) -> list[float]:
+        """How the stages that are expected to come share their time, in order; as many as are likelier than not."""
+        own, general = self._of(program.app, program.bucket)
+        shares: list[float] = []
+        reached = 1.0
+        for number in range(program.stage, min(len(general), _MAX_STAGES)):
+            stage = _trusted(own, general, number)
+            if number > program.stage:
+                shares.append(max(stage.chain_tokens.value, 1.0))
+            reached *= stage.follows.value
+            if reached < _LIKELY:
+                break
+        return shares
+
+    def match(self, program: Program) -> dict[str, object]:
+        """How a program is foretold, for who asks."""
+        return {"kind": "stage means", "app": program.app, "stage": program.stage}
 
     def _forecast(self, outline: _Outline) -> Forecast:
         known = self._forecasts.get(outline)

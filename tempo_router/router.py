@@ -23,6 +23,7 @@ from tempo_router.events import (
     Event,
     Predicted,
     ProgramFinished,
+    ProgramRelegated,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -35,12 +36,14 @@ from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
 from tempo_router.ledger import Ledger
+from tempo_router.outlook import outlook
 from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
 from tempo_router.policies.base import ColumnPolicy
 from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.program_history import ProgramHistory
+from tempo_router.program_view import Outlook
 from tempo_router.replicas import Call, Replica
 from tempo_router.request import (
     BestEffort,
@@ -157,6 +160,8 @@ class RouterCore:
                 self._on_predicted(event)
             case ProgramFinished(program_id=program_id, is_complete=is_complete):
                 self._on_program_finished(program_id, is_complete)
+            case ProgramRelegated(program_id=program_id):
+                self._on_program_relegated(program_id, actions)
             case Settled():
                 self._is_settled = True
             case DrainStarted():
@@ -187,6 +192,17 @@ class RouterCore:
     def ledger(self) -> Ledger:
         """Programs in progress and tenants."""
         return self._ledger
+
+    def outlook(self, program_id: ProgramId, left_s: float | None) -> Outlook | None:
+        """What is expected of a program whose calls came here; None for others. left_s: until its deadline."""
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return None
+        history = self._history
+        return outlook(
+            list(program.live.values()), history.forecast(program), history.shares_ahead(program), self._steps.pace(),
+            wait_s=history.wait_s, left_s=left_s, pattern=history.match(program),
+        )  # fmt: skip
 
     def lengths_of(self, request_id: RequestId) -> Lengths:
         """What is known of the answer's length of a request that waits or runs. Raises KeyError for others."""
@@ -317,7 +333,7 @@ class RouterCore:
     def _take_back(self, call: Call, actions: list[Action]) -> None:
         """A call that waits in its engine can no longer meet its SLO: it ends, or goes on as best effort."""
         spec = call.spec
-        if self._config.hopeless == "refuse" and not spec.generated_tokens:
+        if self._config.hopeless == "refuse" and not call.generated_tokens:
             self._retire(spec.request_id, actions)
             actions.append(Expire(spec.request_id))
             return
@@ -355,6 +371,19 @@ class RouterCore:
         program = self._ledger.program_ended(program_id, is_complete=is_complete)
         if program is not None:
             self._history.program_ended(program, is_complete=is_complete)
+
+    def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return
+        program.is_lost = True
+        for job in list(program.live.values()):
+            if isinstance(job, WaitingRequest):
+                if not job.is_relegated:
+                    self._dispatcher.give_up(job, self._context(), actions)
+            elif isinstance(job, Call) and not job.is_aborted:
+                # A plan may have put it last already; its client has not been told.
+                self._take_back(job, actions)
 
     # ---- replicas ----
 
