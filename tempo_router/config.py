@@ -244,6 +244,32 @@ class IngressConfig(StrictModel):
     drain_timeout_s: float = Field(60.0, ge=0, description="longest wait for open streams at the stop (guessed)")
 
 
+IdentitySource = Literal["session", "openai", "trace", "prefix"]
+
+
+class ProgramsConfig(StrictModel):
+    """Programs: calls that share one deadline, and how they are recognised and remembered."""
+
+    identify_by: tuple[IdentitySource, ...] = Field(
+        ("session", "openai", "trace"),
+        description="what tells, beside our own headers, which program a call belongs to: session and agent headers, "
+        "OpenAI's conversation fields, W3C trace context, or a prompt that continues an earlier one",
+    )
+    max_programs: int = Field(100_000, gt=0, description="programs in progress; beyond it new ones get 503 (guessed)")
+    keep_s: float = Field(
+        600.0, gt=0, description="how long a program is kept after its deadline, or its last call without one (guessed)"
+    )
+    max_unwritten: int = Field(
+        20_000,
+        gt=0,
+        description="changes of programs that wait while Redis is away; beyond it new programs get 503 (guessed)",
+    )
+    max_patterns: int = Field(5000, gt=0, le=100_000, description="finished programs that later ones are compared with")
+    pattern_age_s: float = Field(
+        14 * 24 * 3600.0, gt=0, description="older finished programs are no longer compared with (guessed)"
+    )
+
+
 class TransportConfig(StrictModel):
     """The gRPC streams between router, ingress and workers."""
 
@@ -291,6 +317,7 @@ class TempoConfig(StrictModel):
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
     ingress: IngressConfig = IngressConfig()
+    programs: ProgramsConfig = ProgramsConfig()
     transport: TransportConfig = TransportConfig()
 
     @model_validator(mode="after")
