@@ -36,6 +36,11 @@ def header_from_spec(spec: RequestSpec, now_s: float) -> wire.RequestHeader:
         prompt_tokens=spec.prompt_tokens,
         max_output_tokens=spec.max_output_tokens,
         generated_tokens=spec.generated_tokens,
+        stage=spec.stage,
+        prefix_id=spec.prefix_id,
+        prefix_tokens=spec.prefix_tokens,
+        program_id=spec.program_id,
+        call_id=spec.call_id,
     )
     match spec.slo:
         case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
@@ -69,6 +74,11 @@ def spec_from_header(header: wire.RequestHeader, now_s: float) -> RequestSpec:
         tier=header.tier,
         attempt=header.attempt,
         generated_tokens=header.generated_tokens,
+        stage=header.stage,
+        prefix_id=header.prefix_id,
+        prefix_tokens=header.prefix_tokens,
+        program_id=header.program_id,
+        call_id=header.call_id,
     )
 
 

@@ -22,10 +22,13 @@ from cluster import wire_pb2_grpc
 from cluster.codec import header_from_spec
 from cluster.link import Link, RefusedError
 from tempo_router.config import TransportConfig
-from tempo_router.errors import RequestTooLargeError, RouterUnavailableError, TempoError
+from tempo_router.errors import ProgramError, RequestTooLargeError, RouterUnavailableError, TempoError
 from tempo_router.request import RequestId, RequestSpec
 
 log = structlog.get_logger()
+
+MOST_ASKED = 50_000
+"""Operations on programs that are kept for a later router, at most. Guessed."""
 
 ROUTER_LOST = "no router answered; the request was not taken"
 
@@ -51,6 +54,14 @@ class OpenRequest:
     worker_id: str | None = None
 
 
+@dataclass(slots=True)
+class _Asked:
+    """An operation on programs. answer: None when nobody waits for one."""
+
+    message: wire.ProgramOp
+    answer: asyncio.Future[bytes] | None
+
+
 class LinkListener(Protocol):
     """Who reads the frames. Called on the event loop."""
 
@@ -68,6 +79,10 @@ class LinkListener(Protocol):
 
     def expired(self, request_id: RequestId) -> None:
         """The request was dropped from the queue; the link has forgotten it."""
+        ...
+
+    def program_cancelled(self, request_id: RequestId) -> None:
+        """The request belongs to a program that was cancelled; the link has forgotten it."""
         ...
 
 
@@ -102,6 +117,8 @@ class IngressLink:
             ends=_RouterEnds(self),
             transport=transport,
         )
+        self._asked: dict[str, _Asked] = {}
+        self._asked_ids = itertools.count(1)
         self._workers: dict[str, _WorkerLink] = {}
         self._utility_ids = itertools.count(1)
         self._has_worker = asyncio.Event()
@@ -208,6 +225,56 @@ class IngressLink:
         self._abort_at(worker_id, attempt_id)
         return None
 
+    # ---- programs ----
+
+    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+        """Have an operation on programs carried out and wait for its result, both JSON.
+
+        Raises ProgramError, or RouterUnavailableError when no router answers in time. What was sent is carried out
+        all the same when a router comes.
+        """
+        asked = self._ask(kind, body, asyncio.get_running_loop().create_future())
+        assert asked.answer is not None
+        try:
+            async with asyncio.timeout(self._router_wait_s):
+                return await asyncio.shield(asked.answer)
+        except TimeoutError:
+            raise RouterUnavailableError(f"{ROUTER_LOST} within {self._router_wait_s} s") from None
+
+    def tell_programs(self, kind: str, body: bytes) -> None:
+        """Have an operation carried out that nobody waits for; it is kept until it is stored."""
+        self._ask(kind, body, None)
+
+    @property
+    def unstored_operations(self) -> int:
+        """Operations on programs that a new router would be told again."""
+        return len(self._asked)
+
+    def _ask(self, kind: str, body: bytes, answer: "asyncio.Future[bytes] | None") -> _Asked:
+        message = wire.ProgramOp(op_id=f"{self.ingress_id}:{next(self._asked_ids)}", kind=kind, body=body)
+        asked = self._asked[message.op_id] = _Asked(message, answer)
+        if len(self._asked) > MOST_ASKED:
+            # A router that has been away for so long, or a Redis: the oldest news are of no use to anyone any more.
+            oldest = self._asked.pop(next(iter(self._asked)))
+            log.warning("program_news_dropped", kind=oldest.message.kind)
+        self._to_router(wire.IngressToRouter(program_ops=[message]))
+        return asked
+
+    def _on_program_answer(self, answer: wire.ProgramAnswer) -> None:
+        asked = self._asked.get(answer.op_id)
+        if asked is None:
+            return
+        if answer.is_stored:
+            del self._asked[answer.op_id]
+        if asked.answer is None or asked.answer.done():
+            return
+        if answer.error_code:
+            asked.answer.set_exception(ProgramError(answer.error_code, answer.error, answer.field))  # type: ignore[arg-type]
+            # Whoever asked may have left.
+            asked.answer.exception()
+        elif answer.HasField("result"):
+            asked.answer.set_result(answer.result)
+
     async def call_utility(self, call: bytes) -> list[tuple[bytes, ...]]:
         """Run an administrative call on every attached worker. Raises TempoError if there is none, or on a failure."""
         workers = [worker for worker in self._workers.values() if worker.link.is_open]
@@ -273,7 +340,9 @@ class IngressLink:
         self._epoch = answer.hello.epoch
 
     def router_ready(self) -> None:
-        """The stream is open: what waits goes to this router, oldest first."""
+        """The stream is open: what waits goes to this router, oldest first, programs before their requests."""
+        for asked in self._asked.values():
+            self._to_router(wire.IngressToRouter(program_ops=[asked.message]))
         waiting = [request for request in self.open.values() if request.worker_id is None]
         for request in sorted(waiting, key=lambda request: request.spec.arrival_s):
             self._send_submit(request)
@@ -292,6 +361,11 @@ class IngressLink:
         for request_id in message.expired:
             if self.open.pop(RequestId(request_id), None) is not None:
                 self._listener.expired(RequestId(request_id))
+        for request_id in message.cancelled:
+            if self.open.pop(RequestId(request_id), None) is not None:
+                self._listener.program_cancelled(RequestId(request_id))
+        for answer in message.program_answers:
+            self._on_program_answer(answer)
         if message.HasField("workers"):
             self._set_workers(message.workers)
 

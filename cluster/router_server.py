@@ -22,6 +22,8 @@ from cluster.codec import capacity_from_facts, header_from_spec, spec_from_heade
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
+from cluster.program_desk import ProgramDesk
+from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
@@ -43,7 +45,9 @@ from tempo_router.events import (
     Ticked,
 )
 from tempo_router.prediction import LengthHistograms
-from tempo_router.request import DispatchId, ReplicaId, RequestId
+from tempo_router.program_graph import ProgramGraph
+from tempo_router.program_view import Outlook
+from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
@@ -96,6 +100,9 @@ class RouterServer:
         self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
         self._is_settled = False
         self._is_stopping = False
+        self._programs: ProgramDesk | None = None
+        self._program_of: dict[RequestId, str] = {}
+        self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -109,12 +116,14 @@ class RouterServer:
         self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
+        self._programs = await self._open_desk()
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
         self.address = f"{self._host}:{port}"
-        for loop in (self._settle, self._tick, self._keep_lease, self._keep_lengths):
-            self._tasks.append(asyncio.create_task(loop(), name=loop.__name__))
+        loops = (self._settle, self._tick, self._keep_lease, self._keep_lengths)
+        for loop in (*loops, self._programs.writer.run, self._programs.sweep, self._forget_lost_owners):
+            self._tasks.append(asyncio.create_task(loop(), name=loop.__qualname__))
         if self._estimates is not None:
             self._tasks.append(asyncio.create_task(self._estimates.run(), name="estimates of lengths"))
         log.info("router_started", address=self.address, epoch=self.epoch)
@@ -130,6 +139,8 @@ class RouterServer:
             self._estimates.close()
         await self._server.stop(grace=0.2)
         try:
+            if self._programs is not None:
+                await self._programs.stop()
             await self._save_lengths()
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, LeaseLostError) as error:
@@ -153,7 +164,8 @@ class RouterServer:
         if self._failure is not None:
             return self._failure
         for task in self._tasks:
-            if task.done() and not task.cancelled() and (task is not self._tasks[0] or task.exception() is not None):
+            is_once = task.get_name().endswith(("_settle", "_forget_lost_owners"))
+            if task.done() and not task.cancelled() and (not is_once or task.exception() is not None):
                 return task.exception() or RuntimeError(f"the router's {task.get_name()} ended")
         return None
 
@@ -181,8 +193,29 @@ class RouterServer:
             "dispatched": len(self._dispatched),
             "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
             "workers": list(self._workers),
+            "programs": self._programs_snapshot(),
             "core": self._core.snapshot(),
             "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
+        }
+
+    @property
+    def programs(self) -> ProgramDesk:
+        """Programs in progress; there once `start` has returned."""
+        if self._programs is None:
+            raise InvalidEventError("the router has not started: it knows no programs yet")
+        return self._programs
+
+    def _programs_snapshot(self) -> dict[str, Any]:
+        desk = self._programs
+        if desk is None:
+            return {"live": 0, "unwritten": 0, "is_store_away": False}
+        writer = desk.writer
+        return {
+            "live": len(desk.book),
+            "unwritten": writer.waiting,
+            "is_store_away": writer.is_away,
+            "written": writer.written,
+            "round_trips": writer.round_trips,
         }
 
     # ---- the core ----
@@ -267,6 +300,12 @@ class RouterServer:
 
     def _forget(self, request_id: RequestId) -> None:
         self._owners.pop(request_id, None)
+        program_id = self._program_of.pop(request_id, None)
+        if program_id is not None:
+            members = self._of_program[program_id]
+            members.discard(request_id)
+            if not members:
+                del self._of_program[program_id]
         self._payloads.pop(request_id, None)
         if not self._owners:
             self._empty.set()
@@ -285,6 +324,12 @@ class RouterServer:
         self._announce_workers()
         for session in self._ingresses.values():
             self._evict_unknown(session)
+        self.programs.settled()
+
+    async def _forget_lost_owners(self) -> None:
+        """Ingresses that went while there was no router never come back: what they served is over."""
+        await asyncio.sleep(self._config.scheduling.settle_s + INGRESS_GRACE_S)
+        self.programs.owners_gone(self._ingresses)
 
     async def _tick(self) -> None:
         while True:
@@ -331,6 +376,30 @@ class RouterServer:
                 return LengthHistograms()
         return lengths
 
+    async def _open_desk(self) -> ProgramDesk:
+        config = self._config.programs
+        store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
+        desk = ProgramDesk(
+            config, store, fence=self.epoch, handle=self.handle, tell=self._tell_ingress,
+            cancel_calls=self._cancel_program, outlook=self._outlook,
+        )  # fmt: skip
+        await desk.restore()
+        return desk
+
+    def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
+        return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
+
+    def _tell_ingress(self, ingress_id: str, answer: wire.ProgramAnswer) -> None:
+        session = self._ingresses.get(ingress_id)
+        if session is not None and session.is_connected:
+            session.outbox.merge(wire.RouterToIngress(program_answers=[answer]))
+
+    def _cancel_program(self, program_id: str) -> None:
+        """End all requests of a program; their ingresses tell the clients."""
+        for request_id in list(self._of_program.get(program_id, ())):
+            self._tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
+            self._cancel(request_id)
+
     async def _start_estimates(self) -> LengthEstimates:
         estimates = LengthEstimates(self._config.scheduling, drain=self._core.drain_samples, on_predicted=self.handle)
         saved = await self._store.load_snapshot(ANSWERS_SNAPSHOT)
@@ -368,7 +437,7 @@ class RouterServer:
             session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for header in hello.streaming:
-            self._owners[RequestId(header.request_id)] = session.ingress_id
+            self._own(spec_from_header(header, time.monotonic()), session.ingress_id)
         if self._is_settled:
             self._evict_unknown(session)
         return session
@@ -396,14 +465,22 @@ class RouterServer:
         now_s = time.monotonic()
         for worker_id in message.unreachable_workers:
             self._unreachable(session, ReplicaId(worker_id))
+        for op in message.program_ops:
+            self.programs.asked(session.ingress_id, op)
         for submit in message.submits:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
 
+    def _own(self, spec: RequestSpec, ingress_id: str) -> None:
+        self._owners[spec.request_id] = ingress_id
+        if spec.program_id:
+            self._program_of[spec.request_id] = spec.program_id
+            self._of_program.setdefault(spec.program_id, set()).add(spec.request_id)
+
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = spec_from_header(submit.header, now_s)
-        self._owners[spec.request_id] = session.ingress_id
+        self._own(spec, session.ingress_id)
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
         self.handle(Arrived(now_s, spec))
@@ -435,6 +512,7 @@ class RouterServer:
     def _ingress_gone(self, session: IngressSession) -> None:
         log.info("ingress_gone", ingress_id=session.ingress_id)
         self._cancel_unlisted(session, set())
+        self.programs.ingress_gone(session.ingress_id)
         del self._ingresses[session.ingress_id]
 
     def _worker_set(self) -> wire.WorkerSet:
@@ -478,7 +556,7 @@ class RouterServer:
         for call in hello.running:
             dispatch_id = DispatchId(call.dispatch_id)
             spec = spec_from_header(call.header, now_s)
-            self._owners.setdefault(spec.request_id, call.ingress_id)
+            self._own(spec, self._owners.get(spec.request_id, call.ingress_id))
             self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))

@@ -120,6 +120,11 @@ class RequestHeader(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    PREFIX_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     group_id: _builtins.str
@@ -132,6 +137,11 @@ class RequestHeader(_message.Message):
     prompt_tokens: _builtins.int
     max_output_tokens: _builtins.int
     generated_tokens: _builtins.int
+    stage: _builtins.int
+    prefix_id: _builtins.str
+    prefix_tokens: _builtins.int
+    program_id: _builtins.str
+    call_id: _builtins.str
     @_builtins.property
     def latency(self) -> Global___Latency: ...
     @_builtins.property
@@ -159,10 +169,15 @@ class RequestHeader(_message.Message):
         prompt_tokens: _builtins.int = ...,
         max_output_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
+        stage: _builtins.int = ...,
+        prefix_id: _builtins.str = ...,
+        prefix_tokens: _builtins.int = ...,
+        program_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "app", b"app", "attempt", b"attempt", "best_effort", b"best_effort", "deadline", b"deadline", "generated_tokens", b"generated_tokens", "group_id", b"group_id", "group_size", b"group_size", "latency", b"latency", "max_output_tokens", b"max_output_tokens", "model", b"model", "program", b"program", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "slo", b"slo", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "app", b"app", "attempt", b"attempt", "best_effort", b"best_effort", "call_id", b"call_id", "deadline", b"deadline", "generated_tokens", b"generated_tokens", "group_id", b"group_id", "group_size", b"group_size", "latency", b"latency", "max_output_tokens", b"max_output_tokens", "model", b"model", "prefix_id", b"prefix_id", "prefix_tokens", b"prefix_tokens", "program", b"program", "program_id", b"program_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "slo", b"slo", "stage", b"stage", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_slo: _TypeAlias = _typing.Literal["latency", "deadline", "program", "best_effort"]  # noqa: Y015
     _WhichOneofArgType_slo: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
@@ -278,6 +293,36 @@ class Cancel(_message.Message):
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
+class ProgramOp(_message.Message):
+    """Something asked of programs (tempo_router/program_ops.py and cluster/program_desk.py). It is sent again to every new
+    router until its answer says that it is stored, so it must bear being carried out twice.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    op_id: _builtins.str
+    kind: _builtins.str
+    body: _builtins.bytes
+    """JSON"""
+    def __init__(
+        self,
+        *,
+        op_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        body: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "kind", b"kind", "op_id", b"op_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgramOp: _TypeAlias = ProgramOp  # noqa: Y015
+
+@_typing.final
 class IngressToRouter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -285,6 +330,7 @@ class IngressToRouter(_message.Message):
     SUBMITS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_WORKERS_FIELD_NUMBER: _builtins.int
+    PROGRAM_OPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___IngressHello:
         """first message of a stream, alone"""
@@ -295,6 +341,8 @@ class IngressToRouter(_message.Message):
     def cancels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cancel]: ...
     @_builtins.property
     def unreachable_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def program_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramOp]: ...
     def __init__(
         self,
         *,
@@ -302,10 +350,11 @@ class IngressToRouter(_message.Message):
         submits: _abc.Iterable[Global___Submit] | None = ...,
         cancels: _abc.Iterable[Global___Cancel] | None = ...,
         unreachable_workers: _abc.Iterable[_builtins.str] | None = ...,
+        program_ops: _abc.Iterable[Global___ProgramOp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,6 +489,47 @@ class WorkerSet(_message.Message):
 Global___WorkerSet: _TypeAlias = WorkerSet  # noqa: Y015
 
 @_typing.final
+class ProgramAnswer(_message.Message):
+    """An operation can be answered twice: with its result, and when it is stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    IS_STORED_FIELD_NUMBER: _builtins.int
+    op_id: _builtins.str
+    result: _builtins.bytes
+    """JSON"""
+    error_code: _builtins.str
+    """errors.ProgramProblem; then error and field say what and where"""
+    error: _builtins.str
+    field: _builtins.str
+    is_stored: _builtins.bool
+    """nothing need be kept for a later router"""
+    def __init__(
+        self,
+        *,
+        op_id: _builtins.str = ...,
+        result: _builtins.bytes | None = ...,
+        error_code: _builtins.str = ...,
+        error: _builtins.str = ...,
+        field: _builtins.str = ...,
+        is_stored: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "error", b"error", "error_code", b"error_code", "field", b"field", "is_stored", b"is_stored", "op_id", b"op_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
+    _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
+
+Global___ProgramAnswer: _TypeAlias = ProgramAnswer  # noqa: Y015
+
+@_typing.final
 class RouterToIngress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -449,6 +539,8 @@ class RouterToIngress(_message.Message):
     RELEGATED_FIELD_NUMBER: _builtins.int
     EXPIRED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    PROGRAM_ANSWERS_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -465,6 +557,12 @@ class RouterToIngress(_message.Message):
     def workers(self) -> Global___WorkerSet:
         """present when the set changed, and right after hello"""
 
+    @_builtins.property
+    def program_answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramAnswer]: ...
+    @_builtins.property
+    def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """request ids of a program that was cancelled"""
+
     def __init__(
         self,
         *,
@@ -474,10 +572,12 @@ class RouterToIngress(_message.Message):
         relegated: _abc.Iterable[_builtins.str] | None = ...,
         expired: _abc.Iterable[_builtins.str] | None = ...,
         workers: Global___WorkerSet | None = ...,
+        program_answers: _abc.Iterable[Global___ProgramAnswer] | None = ...,
+        cancelled: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "expired", b"expired", "hello", b"hello", "relegated", b"relegated", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "relegated", b"relegated", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
