@@ -14,21 +14,27 @@ Nothing that a client wrote is ever put into a header, but for the names of tier
 
 import asyncio
 import json
+import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import structlog
 
-from deployments import openai_errors
+from deployments import openai_errors, program_api
 from deployments.openai_errors import ApiError
+from deployments.program_api import ProgramApi
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity, ProgramFields, first_answer, identify
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
-from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
+from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo, parse_tenant
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidSloError, RouterUnavailableError
-from tempo_router.request import slo_class
+from tempo_router.errors import InvalidSloError, ProgramError, RouterUnavailableError
+from tempo_router.program_ops import EndCall
+from tempo_router.request import BestEffort, ProgramCall, ProgramId, slo_class
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -70,6 +76,7 @@ _SERVICE_TIER = b'"service_tier":'
 # A client that is still sending when it is refused often never reads the answer; so the rest is read and dropped,
 # up to this many times the limit.
 _DRAINED_LIMITS = 8
+_RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 _TRUE_WORDS = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 logger = structlog.get_logger(__name__)
@@ -83,6 +90,12 @@ class _Fields(msgspec.Struct, gc=False):
     user: Any = None
     stream: Any = None
     prompt: msgspec.Raw = msgspec.Raw()
+    program: Any = None
+    metadata: Any = None
+    conversation: Any = None
+    previous_response_id: Any = None
+    background: Any = None
+    store: Any = None
 
 
 _fields_decoder = msgspec.json.Decoder(_Fields)
@@ -93,6 +106,7 @@ class HttpEdge:
     """The outermost ASGI application of an ingress.
 
     not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
+    programs: asks the router about programs; None: calls belong to none, and there is no /v1/programs.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
 
@@ -103,6 +117,7 @@ class HttpEdge:
         *,
         not_ready_because: WhyNot,
         not_alive_because: WhyNot = lambda: None,
+        programs: ProgramClient | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
@@ -115,6 +130,9 @@ class HttpEdge:
         self._not_alive_because = not_alive_because
         self._monotonic_s = monotonic_s
         self._epoch_s = epoch_s
+        self._identify_by = config.programs.identify_by
+        self._programs = programs
+        self._program_api = ProgramApi(programs, epoch_s) if programs is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope, as ASGI says."""
@@ -125,6 +143,8 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
+        elif self._program_api is not None and _is_below(path, program_api.PREFIX):
+            await self._answer_program(self._program_api, path, scope, b"", send)
         else:
             await self._app(scope, receive, send)
 
@@ -148,22 +168,90 @@ class HttpEdge:
             return
         if body is None:
             return  # The client left before it had sent everything.
+        if self._program_api is not None and _is_below(path, program_api.PREFIX):
+            await self._answer_program(self._program_api, path, scope, body, send)
+            return
         if path not in INFERENCE_PATHS:
             await self._app(scope, _replay(body, receive), send)
             return
         try:
-            parsed, context, body = self._understand(path, arrival_s, scope["headers"], body)
+            parsed, context, body, program_call = self._understand(path, arrival_s, scope["headers"], body)
+            if program_call is not None:
+                await self._join(program_call, parsed, context)
         except _RefusedError as refused:
             await _send_error(send, refused.error)
             return
         exchange = _Exchange(context, parsed, path, send)
-        with bound_request(context):
-            await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+        try:
+            with bound_request(context):
+                await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+        finally:
+            if program_call is not None:
+                self._leave(program_call, context, exchange.response_id)
+
+    async def _answer_program(self, api: ProgramApi, path: str, scope: Scope, body: bytes, send: Send) -> None:
+        try:
+            tenant = parse_tenant(scope["headers"])
+        except InvalidSloError as error:
+            await _send_error(send, openai_errors.invalid_slo(error))
+            return
+        status, value = await api.answer(scope["method"], path, scope.get("query_string", b""), body, tenant)
+        if isinstance(value, ApiError):
+            await _send_error(send, value)
+            return
+        content = program_api.as_bytes(value)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def _join(self, call: "_ProgramCall", parsed: ParsedSlo, context: RequestContext) -> None:
+        """Find the request's place in its program. The program's deadline is its target, unless it has its own."""
+        assert self._programs is not None
+        try:
+            ticket = await self._programs.begin(
+                call.identity, tenant=parsed.tenant, app=parsed.app, now_epoch_s=self._epoch_s()
+            )
+        except ProgramError as error:
+            raise _RefusedError(openai_errors.program_refused(error)) from error
+        except RouterUnavailableError as error:
+            verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
+            raise _RefusedError(openai_errors.rejected(verdict)) from error
+        context.program = ticket
+        context.app = parsed.app or ticket.app
+        if parsed.is_own:
+            return
+        if ticket.left_s is not None:
+            context.slo, context.tier = ProgramCall(ProgramId(ticket.program_id), ticket.left_s), ""
+        elif ticket.is_relegated:
+            context.slo, context.tier = BestEffort(), ""
+
+    def _leave(self, call: "_ProgramCall", context: RequestContext, response_id: str) -> None:
+        """The response has been sent, or nobody wants it any more. An answer in the background may still go on."""
+
+        def end() -> None:
+            ticket = context.program
+            assert self._programs is not None
+            assert ticket is not None
+            context.on_outcome = None
+            self._programs.end(
+                EndCall(
+                    ticket.program_id, ticket.call_id, ticket.attempt, context.call_status,
+                    prompt_tokens=context.prompt_tokens,
+                    output_tokens=sum(outcome.output_tokens for outcome in context.outcomes),
+                    is_last=call.identity.is_last,
+                    response_id=response_id,
+                )
+            )  # fmt: skip
+
+        if call.is_background and context.is_admitted and not context.has_ended:
+            context.on_outcome = lambda: end() if context.has_ended else None
+        else:
+            end()
 
     def _understand(
         self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
-    ) -> tuple[ParsedSlo, RequestContext, bytes]:
-        """The request's SLO and context, and the body without the fields that vLLM does not know."""
+    ) -> "tuple[ParsedSlo, RequestContext, bytes, _ProgramCall | None]":
+        """The request's SLO, context and place, and the body without the fields that vLLM does not know."""
         fields = _decoded(body)
         is_streaming = _is_true(fields.stream)
         try:
@@ -185,9 +273,32 @@ class HttpEdge:
             is_streaming=is_streaming,
             expected_groups=_prompts(fields.prompt) if path == "/v1/completions" else 1,
         )
-        if fields.slo is not None or fields.service_tier is not None:
-            body = _without(body, "slo", "service_tier")
-        return parsed, context, body
+        if fields.slo is not None or fields.service_tier is not None or fields.program is not None:
+            body = _without(body, "slo", "service_tier", "program")
+        return parsed, context, body, self._place(path, headers, fields, parsed.tenant)
+
+    def _place(
+        self, path: str, headers: Iterable[tuple[bytes, bytes]], fields: _Fields, tenant: str
+    ) -> "_ProgramCall | None":
+        if self._programs is None:
+            return None
+        said = ProgramFields(fields.program, fields.metadata, fields.conversation, fields.previous_response_id)
+        try:
+            identity = identify(headers, said, tenant, self._identify_by)
+        except ProgramError as error:
+            raise _RefusedError(openai_errors.program_refused(error)) from error
+        if identity is None and path == "/v1/responses" and fields.store is not False:
+            # The first answer of what may become a conversation: the next one will name it, and nothing else.
+            identity = first_answer(tenant, self._identify_by)
+        return None if identity is None else _ProgramCall(identity, _is_true(fields.background))
+
+
+@dataclass(frozen=True, slots=True)
+class _ProgramCall:
+    """A request that belongs to a program. is_background: its response ends before its answer."""
+
+    identity: Identity
+    is_background: bool
 
 
 class _BodyTooLargeError(Exception):
@@ -223,6 +334,9 @@ class _Exchange:
         self._opening = asyncio.Lock()
         self._opener: asyncio.Task[None] | None = None
         self._echo = parsed.service_tier is not None and path == "/v1/responses"
+        self._may_continue = path == "/v1/responses" and context.program is not None
+        self._is_told = context.program is None or context.is_relegated
+        self.response_id = ""
 
     async def run(self, app: AsgiApp, scope: Scope, receive: Receive) -> None:
         """Let the application answer; what it raises becomes an answer too, as far as one can still be given."""
@@ -313,6 +427,8 @@ class _Exchange:
 
     async def _forward(self, message: Message) -> None:
         """The hot path: every token of every stream passes here."""
+        if self._may_continue and not self.response_id:
+            self._note_response(message.get("body", b""))
         if message.get("more_body", False):
             if self._is_sse:
                 body = message["body"]
@@ -320,6 +436,9 @@ class _Exchange:
                     message["body"] = body[: -len(_DONE)] + self._summary() + _DONE
                 elif self._echo or self._context.failure is not None:
                     message["body"] = self._rewritten(body)
+                if self._context.is_relegated and not self._is_told:
+                    self._is_told = True
+                    message["body"] = self._relegation() + message["body"]
             await self._send_to_client(message)
             return
         self._is_flowing = False
@@ -327,6 +446,19 @@ class _Exchange:
         if self._is_sse:
             message["body"] = message.get("body", b"") + self._summary()
         await self._send_to_client(message)
+
+    def _note_response(self, body: bytes) -> None:
+        """OpenAI's name of the answer: a later call that continues it belongs to the same program."""
+        found = _RESPONSE_ID.search(body)
+        if found is not None:
+            self.response_id = found.group(1).decode()
+
+    def _relegation(self) -> bytes:
+        """The event that tells a client, as soon as it is known, that its target is out of reach."""
+        event: dict[str, Any] = {"event": "relegated", "class": slo_class(self._context.slo)}
+        if self._context.program is not None:
+            event["program"] = self._context.program.program_id
+        return b": tempo " + json.dumps(event).encode() + b"\n\n"
 
     def _rewritten(self, body: bytes) -> bytes:
         failure = self._context.failure
@@ -375,6 +507,11 @@ class _Exchange:
         if context.tier:
             headers.append(("tier", context.tier))
         headers += [(name.replace("_", "-"), _milliseconds(ms)) for name, ms in applied_targets_ms(context.slo).items()]
+        ticket = context.program
+        if ticket is not None:
+            headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
+            if ticket.is_relegated or context.is_relegated:
+                headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 
     def _response_headers(self) -> list[tuple[bytes, bytes]]:
@@ -437,6 +574,10 @@ def _ended(context: RequestContext) -> dict[str, Any]:
 def _milliseconds(value_ms: float) -> str:
     """Without an exponent and without digits that mean nothing."""
     return f"{value_ms:.3f}".rstrip("0").rstrip(".")
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def _path(scope: Scope) -> str:
@@ -511,7 +652,7 @@ def _decoded_leniently(body: bytes, problem: str) -> _Fields:
         raise _RefusedError(openai_errors.malformed_json(problem)) from error
     if not isinstance(fields, dict):
         raise _RefusedError(openai_errors.malformed_json("it must be a JSON object"))
-    known = ("slo", "service_tier", "user", "stream")
+    known = (name for name in _Fields.__struct_fields__ if name != "prompt")
     return _Fields(**{name: fields[name] for name in known if name in fields})
 
 

@@ -16,6 +16,7 @@ from cluster.ingress_link import IngressLink
 from deployments.handle_api import GenerateRequest, Generation, GenerationPart
 from deployments.http_edge import HttpEdge
 from deployments.logs import configure_logging
+from deployments.program_client import ProgramClient
 from deployments.request_context import RequestContext, bound_request
 from deployments.router_actor import RouterFinder
 from tempo_router.config import TempoConfig
@@ -65,7 +66,10 @@ class IngressReplica:
         app = await vllm_frontend.build_app(
             self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
         )
-        self._edge = HttpEdge(app, config, not_ready_because=lambda: self._link.not_ready_because)
+        self._programs = ProgramClient(self._link)
+        self._edge = HttpEdge(
+            app, config, not_ready_because=lambda: self._link.not_ready_because, programs=self._programs
+        )
 
     def __serve_build_asgi_app__(self) -> HttpEdge:
         return self._edge

@@ -120,6 +120,8 @@ class RemoteEngine(AsyncMPClient):
         """Send a request to the router. Raises AdmissionRejected, also when no router answers."""
         context = current_request()
         spec = self._spec(request, context)
+        if context is not None:
+            context.report_prompt(spec.prompt_tokens)
         call = OpenCall(request, spec, DeliveryTracker(spec.slo, spec.arrival_s), context)
         self._calls[spec.request_id] = call
         try:
@@ -195,6 +197,7 @@ class RemoteEngine(AsyncMPClient):
     def _spec(self, request: EngineCoreRequest, context: RequestContext | None) -> RequestSpec:
         group_id, group_size = self._group(request.request_id)
         prompt_tokens = _prompt_length(request)
+        ticket = context.program if context else None
         return RequestSpec(
             request_id=RequestId(request.request_id),
             arrival_s=context.arrival_s if context else time.monotonic(),
@@ -207,6 +210,9 @@ class RemoteEngine(AsyncMPClient):
             app=context.app if context else "",
             tenant=context.tenant if context else "",
             tier=context.tier if context else "",
+            stage=ticket.stage if ticket else 0,
+            program_id=ticket.program_id if ticket else "",
+            call_id=ticket.call_id if ticket else "",
         )
 
     def _group(self, request_id: str) -> tuple[GroupId, int]:
@@ -286,6 +292,12 @@ class RemoteEngine(AsyncMPClient):
             message = "the request waited so long that its SLO can no longer be met; the server is overloaded"
             self._fail(call, RequestFailure("slo_expired", message, 504))
 
+    def program_cancelled(self, request_id: RequestId) -> None:
+        """Its program was cancelled, with all that ran."""
+        call = self._calls.get(request_id)
+        if call is not None:
+            self._fail(call, RequestFailure("program_cancelled", "the program of this call was cancelled", 409))
+
     def _fail(self, call: OpenCall, failure: RequestFailure) -> None:
         log.warning("request_failed", request_id=call.spec.request_id, code=failure.code)
         if call.context is not None:
@@ -303,7 +315,7 @@ class RemoteEngine(AsyncMPClient):
 
     def _report_outcome(self, call: OpenCall, *, completed: bool) -> None:
         if call.context is not None:
-            call.context.report_outcome(call.tracker.finish(time.monotonic(), completed))
+            call.context.report_outcome(call.tracker.finish(time.monotonic(), completed), completed=completed)
 
 
 def why_not_resumable(request: EngineCoreRequest, generated_tokens: int) -> str | None:
