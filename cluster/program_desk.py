@@ -5,8 +5,10 @@ any moment: what it answered is in Redis, or comes again. Nothing here waits on 
 """
 
 import asyncio
+import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,6 +20,8 @@ from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramRelegated
+from tempo_router.graph_outline import ended_stages
+from tempo_router.pattern_history import PatternHistory
 from tempo_router.program_book import Change, ProgramBook
 from tempo_router.program_graph import ProgramGraph, ProgramStatus
 from tempo_router.program_ops import (
@@ -80,6 +84,7 @@ class ProgramDesk:
     """Programs of one router life. fence: its number. handle: gives the core an event.
 
     cancel_calls: ends the requests of a program, wherever they are. outlook: what is foretold of a program.
+    least_left_s: what it still needs even if all goes well. patterns: learns from programs that ended, if anyone does.
     """
 
     def __init__(
@@ -92,6 +97,8 @@ class ProgramDesk:
         tell: Tell,
         cancel_calls: Callable[[str], None],
         outlook: Callable[[ProgramGraph, float], Outlook | None],
+        least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
+        patterns: PatternHistory | None = None,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -100,7 +107,14 @@ class ProgramDesk:
         self._tell = tell
         self._cancel_calls = cancel_calls
         self._outlook = outlook
+        self._least_left_s = least_left_s
+        self._patterns = patterns
+        self._pattern_age_s = config.pattern_age_s
         self._epoch_s = epoch_s
+        # Programs that moved since the last sweep; and (when its deadline may come to be out of reach, program) of all,
+        # looked at then, and set anew where there is hope.
+        self._moved: dict[ProgramId, None] = {}
+        self._doubts: list[tuple[float, ProgramId]] = []
         self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
         self._lookups: set[asyncio.Task[None]] = set()
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
@@ -109,9 +123,18 @@ class ProgramDesk:
     # ---- life ----
 
     async def restore(self) -> None:
-        """Read the programs in progress. Raises StoreUnavailableError."""
+        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError."""
+        now_s = self._epoch_s()
+        if self._patterns is not None:
+            oldest_s = now_s - self._pattern_age_s
+            outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
+            self._patterns.restore(reversed(outlines))
         for graph in await self._store.load_live():
             self.book.restore(graph)
+            self._moved[graph.program_id] = None
+            if self._patterns is not None:
+                last_end_s = time.monotonic() - (now_s - graph.last_s)
+                self._patterns.resume(graph.program_id, ended_stages(graph), last_end_s)
 
     def settled(self) -> None:
         """Every ingress had time to say again what was not stored: now what is unknown does not exist."""
@@ -123,7 +146,23 @@ class ProgramDesk:
         """Relegate what is late and close what nobody will finish, now and then, until cancelled."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            self._changed(self.book.overdue(self._epoch_s()))
+            now_s = self._epoch_s()
+            self._changed(self.book.overdue(now_s))
+            self._relegate_hopeless(now_s)
+
+    def _relegate_hopeless(self, now_s: float) -> None:
+        moved, self._moved = self._moved, {}
+        while self._doubts and self._doubts[0][0] <= now_s:
+            moved[heapq.heappop(self._doubts)[1]] = None
+        for program_id in moved:
+            graph = self.book.find(program_id)
+            if graph is None or graph.status != "running" or graph.deadline_s is None:
+                continue
+            at_s = graph.deadline_s - self._least_left_s(program_id)
+            if at_s <= now_s and graph.running:
+                self._changed(self.book.relegate(graph, now_s))
+            else:
+                heapq.heappush(self._doubts, (max(at_s, now_s + SWEEP_S), program_id))
 
     async def stop(self) -> None:
         """Write what waits. Raises StoreUnavailableError, LeaseLostError."""
@@ -209,6 +248,8 @@ class ProgramDesk:
             self.writer.put(self._store.script_for(change, self._fence, now_s), graph)
             if change.kind == "status":
                 self._status_changed(graph)
+            if not graph.is_over:
+                self._moved[graph.program_id] = None
 
     def _status_changed(self, graph: ProgramGraph) -> None:
         if graph.status == "relegated":
@@ -223,6 +264,14 @@ class ProgramDesk:
                 self._cancel_calls(graph.program_id)
             is_complete = graph.status == "finished"
             self._handle(ProgramFinished(time.monotonic(), graph.program_id, is_complete=is_complete))
+            self._store_learnt()
+
+    def _store_learnt(self) -> None:
+        if self._patterns is None:
+            return
+        now_s = self._epoch_s()
+        for outline in self._patterns.drain_learnt():
+            self.writer.put(self._store.script_for_pattern(replace(outline, at_s=now_s), self._fence))
 
     # ---- answers ----
 

@@ -20,6 +20,7 @@ import msgspec
 
 from cluster.redis_store import RedisStore
 from tempo_router.errors import LeaseLostError
+from tempo_router.patterns import Outline, StageOutline
 from tempo_router.program_book import Change
 from tempo_router.program_graph import GraphCall, Objective, ProgramGraph, ProgramStatus
 from tempo_router.request import ProgramId
@@ -134,6 +135,16 @@ class _StoredCall(msgspec.Struct, omit_defaults=True):
     output_tokens: int = 0
 
 
+class _StoredOutline(msgspec.Struct, array_like=True):
+    app: str
+    span_s: float
+    is_complete: bool
+    at_s: float
+    stages: tuple[tuple[int, int, float, int, int, int, float], ...]
+
+
+_outlines = msgspec.msgpack.Decoder(_StoredOutline)
+
 ScriptCall = tuple[str, Sequence[str], Sequence[Any]]
 
 
@@ -204,9 +215,10 @@ class ProgramStore:
         arguments = (fence, self._expiry_ms(graph, now_s), is_live, graph.program_id, *fields)
         return _WHOLE, (key_of(graph.program_id), PROGRAMS), arguments
 
-    def script_for_pattern(self, pattern: bytes, fence: int) -> ScriptCall:
+    def script_for_pattern(self, outline: Outline, fence: int) -> ScriptCall:
         """One more outline, the oldest beyond the bound forgotten."""
-        return _LEARN, (PATTERNS,), (fence, self._most_patterns, pattern)
+        stored = _StoredOutline(outline.app, outline.span_s, outline.is_complete, outline.at_s, outline.stages)
+        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored))
 
     async def load_live(self) -> list[ProgramGraph]:
         """All programs in progress."""
@@ -217,9 +229,17 @@ class ProgramStore:
         """One program, over or not; None if it is not stored."""
         return next(iter(await self._load([program_id])), None)
 
-    async def load_patterns(self) -> list[bytes]:
-        """Outlines of finished programs, newest first."""
-        return await self._store.newest(PATTERNS, self._most_patterns)
+    async def load_patterns(self) -> list[Outline]:
+        """Outlines of finished programs, newest first. One that cannot be read (another version's) is passed over."""
+        outlines: list[Outline] = []
+        for stored in await self._store.newest(PATTERNS, self._most_patterns):
+            try:
+                one = _outlines.decode(stored)
+            except msgspec.DecodeError:
+                continue
+            stages = tuple(StageOutline(*stage) for stage in one.stages)
+            outlines.append(Outline(one.app, one.span_s, stages, one.is_complete, one.at_s))
+        return outlines
 
     async def counters(self, program_id: str) -> dict[str, int]:
         """calls, done and tokens as the scripts counted them; empty for an unknown program."""

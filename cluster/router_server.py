@@ -44,6 +44,7 @@ from tempo_router.events import (
     Settled,
     Ticked,
 )
+from tempo_router.pattern_history import PatternHistory
 from tempo_router.prediction import LengthHistograms
 from tempo_router.program_graph import ProgramGraph
 from tempo_router.program_view import Outlook
@@ -101,6 +102,7 @@ class RouterServer:
         self._is_settled = False
         self._is_stopping = False
         self._programs: ProgramDesk | None = None
+        self._patterns: PatternHistory | None = None
         self._program_of: dict[RequestId, str] = {}
         self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
@@ -113,7 +115,11 @@ class RouterServer:
     async def start(self) -> str:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
-        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
+        patterns = self._config.programs.max_patterns
+        is_by_patterns = self._config.scheduling.program_model == "patterns"
+        self._patterns = PatternHistory(patterns) if is_by_patterns else None
+        lengths = await self._restore_lengths()
+        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=self._patterns)
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
         self._programs = await self._open_desk()
@@ -381,7 +387,8 @@ class RouterServer:
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
         desk = ProgramDesk(
             config, store, fence=self.epoch, handle=self.handle, tell=self._tell_ingress,
-            cancel_calls=self._cancel_program, outlook=self._outlook,
+            cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._core.least_left_s,
+            patterns=self._patterns,
         )  # fmt: skip
         await desk.restore()
         return desk

@@ -188,6 +188,11 @@ class SchedulingConfig(StrictModel):
     settle_s: float = Field(
         0.5, ge=0, description="seconds after a router's start in which it only listens, so that replicas can attach"
     )
+    program_model: Literal["stages", "patterns"] = Field(
+        "stages",
+        description="how the rest of a program is foretold; stages: by means of each stage of its application; "
+        "patterns: by finished programs that looked alike so far",
+    )
     length_model: Literal["auto", "histogram"] = Field(
         "auto",
         description="how answer lengths are estimated; histogram: by running histograms alone; auto: also by a forest "

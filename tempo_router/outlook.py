@@ -23,6 +23,15 @@ def live_s(jobs: Iterable[Job], pace: Pace) -> float:
     return needed_s
 
 
+def least_s(jobs: Iterable[Job], later_chain_tokens: float, pace: Pace) -> float:
+    """Seconds that a program needs at least: its live calls at their shortest, then that chain, on an idle replica."""
+    needed_s = 0.0
+    for job in jobs:
+        rest = job.lengths.shortest_left(job.generated_tokens, job.spec.max_output_tokens)
+        needed_s = max(needed_s, pace.prefill_s(job.missing_tokens) + rest * pace.alone_s)
+    return needed_s + later_chain_tokens * pace.alone_s
+
+
 def later_s(forecast: Forecast, pace: Pace, wait_s: float) -> float:
     """Serial seconds of the stages to come: their longest calls, prompts, tools, and waiting."""
     prefill_s = PREFILL_WALL_RATIO * forecast.chain_prompt_tokens * pace.prefill_token_s

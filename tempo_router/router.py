@@ -36,7 +36,7 @@ from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
 from tempo_router.ledger import Ledger
-from tempo_router.outlook import outlook
+from tempo_router.outlook import least_s, outlook
 from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
 from tempo_router.policies.base import ColumnPolicy
@@ -74,6 +74,8 @@ plan over 250 requests comes at most every 0.02 s, over 2,500 every 0.1 s. On an
 P95 of the time to first token was 0.35 s with plans at most every 0.1 s, and is 0.30 s, at equal goodput."""
 _MOST_PLANNED = 1024
 """Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
+_SURE = 0.1
+"""A program needs more than this quantile of what programs like it needed, nine times in ten."""
 _FIRST_MEAN_LENGTH = 230.0
 _MEAN_LENGTH_SMOOTHING = 0.002
 
@@ -203,6 +205,14 @@ class RouterCore:
             list(program.live.values()), history.forecast(program), history.shares_ahead(program), self._steps.pace(),
             wait_s=history.wait_s, left_s=left_s, pattern=history.match(program),
         )  # fmt: skip
+
+    def least_left_s(self, program_id: ProgramId) -> float:
+        """Seconds that a program still needs even if all goes well; 0 where nothing is known of it."""
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return 0.0
+        chain = self._history.least_chain_tokens(program, _SURE)
+        return least_s(list(program.live.values()), chain, self._steps.pace())
 
     def lengths_of(self, request_id: RequestId) -> Lengths:
         """What is known of the answer's length of a request that waits or runs. Raises KeyError for others."""
@@ -420,6 +430,9 @@ class RouterCore:
         self._groups.entered(spec)
         self._groups.started(spec, replica.replica_id)
         self._ledger.arrived(call)
+        program = self._ledger.program(spec)
+        if program is not None:
+            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         self._ledger.started(call, replica.replica_id, 0.0)
 
     def _is_wanted(self, newcomer: Call) -> bool:
