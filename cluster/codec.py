@@ -8,6 +8,7 @@ from typing import assert_never
 
 from cluster import wire_pb2 as wire
 from tempo_router.events import ReplicaCapacity, StepReport
+from tempo_router.metrics import Outcome
 from tempo_router.request import (
     BestEffort,
     Deadline,
@@ -96,6 +97,35 @@ def _slo_from_header(header: wire.RequestHeader) -> Slo:
             raise ValueError(
                 f"request {header.request_id!r} came without an SLO; sender and receiver differ in version"
             )
+
+
+def message_from_outcome(request_id: RequestId, outcome: Outcome) -> wire.Outcome:
+    """How a request ended, for the router."""
+    return wire.Outcome(
+        request_id=request_id,
+        slo_class=outcome.slo_class,
+        ttft_s=outcome.ttft_s,
+        ttlt_s=outcome.ttlt_s,
+        output_tokens=outcome.output_tokens,
+        good_tokens=outcome.good_tokens,
+        late_tokens=outcome.late_tokens,
+        max_tbt_s=outcome.max_tbt_s,
+        is_met=outcome.is_met,
+    )
+
+
+def outcome_from_message(message: wire.Outcome) -> Outcome:
+    """The outcome as metrics know it."""
+    return Outcome(
+        slo_class=message.slo_class,  # type: ignore[arg-type]
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+        ttlt_s=message.ttlt_s if message.HasField("ttlt_s") else None,
+        output_tokens=message.output_tokens,
+        good_tokens=message.good_tokens,
+        late_tokens=message.late_tokens,
+        max_tbt_s=message.max_tbt_s if message.HasField("max_tbt_s") else None,
+        is_met=message.is_met if message.HasField("is_met") else None,
+    )
 
 
 def message_from_step(step: StepReport) -> wire.StepReport:

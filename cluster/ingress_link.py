@@ -19,10 +19,11 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import header_from_spec
+from cluster.codec import header_from_spec, message_from_outcome
 from cluster.link import Link, RefusedError
 from tempo_router.config import TransportConfig
 from tempo_router.errors import ProgramError, RequestTooLargeError, RouterUnavailableError, TempoError
+from tempo_router.metrics import Outcome
 from tempo_router.request import RequestId, RequestSpec
 
 log = structlog.get_logger()
@@ -207,6 +208,10 @@ class IngressLink:
     def finish(self, request_id: RequestId) -> None:
         """The last token arrived: nothing is left to tell anyone."""
         self.open.pop(request_id, None)
+
+    def report_outcome(self, request_id: RequestId, outcome: Outcome) -> None:
+        """Tell the router how a request ended for its client; news for dashboards, lost if no router is there."""
+        self._to_router(wire.IngressToRouter(outcomes=[message_from_outcome(request_id, outcome)]))
 
     def claim(self, worker_id: str, attempt_id: str) -> RequestId | None:
         """Whose tokens are these? The request, if this worker is the one whose tokens of this attempt count.

@@ -6,8 +6,9 @@ any moment: what it answered is in Redis, or comes again. Nothing here waits on 
 
 import asyncio
 import heapq
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -67,11 +68,24 @@ class ContinueResponse(msgspec.Struct):
     response_id: str
 
 
+class ExplainRequest(msgspec.Struct):
+    """Why a request was served as it was."""
+
+    name: str
+    tenant: str
+
+
+class ViewConsole(msgspec.Struct):
+    """What the console shows. most: programs."""
+
+    most: int = 24
+
+
 _KINDS: dict[str, Any] = {
     one.__name__: one
     for one in (
         CreateProgram, BeginCall, EndCall, ExtendProgram, FinishProgram, CancelProgram,
-        ViewProgram, ListPrograms, ContinueResponse,
+        ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole,
     )
 }  # fmt: skip
 _decoders = {name: msgspec.json.Decoder(kind) for name, kind in _KINDS.items()}
@@ -85,6 +99,7 @@ class ProgramDesk:
 
     cancel_calls: ends the requests of a program, wherever they are. outlook: what is foretold of a program.
     least_left_s: what it still needs even if all goes well. patterns: learns from programs that ended, if anyone does.
+    questions: answers what is asked about more than programs, by the type of what is asked.
     """
 
     def __init__(
@@ -99,6 +114,7 @@ class ProgramDesk:
         outlook: Callable[[ProgramGraph, float], Outlook | None],
         least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
         patterns: PatternHistory | None = None,
+        questions: Mapping[type, Callable[[Any], Any]] | None = None,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -109,6 +125,7 @@ class ProgramDesk:
         self._outlook = outlook
         self._least_left_s = least_left_s
         self._patterns = patterns
+        self._questions = questions or {}
         self._pattern_age_s = config.pattern_age_s
         self._epoch_s = epoch_s
         # Programs that moved since the last sweep; and (when its deadline may come to be out of reach, program) of all,
@@ -213,6 +230,8 @@ class ProgramDesk:
                 self._answer(owner, message, self._listed(op))
             case ContinueResponse():
                 self._answer(owner, message, self.book.continued(op.tenant, op.response_id))
+            case ExplainRequest() | ViewConsole():
+                self._answer(owner, message, self._questions[type(op)](op))
             case _:
                 self._change(owner, message, op, now_s)
 
@@ -279,6 +298,12 @@ class ProgramDesk:
         """All of a program, with what is foretold of it."""
         now_s = self._epoch_s()
         return program_view(graph, now_s, None if graph.is_over else self._outlook(graph, now_s))
+
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """All of the programs in progress that began last, then of those that ended last."""
+        live = list(self.book.live)[: -most - 1 : -1]
+        ended = itertools.islice(self.book.ended, max(0, most - len(live)))
+        return [self.view(graph) for graph in (*live, *ended)]
 
     def _view_of(self, graph: ProgramGraph | None) -> dict[str, Any] | None:
         return None if graph is None else self.view(graph)

@@ -6,6 +6,7 @@ a worker. All of it comes back from the peers' hellos when the router is new.
 """
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,15 +19,22 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header, step_from_message
+from cluster.codec import (
+    capacity_from_facts,
+    header_from_spec,
+    outcome_from_message,
+    spec_from_header,
+    step_from_message,
+)
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
-from cluster.program_desk import ProgramDesk
+from cluster.program_desk import ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
 from tempo_router.events import (
@@ -44,6 +52,8 @@ from tempo_router.events import (
     Settled,
     Ticked,
 )
+from tempo_router.explain import DecisionLog
+from tempo_router.metrics import Outcome
 from tempo_router.pattern_history import PatternHistory
 from tempo_router.prediction import LengthHistograms
 from tempo_router.program_graph import ProgramGraph
@@ -103,6 +113,8 @@ class RouterServer:
         self._is_stopping = False
         self._programs: ProgramDesk | None = None
         self._patterns: PatternHistory | None = None
+        self._decisions = DecisionLog(config.ingress.explained_requests)
+        self._attainment = Attainment()
         self._program_of: dict[RequestId, str] = {}
         self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
@@ -234,6 +246,7 @@ class RouterServer:
         """
         try:
             for action in self._core.handle(event):
+                self._decisions.decided(action, event.at_s)
                 self._carry_out(action)
         except InvalidEventError:
             raise
@@ -389,6 +402,7 @@ class RouterServer:
             config, store, fence=self.epoch, handle=self.handle, tell=self._tell_ingress,
             cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._core.least_left_s,
             patterns=self._patterns,
+            questions={ExplainRequest: self._explain, ViewConsole: self._console},
         )  # fmt: skip
         await desk.restore()
         return desk
@@ -478,6 +492,27 @@ class RouterServer:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
+        for outcome in message.outcomes:
+            self._ended(RequestId(outcome.request_id), outcome_from_message(outcome), now_s)
+
+    def _ended(self, request_id: RequestId, outcome: Outcome, now_s: float) -> None:
+        self._attainment.add(outcome, now_s)
+        explanation = self._decisions.ended(request_id, outcome, now_s)
+        if explanation is not None and outcome.is_met is False:
+            log.info("slo_missed", **{name: value for name, value in explanation.shown().items() if value is not None})
+
+    def _explain(self, asked: ExplainRequest) -> list[dict[str, Any]]:
+        return [one.shown() for one in self._decisions.find(asked.name, asked.tenant)]
+
+    def _console(self, asked: ViewConsole) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "ingresses": sum(session.is_connected for session in self._ingresses.values()),
+            "service": self._attainment.shown(time.monotonic()),
+            "queue": dataclasses.asdict(self._core.snapshot()),
+            "store": self._programs_snapshot(),
+            "programs": self.programs.newest(asked.most),
+        }
 
     def _own(self, spec: RequestSpec, ingress_id: str) -> None:
         self._owners[spec.request_id] = ingress_id
@@ -490,9 +525,11 @@ class RouterServer:
         self._own(spec, session.ingress_id)
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
+        lengths = self._core.lengths.lookup(spec)
+        self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
-            self._estimates.arrived(spec, self._core.lengths.lookup(spec))
+            self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 

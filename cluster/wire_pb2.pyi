@@ -323,6 +323,66 @@ class ProgramOp(_message.Message):
 Global___ProgramOp: _TypeAlias = ProgramOp  # noqa: Y015
 
 @_typing.final
+class Outcome(_message.Message):
+    """How a request ended, as its client saw it; mirrors tempo_router.metrics.Outcome."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SLO_CLASS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TTLT_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    GOOD_TOKENS_FIELD_NUMBER: _builtins.int
+    LATE_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TBT_S_FIELD_NUMBER: _builtins.int
+    IS_MET_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    slo_class: _builtins.str
+    ttft_s: _builtins.float
+    ttlt_s: _builtins.float
+    output_tokens: _builtins.int
+    good_tokens: _builtins.int
+    late_tokens: _builtins.int
+    max_tbt_s: _builtins.float
+    is_met: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        slo_class: _builtins.str = ...,
+        ttft_s: _builtins.float | None = ...,
+        ttlt_s: _builtins.float | None = ...,
+        output_tokens: _builtins.int = ...,
+        good_tokens: _builtins.int = ...,
+        late_tokens: _builtins.int = ...,
+        max_tbt_s: _builtins.float | None = ...,
+        is_met: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_met", b"_is_met", "_max_tbt_s", b"_max_tbt_s", "_ttft_s", b"_ttft_s", "_ttlt_s", b"_ttlt_s", "is_met", b"is_met", "max_tbt_s", b"max_tbt_s", "ttft_s", b"ttft_s", "ttlt_s", b"ttlt_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_met", b"_is_met", "_max_tbt_s", b"_max_tbt_s", "_ttft_s", b"_ttft_s", "_ttlt_s", b"_ttlt_s", "good_tokens", b"good_tokens", "is_met", b"is_met", "late_tokens", b"late_tokens", "max_tbt_s", b"max_tbt_s", "output_tokens", b"output_tokens", "request_id", b"request_id", "slo_class", b"slo_class", "ttft_s", b"ttft_s", "ttlt_s", b"ttlt_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__is_met: _TypeAlias = _typing.Literal["is_met"]  # noqa: Y015
+    _WhichOneofArgType__is_met: _TypeAlias = _typing.Literal["_is_met", b"_is_met"]  # noqa: Y015
+    _WhichOneofReturnType__max_tbt_s: _TypeAlias = _typing.Literal["max_tbt_s"]  # noqa: Y015
+    _WhichOneofArgType__max_tbt_s: _TypeAlias = _typing.Literal["_max_tbt_s", b"_max_tbt_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttlt_s: _TypeAlias = _typing.Literal["ttlt_s"]  # noqa: Y015
+    _WhichOneofArgType__ttlt_s: _TypeAlias = _typing.Literal["_ttlt_s", b"_ttlt_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_met) -> _WhichOneofReturnType__is_met | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tbt_s) -> _WhichOneofReturnType__max_tbt_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttlt_s) -> _WhichOneofReturnType__ttlt_s | None: ...
+
+Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
+
+@_typing.final
 class IngressToRouter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -331,6 +391,7 @@ class IngressToRouter(_message.Message):
     CANCELS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_WORKERS_FIELD_NUMBER: _builtins.int
     PROGRAM_OPS_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___IngressHello:
         """first message of a stream, alone"""
@@ -343,6 +404,8 @@ class IngressToRouter(_message.Message):
     def unreachable_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def program_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramOp]: ...
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]: ...
     def __init__(
         self,
         *,
@@ -351,10 +414,11 @@ class IngressToRouter(_message.Message):
         cancels: _abc.Iterable[Global___Cancel] | None = ...,
         unreachable_workers: _abc.Iterable[_builtins.str] | None = ...,
         program_ops: _abc.Iterable[Global___ProgramOp] | None = ...,
+        outcomes: _abc.Iterable[Global___Outcome] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "outcomes", b"outcomes", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

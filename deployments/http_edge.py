@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -70,6 +71,7 @@ INFERENCE_PATHS = frozenset(
 # Spelled as various clients and probes spell them (conventions.md §3.3).
 _READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
 _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
+_OWN_PATHS = (program_api.PREFIX, program_api.REQUESTS)
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _SERVICE_TIER = b'"service_tier":'
@@ -143,7 +145,7 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
-        elif self._program_api is not None and _is_below(path, program_api.PREFIX):
+        elif self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
             await self._answer_program(self._program_api, path, scope, b"", send)
         else:
             await self._app(scope, receive, send)
@@ -168,7 +170,7 @@ class HttpEdge:
             return
         if body is None:
             return  # The client left before it had sent everything.
-        if self._program_api is not None and _is_below(path, program_api.PREFIX):
+        if self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
             await self._answer_program(self._program_api, path, scope, body, send)
             return
         if path not in INFERENCE_PATHS:

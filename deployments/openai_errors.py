@@ -75,6 +75,12 @@ def no_such_route(method: str, path: str) -> ApiError:
     return ApiError(404, f"there is no {method} {path[:200]}", "invalid_request_error", "not_found")
 
 
+def no_such_request(name: str) -> ApiError:
+    """A request that is not, or no longer, remembered."""
+    message = f"no request {name[:200]!r} is remembered (ingress.explained_requests)"
+    return ApiError(404, message, "invalid_request_error", "unknown_request")
+
+
 def malformed_json(detail: str) -> ApiError:
     """A body that is not a JSON object."""
     return ApiError(400, f"the request body is not valid: {detail}", "invalid_request_error", "invalid_json")

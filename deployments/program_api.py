@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from cluster.program_desk import ListPrograms, ViewProgram
+from cluster.program_desk import ExplainRequest, ListPrograms, ViewProgram
 from deployments import openai_errors
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
@@ -23,6 +23,7 @@ from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram, FinishProgram
 
 PREFIX = "/v1/programs"
+REQUESTS = "/v1/requests"
 _CREATE = ("app", "deadline_s", "deadline", "objective", "name", "user")
 _STATUSES = ("running", "relegated", "finished", "cancelled")
 _FILTERS = ("status", "app", "name", "limit", "after", "user")
@@ -48,6 +49,8 @@ class ProgramApi:
             return refused.status, refused
 
     async def _routed(self, method: str, path: str, query: bytes, body: bytes, tenant: str) -> tuple[int, Any]:
+        if path.startswith(f"{REQUESTS}/"):
+            return await self._explain(method, path, query, tenant)
         parts = [unquote(part) for part in path.removeprefix(PREFIX).strip("/").split("/") if part]
         match (method, *parts):
             case ("POST",):
@@ -71,6 +74,18 @@ class ProgramApi:
             case _:
                 refused = openai_errors.no_such_route(method, path)
                 return refused.status, refused
+
+    async def _explain(self, method: str, path: str, query: bytes, tenant: str) -> tuple[int, Any]:
+        match (method, *path.removeprefix(REQUESTS).strip("/").split("/")):
+            case ("GET", given, "explain"):
+                tenant = tenant or _query(query).get("user", "")
+                found = await self._client.ask(ExplainRequest(unquote(given), tenant))
+                if found:
+                    return 200, {"object": "request.explanation", "requests": found}
+                refused = openai_errors.no_such_request(unquote(given))
+            case _:
+                refused = openai_errors.no_such_route(method, path)
+        return refused.status, refused
 
     async def _create(self, fields: Mapping[str, Any], tenant: str) -> Any:
         objective = fields.get("objective", "deadline")

@@ -314,8 +314,10 @@ class RemoteEngine(AsyncMPClient):
         self._report_outcome(call, completed=completed)
 
     def _report_outcome(self, call: OpenCall, *, completed: bool) -> None:
+        outcome = call.tracker.finish(time.monotonic(), completed)
+        self._live_link.report_outcome(call.spec.request_id, outcome)
         if call.context is not None:
-            call.context.report_outcome(call.tracker.finish(time.monotonic(), completed), completed=completed)
+            call.context.report_outcome(outcome, completed=completed)
 
 
 def why_not_resumable(request: EngineCoreRequest, generated_tokens: int) -> str | None:

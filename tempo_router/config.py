@@ -239,6 +239,11 @@ class WorkersConfig(StrictModel):
 class IngressConfig(StrictModel):
     """The processes that talk to clients."""
 
+    console: bool = Field(True, description="serve the page /console, which shows the programs of all tenants")
+    explained_requests: int = Field(
+        2000, ge=0, description="last requests of which /v1/requests/{id}/explain tells every decision"
+    )
+
     replicas: int = Field(1, ge=1, description="number of ingress processes")
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")

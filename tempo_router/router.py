@@ -214,6 +214,14 @@ class RouterCore:
         chain = self._history.least_chain_tokens(program, _SURE)
         return least_s(list(program.live.values()), chain, self._steps.pace())
 
+    def worth_of(self, spec: RequestSpec, lengths: Lengths) -> tuple[float, float]:
+        """(GPU seconds, value per GPU second) of a request by itself, as estimated now."""
+        pace = self._steps.pace()
+        cost = cost_s(spec, lengths, pace)
+        tokens, chance = expected_good(spec, lengths, pace, self._now_s)
+        weight = self._config.request_weight
+        return cost, ((1 - weight) * tokens + weight * self._mean_length * chance) / cost
+
     def lengths_of(self, request_id: RequestId) -> Lengths:
         """What is known of the answer's length of a request that waits or runs. Raises KeyError for others."""
         live = self._line.requests.get(request_id)

@@ -32,6 +32,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
 
 
+PROGRAM_ARGUMENTS: dict[str, Any] = {
+    "engine": {"kind": "simulated", "engine_kwargs": {"max_num_seqs": 8, "max_model_len": 4096}},
+    "scheduling": {"policy": "tempo", "program_model": "patterns"},
+}
+
+
+@pytest.fixture(scope="session")
+def program_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """For all tests of programs that kill nothing: a simulated engine, everything else as users have it."""
+    with served(tmp_path_factory.mktemp("programs"), PROGRAM_ARGUMENTS) as running:
+        yield running
+
+
 @pytest.fixture
 async def client(server: Served) -> Any:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:

@@ -1,15 +1,13 @@
 """The ready-made hooks, each with the framework it is for, against the served application: unchanged user code."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.test_programs import ARGUMENTS, MODEL
-from tests.served import Served, served
+from tests.served import Served
 
 pytestmark = [
     pytest.mark.e2e,
@@ -17,13 +15,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
 ]
+MODEL = "tempo-tiny"
 TENANT = {"x-tenant-id": "hooks"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("hooks"), ARGUMENTS) as running:
-        yield running
+@pytest.fixture
+def server(program_server: Served) -> Served:
+    return program_server
 
 
 async def programs(server: Served, **filters: str) -> list[dict[str, Any]]:

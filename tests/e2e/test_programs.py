@@ -2,28 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.served import Served, served
+from tests.served import Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
 MODEL = "tempo-tiny"
-ARGUMENTS: dict[str, Any] = {
-    "engine": {"kind": "simulated", "engine_kwargs": {"max_num_seqs": 8, "max_model_len": 4096}},
-    "scheduling": {"policy": "tempo"},
-}
 OURS = {"x-tenant-id": "ours"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("programs"), ARGUMENTS) as running:
-        yield running
+@pytest.fixture
+def server(program_server: Served) -> Served:
+    return program_server
 
 
 @pytest.fixture
@@ -199,3 +193,39 @@ async def test_openais_client_makes_a_program_by_headers_alone(server: Served) -
     async with httpx.AsyncClient(base_url=server.url, headers=OURS) as http:
         seen = (await http.get("/v1/programs/night%20run")).json()
     assert (seen["name"], seen["call_count"], seen["deadline"]) == ("night run", 2, None)
+
+
+async def test_a_request_can_be_explained_by_the_id_of_its_answer(http: httpx.AsyncClient) -> None:
+    answer = await call(http, "explained", tokens=7)
+    async with asyncio.timeout(30):
+        while True:
+            told = await http.get(f"/v1/requests/{answer.json()['id']}/explain")
+            assert told.status_code == 200, told.text
+            [record] = told.json()["requests"]
+            if not record["is_open"]:
+                break
+    assert [one["what"] for one in record["decisions"]] == ["arrived", "queued", "dispatched", "ended"]
+    assert (record["class"], record["slo_met"], record["output_tokens"]) == ("latency", True, 7)
+    assert record["call"] == answer.headers["x-tempo-call"]
+    by_call = await http.get(f"/v1/requests/{record['call']}/explain")
+    assert by_call.json()["requests"] == [record]
+    theirs = await http.get(f"/v1/requests/{record['call']}/explain", headers={"x-tenant-id": "theirs"})
+    assert (theirs.status_code, theirs.json()["error"]["code"]) == (404, "unknown_request")
+
+
+async def test_answers_that_are_continued_and_sub_agents_stay_in_their_program(http: httpx.AsyncClient) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 3}
+    main = await http.post("/v1/completions", json=body, headers={"x-session-id": "main"})
+    sub = await http.post("/v1/completions", json=body, headers={"x-session-id": "sub", "x-parent-session-id": "main"})
+    below = await http.post("/v1/completions", json=body, headers={"x-session-id": "two", "x-parent-session-id": "sub"})
+    ids = {answer.headers["x-tempo-program"] for answer in (main, sub, below)}
+    assert len(ids) == 1
+    calls = (await view(http, ids.pop()))["calls"]
+    assert [one["agent"] for one in calls] == ["main", "sub", "two"]
+    assert [one["parents"] for one in calls] == [[], [calls[0]["id"]], [calls[1]["id"]]]
+    first = await http.post("/v1/responses", json={"model": MODEL, "input": "x", "max_output_tokens": 3})
+    assert first.status_code == 200, first.text
+    again = {"model": MODEL, "input": "y", "max_output_tokens": 3, "previous_response_id": first.json()["id"]}
+    # The answer itself is kept only where vLLM is told to; whose program it is, we know without that.
+    second = await http.post("/v1/responses", json=again)
+    assert second.headers["x-tempo-program"] == first.headers["x-tempo-program"]
