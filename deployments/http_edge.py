@@ -25,17 +25,17 @@ from typing import Any
 import msgspec
 import structlog
 
-from deployments import openai_errors, program_api
+from deployments import console, openai_errors, program_api
 from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
+from deployments.program_calls import join, leave
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity, ProgramFields, first_answer, identify
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
 from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo, parse_tenant
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidSloError, ProgramError, RouterUnavailableError
-from tempo_router.program_ops import EndCall
-from tempo_router.request import BestEffort, ProgramCall, ProgramId, slo_class
+from tempo_router.errors import ConfigError, InvalidSloError, ProgramError, RouterUnavailableError
+from tempo_router.request import slo_class
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -71,7 +71,7 @@ INFERENCE_PATHS = frozenset(
 # Spelled as various clients and probes spell them (conventions.md §3.3).
 _READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
 _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
-_OWN_PATHS = (program_api.PREFIX, program_api.REQUESTS)
+_OWN_PATHS = (program_api.PREFIX, program_api.REQUESTS, console.STATE_PATH)
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _SERVICE_TIER = b'"service_tier":'
@@ -134,7 +134,17 @@ class HttpEdge:
         self._epoch_s = epoch_s
         self._identify_by = config.programs.identify_by
         self._programs = programs
-        self._program_api = ProgramApi(programs, epoch_s) if programs is not None else None
+        self._has_console = config.ingress.console and programs is not None
+        self._program_api: ProgramApi | None = None
+        if programs is not None:
+            self._program_api = ProgramApi(programs, epoch_s, has_console=config.ingress.console)
+
+    @property
+    def programs(self) -> ProgramApi:
+        """What /v1/programs does, for those who come another way."""
+        if self._program_api is None:
+            raise ConfigError("this edge was built without programs")
+        return self._program_api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope, as ASGI says."""
@@ -145,6 +155,8 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
+        elif self._has_console and scope["method"] == "GET" and path in (console.PATH, f"{console.PATH}/"):
+            await _send_body(send, console.page(), console.HEADERS)
         elif self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
             await self._answer_program(self._program_api, path, scope, b"", send)
         else:
@@ -188,8 +200,11 @@ class HttpEdge:
             with bound_request(context):
                 await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
         finally:
-            if program_call is not None:
-                self._leave(program_call, context, exchange.response_id)
+            if program_call is not None and self._programs is not None:
+                leave(
+                    self._programs, context, is_last=program_call.identity.is_last, response_id=exchange.response_id,
+                    is_background=program_call.is_background,
+                )  # fmt: skip
 
     async def _answer_program(self, api: ProgramApi, path: str, scope: Scope, body: bytes, send: Send) -> None:
         try:
@@ -201,54 +216,17 @@ class HttpEdge:
         if isinstance(value, ApiError):
             await _send_error(send, value)
             return
-        content = program_api.as_bytes(value)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content, "more_body": False})
+        await _send_body(send, program_api.as_bytes(value), [(b"content-type", b"application/json")], status)
 
     async def _join(self, call: "_ProgramCall", parsed: ParsedSlo, context: RequestContext) -> None:
-        """Find the request's place in its program. The program's deadline is its target, unless it has its own."""
         assert self._programs is not None
         try:
-            ticket = await self._programs.begin(
-                call.identity, tenant=parsed.tenant, app=parsed.app, now_epoch_s=self._epoch_s()
-            )
+            await join(self._programs, call.identity, context, has_own_slo=parsed.is_own, now_epoch_s=self._epoch_s())
         except ProgramError as error:
             raise _RefusedError(openai_errors.program_refused(error)) from error
         except RouterUnavailableError as error:
             verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
             raise _RefusedError(openai_errors.rejected(verdict)) from error
-        context.program = ticket
-        context.app = parsed.app or ticket.app
-        if parsed.is_own:
-            return
-        if ticket.left_s is not None:
-            context.slo, context.tier = ProgramCall(ProgramId(ticket.program_id), ticket.left_s), ""
-        elif ticket.is_relegated:
-            context.slo, context.tier = BestEffort(), ""
-
-    def _leave(self, call: "_ProgramCall", context: RequestContext, response_id: str) -> None:
-        """The response has been sent, or nobody wants it any more. An answer in the background may still go on."""
-
-        def end() -> None:
-            ticket = context.program
-            assert self._programs is not None
-            assert ticket is not None
-            context.on_outcome = None
-            self._programs.end(
-                EndCall(
-                    ticket.program_id, ticket.call_id, ticket.attempt, context.call_status,
-                    prompt_tokens=context.prompt_tokens,
-                    output_tokens=sum(outcome.output_tokens for outcome in context.outcomes),
-                    is_last=call.identity.is_last,
-                    response_id=response_id,
-                )
-            )  # fmt: skip
-
-        if call.is_background and context.is_admitted and not context.has_ended:
-            context.on_outcome = lambda: end() if context.has_ended else None
-        else:
-            end()
 
     def _understand(
         self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
@@ -697,6 +675,12 @@ async def _send_error(send: Send, error: ApiError, extra_headers: Iterable[tuple
     headers = [*error.headers(), *extra_headers]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": error.body(), "more_body": False})
+
+
+async def _send_body(send: Send, content: bytes, headers: list[tuple[bytes, bytes]], status: int = 200) -> None:
+    length = (b"content-length", str(len(content)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": content, "more_body": False})
 
 
 async def _send_health(send: Send, problem: str | None) -> None:
