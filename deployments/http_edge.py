@@ -155,7 +155,7 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
-        elif self._has_console and scope["method"] == "GET" and path in (console.PATH, f"{console.PATH}/"):
+        elif self._has_console and path in (console.PATH, f"{console.PATH}/") and scope["method"] == "GET":
             await _send_body(send, console.page(), console.HEADERS)
         elif self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
             await self._answer_program(self._program_api, path, scope, b"", send)
