@@ -63,6 +63,26 @@ class _Asked:
     answer: asyncio.Future[bytes] | None
 
 
+class GraphRunner(Protocol):
+    """Who runs declared graphs here. Called on the event loop; programs that are not run here are ignored."""
+
+    def tool_output(self, program_id: str, node: str, output: bytes) -> None:
+        """The output of a tool came, as JSON."""
+        ...
+
+    def program_over(self, program_id: str) -> None:
+        """The program was cancelled."""
+        ...
+
+
+class _NoGraphs:
+    def tool_output(self, program_id: str, node: str, output: bytes) -> None:
+        """Nobody waits for it."""
+
+    def program_over(self, program_id: str) -> None:
+        """Nobody minds."""
+
+
 class LinkListener(Protocol):
     """Who reads the frames. Called on the event loop."""
 
@@ -118,6 +138,7 @@ class IngressLink:
             ends=_RouterEnds(self),
             transport=transport,
         )
+        self.graphs: GraphRunner = _NoGraphs()
         self._asked: dict[str, _Asked] = {}
         self._asked_ids = itertools.count(1)
         self._workers: dict[str, _WorkerLink] = {}
@@ -369,10 +390,17 @@ class IngressLink:
         for request_id in message.cancelled:
             if self.open.pop(RequestId(request_id), None) is not None:
                 self._listener.program_cancelled(RequestId(request_id))
-        for answer in message.program_answers:
-            self._on_program_answer(answer)
+        self._programs_said(message)
         if message.HasField("workers"):
             self._set_workers(message.workers)
+
+    def _programs_said(self, message: wire.RouterToIngress) -> None:
+        for answer in message.program_answers:
+            self._on_program_answer(answer)
+        for output in message.tool_outputs:
+            self.graphs.tool_output(output.program_id, output.node, output.output)
+        for program_id in message.programs_over:
+            self.graphs.program_over(program_id)
 
     def _on_verdict(self, verdict: wire.Verdict) -> None:
         request = self.open.get(RequestId(verdict.request_id))

@@ -29,6 +29,7 @@ from tempo_router.program_ops import (
     BeginCall,
     CancelProgram,
     CreateProgram,
+    DeliverOutput,
     EndCall,
     ExtendProgram,
     FinishProgram,
@@ -85,13 +86,16 @@ _KINDS: dict[str, Any] = {
     one.__name__: one
     for one in (
         CreateProgram, BeginCall, EndCall, ExtendProgram, FinishProgram, CancelProgram,
-        ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole,
+        ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole, DeliverOutput,
     )
 }  # fmt: skip
 _decoders = {name: msgspec.json.Decoder(kind) for name, kind in _KINDS.items()}
 
-Tell = Callable[[str, wire.ProgramAnswer], None]
-"""Send an answer to an ingress; one that is away asks again."""
+Send = Callable[[str, wire.RouterToIngress], None]
+"""Send to an ingress; nothing if it is away: what it asked it asks again."""
+
+TOOL = "tool: "
+"""So the labels of tools begin."""
 
 
 class ProgramDesk:
@@ -109,7 +113,7 @@ class ProgramDesk:
         *,
         fence: int,
         handle: Callable[[Event], None],
-        tell: Tell,
+        send: Send,
         cancel_calls: Callable[[str], None],
         outlook: Callable[[ProgramGraph, float], Outlook | None],
         least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
@@ -120,7 +124,7 @@ class ProgramDesk:
         self._store = store
         self._fence = fence
         self._handle = handle
-        self._tell = tell
+        self._send = send
         self._cancel_calls = cancel_calls
         self._outlook = outlook
         self._least_left_s = least_left_s
@@ -230,6 +234,9 @@ class ProgramDesk:
                 self._answer(owner, message, self._listed(op))
             case ContinueResponse():
                 self._answer(owner, message, self.book.continued(op.tenant, op.response_id))
+            case DeliverOutput():
+                self._deliver(op)
+                self._answer(owner, message, None)
             case ExplainRequest() | ViewConsole():
                 self._answer(owner, message, self._questions[type(op)](op))
             case _:
@@ -257,6 +264,20 @@ class ProgramDesk:
 
         self.writer.put(None, graph, stored)
 
+    def _deliver(self, op: DeliverOutput) -> None:
+        graph = self.book.of_tenant(op.program_id, op.tenant)
+        node = graph.calls.get(op.node)
+        if graph.is_over or node is None or not node.label.startswith(TOOL):
+            raise ProgramError("unknown_call", f"no tool {op.node!r} of {op.program_id!r} was asked for", "node")
+        if node.status != "running":
+            raise ProgramError("call_ended", f"tool {op.node!r} of {op.program_id!r} has its output", "node")
+        self._send(
+            node.owner,
+            wire.RouterToIngress(
+                tool_outputs=[wire.ToolOutput(program_id=op.program_id, node=op.node, output=op.output.encode())]
+            ),
+        )
+
     def _is_new(self, op: ProgramOp) -> bool:
         return isinstance(op, CreateProgram | BeginCall) and self.book.find(op.program_id) is None
 
@@ -281,6 +302,8 @@ class ProgramDesk:
             )  # fmt: skip
             if graph.status == "cancelled":
                 self._cancel_calls(graph.program_id)
+                for owner in dict.fromkeys(call.owner for call in graph.calls.values()):
+                    self._send(owner, wire.RouterToIngress(programs_over=[graph.program_id]))
             is_complete = graph.status == "finished"
             self._handle(ProgramFinished(time.monotonic(), graph.program_id, is_complete=is_complete))
             self._store_learnt()
@@ -345,6 +368,9 @@ class ProgramDesk:
             return
         self.book.restore(graph)
         self.asked(owner, message)
+
+    def _tell(self, owner: str, answer: wire.ProgramAnswer) -> None:
+        self._send(owner, wire.RouterToIngress(program_answers=[answer]))
 
     def _answer(self, owner: str, message: wire.ProgramOp, result: Any, *, is_stored: bool = True) -> None:
         answer = wire.ProgramAnswer(op_id=message.op_id, result=msgspec.json.encode(result), is_stored=is_stored)

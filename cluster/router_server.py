@@ -57,6 +57,7 @@ from tempo_router.metrics import Outcome
 from tempo_router.pattern_history import PatternHistory
 from tempo_router.prediction import LengthHistograms
 from tempo_router.program_graph import ProgramGraph
+from tempo_router.program_history import ProgramHistory
 from tempo_router.program_view import Outlook
 from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
@@ -127,11 +128,10 @@ class RouterServer:
     async def start(self) -> str:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
-        patterns = self._config.programs.max_patterns
-        is_by_patterns = self._config.scheduling.program_model == "patterns"
-        self._patterns = PatternHistory(patterns) if is_by_patterns else None
+        history = self.make_history()
+        self._patterns = history if isinstance(history, PatternHistory) else None
         lengths = await self._restore_lengths()
-        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=self._patterns)
+        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
         self._programs = await self._open_desk()
@@ -146,6 +146,12 @@ class RouterServer:
             self._tasks.append(asyncio.create_task(self._estimates.run(), name="estimates of lengths"))
         log.info("router_started", address=self.address, epoch=self.epoch)
         return self.address
+
+    def make_history(self) -> ProgramHistory:
+        """What programs are foretold by, empty."""
+        if self._config.scheduling.program_model == "patterns":
+            return PatternHistory(self._config.programs.max_patterns)
+        return ProgramHistory()
 
     async def stop(self) -> None:
         """Close the streams, write what was learnt, give the lease back."""
@@ -399,7 +405,7 @@ class RouterServer:
         config = self._config.programs
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
         desk = ProgramDesk(
-            config, store, fence=self.epoch, handle=self.handle, tell=self._tell_ingress,
+            config, store, fence=self.epoch, handle=self.handle, send=self._tell_ingress,
             cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._core.least_left_s,
             patterns=self._patterns,
             questions={ExplainRequest: self._explain, ViewConsole: self._console},
@@ -410,10 +416,10 @@ class RouterServer:
     def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
         return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
 
-    def _tell_ingress(self, ingress_id: str, answer: wire.ProgramAnswer) -> None:
+    def _tell_ingress(self, ingress_id: str, message: wire.RouterToIngress) -> None:
         session = self._ingresses.get(ingress_id)
         if session is not None and session.is_connected:
-            session.outbox.merge(wire.RouterToIngress(program_answers=[answer]))
+            session.outbox.merge(message)
 
     def _cancel_program(self, program_id: str) -> None:
         """End all requests of a program; their ingresses tell the clients."""

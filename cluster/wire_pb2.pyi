@@ -594,6 +594,33 @@ class ProgramAnswer(_message.Message):
 Global___ProgramAnswer: _TypeAlias = ProgramAnswer  # noqa: Y015
 
 @_typing.final
+class ToolOutput(_message.Message):
+    """The output of a tool, for the ingress that runs its declared graph."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    program_id: _builtins.str
+    node: _builtins.str
+    output: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        program_id: _builtins.str = ...,
+        node: _builtins.str = ...,
+        output: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "output", b"output", "program_id", b"program_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolOutput: _TypeAlias = ToolOutput  # noqa: Y015
+
+@_typing.final
 class RouterToIngress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -605,6 +632,8 @@ class RouterToIngress(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     PROGRAM_ANSWERS_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    TOOL_OUTPUTS_FIELD_NUMBER: _builtins.int
+    PROGRAMS_OVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -627,6 +656,12 @@ class RouterToIngress(_message.Message):
     def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """request ids of a program that was cancelled"""
 
+    @_builtins.property
+    def tool_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolOutput]: ...
+    @_builtins.property
+    def programs_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """programs that were cancelled, for the ingress that runs their graphs"""
+
     def __init__(
         self,
         *,
@@ -638,10 +673,12 @@ class RouterToIngress(_message.Message):
         workers: Global___WorkerSet | None = ...,
         program_answers: _abc.Iterable[Global___ProgramAnswer] | None = ...,
         cancelled: _abc.Iterable[_builtins.str] | None = ...,
+        tool_outputs: _abc.Iterable[Global___ToolOutput] | None = ...,
+        programs_over: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "relegated", b"relegated", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "programs_over", b"programs_over", "relegated", b"relegated", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,31 +17,26 @@ import json
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import msgspec
 import structlog
 
-from deployments import console, openai_errors, program_api
+from deployments import openai_errors
+from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
 from deployments.openai_errors import ApiError
-from deployments.program_api import ProgramApi
+from deployments.own_paths import OwnPaths
 from deployments.program_calls import join, leave
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity, ProgramFields, first_answer, identify
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
-from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo, parse_tenant
+from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
 from tempo_router.config import TempoConfig
 from tempo_router.errors import ConfigError, InvalidSloError, ProgramError, RouterUnavailableError
 from tempo_router.request import slo_class
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 WhyNot = Callable[[], str | None]
 """Says what is missing; None: nothing is."""
 
@@ -71,7 +66,6 @@ INFERENCE_PATHS = frozenset(
 # Spelled as various clients and probes spell them (conventions.md §3.3).
 _READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
 _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
-_OWN_PATHS = (program_api.PREFIX, program_api.REQUESTS, console.STATE_PATH)
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _SERVICE_TIER = b'"service_tier":'
@@ -134,17 +128,18 @@ class HttpEdge:
         self._epoch_s = epoch_s
         self._identify_by = config.programs.identify_by
         self._programs = programs
-        self._has_console = config.ingress.console and programs is not None
-        self._program_api: ProgramApi | None = None
+        self._own: OwnPaths | None = None
         if programs is not None:
-            self._program_api = ProgramApi(programs, epoch_s, has_console=config.ingress.console)
+            self._own = OwnPaths(
+                programs, self, model=config.model_name, has_console=config.ingress.console, epoch_s=epoch_s
+            )
 
     @property
-    def programs(self) -> ProgramApi:
-        """What /v1/programs does, for those who come another way."""
-        if self._program_api is None:
+    def own(self) -> OwnPaths:
+        """Programs and declared graphs, for those who come another way."""
+        if self._own is None:
             raise ConfigError("this edge was built without programs")
-        return self._program_api
+        return self._own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope, as ASGI says."""
@@ -155,17 +150,15 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
-        elif self._has_console and path in (console.PATH, f"{console.PATH}/") and scope["method"] == "GET":
-            await _send_body(send, console.page(), console.HEADERS)
-        elif self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
-            await self._answer_program(self._program_api, path, scope, b"", send)
+        elif path and self._own is not None and self._own.answers(path):
+            await self._own.get(path, scope, send)
         else:
             await self._app(scope, receive, send)
 
     async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_s = self._monotonic_s()
         if self.open_requests >= self._limits.max_open_requests:
-            await _send_error(send, openai_errors.too_many_requests_open(self._limits.max_open_requests))
+            await send_error(send, openai_errors.too_many_requests_open(self._limits.max_open_requests))
             return
         self.open_requests += 1
         try:
@@ -178,12 +171,12 @@ class HttpEdge:
         try:
             body = await _read_body(scope["headers"], receive, limit)
         except _BodyTooLargeError:
-            await _send_error(send, openai_errors.body_too_large(limit))
+            await send_error(send, openai_errors.body_too_large(limit))
             return
         if body is None:
             return  # The client left before it had sent everything.
-        if self._program_api is not None and any(map(partial(_is_below, path), _OWN_PATHS)):
-            await self._answer_program(self._program_api, path, scope, body, send)
+        if self._own is not None and self._own.answers(path):
+            await self._own.post(path, scope, body, receive, send)
             return
         if path not in INFERENCE_PATHS:
             await self._app(scope, _replay(body, receive), send)
@@ -193,7 +186,7 @@ class HttpEdge:
             if program_call is not None:
                 await self._join(program_call, parsed, context)
         except _RefusedError as refused:
-            await _send_error(send, refused.error)
+            await send_error(send, refused.error)
             return
         exchange = _Exchange(context, parsed, path, send)
         try:
@@ -205,18 +198,6 @@ class HttpEdge:
                     self._programs, context, is_last=program_call.identity.is_last, response_id=exchange.response_id,
                     is_background=program_call.is_background,
                 )  # fmt: skip
-
-    async def _answer_program(self, api: ProgramApi, path: str, scope: Scope, body: bytes, send: Send) -> None:
-        try:
-            tenant = parse_tenant(scope["headers"])
-        except InvalidSloError as error:
-            await _send_error(send, openai_errors.invalid_slo(error))
-            return
-        status, value = await api.answer(scope["method"], path, scope.get("query_string", b""), body, tenant)
-        if isinstance(value, ApiError):
-            await _send_error(send, value)
-            return
-        await _send_body(send, program_api.as_bytes(value), [(b"content-type", b"application/json")], status)
 
     async def _join(self, call: "_ProgramCall", parsed: ParsedSlo, context: RequestContext) -> None:
         assert self._programs is not None
@@ -471,7 +452,7 @@ class _Exchange:
             was_flowing, self._is_flowing, self._is_closed = self._is_flowing, False, True
             self._held.clear()
             if not was_flowing:
-                await _send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
+                await send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
                 return
             last = b"data: " + error.body() + b"\n\n" + self._summary() + _DONE if self._is_sse else b""
             await self._send_to_client({"type": "http.response.body", "body": last, "more_body": False})
@@ -554,10 +535,6 @@ def _ended(context: RequestContext) -> dict[str, Any]:
 def _milliseconds(value_ms: float) -> str:
     """Without an exponent and without digits that mean nothing."""
     return f"{value_ms:.3f}".rstrip("0").rstrip(".")
-
-
-def _is_below(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def _path(scope: Scope) -> str:
@@ -671,21 +648,9 @@ def _is_true(value: object) -> bool:
     return value is True or value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
-async def _send_error(send: Send, error: ApiError, extra_headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    headers = [*error.headers(), *extra_headers]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": error.body(), "more_body": False})
-
-
-async def _send_body(send: Send, content: bytes, headers: list[tuple[bytes, bytes]], status: int = 200) -> None:
-    length = (b"content-length", str(len(content)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": content, "more_body": False})
-
-
 async def _send_health(send: Send, problem: str | None) -> None:
     if problem is not None:
-        await _send_error(send, openai_errors.not_ready(problem))
+        await send_error(send, openai_errors.not_ready(problem))
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from ray import serve
 
@@ -146,27 +147,36 @@ class IngressReplica:
 
     async def create_program(self, new: NewProgram) -> dict[str, Any]:
         """Make a program; its calls name it in `GenerateRequest.program`."""
-        return dict(await self._edge.programs.create(new))
+        return dict(await self._edge.own.programs.create(new))
+
+    async def run_program(self, new: NewProgram) -> AsyncIterator[dict[str, Any]]:
+        """Run a declared graph: events as its nodes finish (stream=True), the last one with the whole program."""
+        async for event in await self._edge.own.graphs.run(new):
+            yield event
+
+    async def deliver_output(self, program: str, node: str, output: Any, tenant: str = "") -> None:
+        """The output of a tool that a declared graph waits for."""
+        await self._edge.own.graphs.deliver(program, node, msgspec.json.encode({"output": output}), tenant)
 
     async def program(self, program: str, tenant: str = "") -> dict[str, Any]:
         """All of a program. program: its id, or the name that it was given."""
-        return dict(await self._edge.programs.view(program, tenant))
+        return dict(await self._edge.own.programs.view(program, tenant))
 
     async def programs(self, tenant: str = "", **filters: str) -> dict[str, Any]:
         """Programs of a tenant. filters: those of `GET /v1/programs`, as text."""
-        return dict(await self._edge.programs.listed(tenant, filters))
+        return dict(await self._edge.own.programs.listed(tenant, filters))
 
     async def extend_program(self, program: str, deadline_s: float, tenant: str = "") -> dict[str, Any]:
         """Another deadline, from now."""
-        return dict(await self._edge.programs.extend(program, {"deadline_s": deadline_s}, tenant))
+        return dict(await self._edge.own.programs.extend(program, {"deadline_s": deadline_s}, tenant))
 
     async def finish_program(self, program: str, tenant: str = "") -> dict[str, Any]:
         """No further call will come."""
-        return dict(await self._edge.programs.finish(program, tenant))
+        return dict(await self._edge.own.programs.finish(program, tenant))
 
     async def cancel_program(self, program: str, reason: str = "", tenant: str = "") -> dict[str, Any]:
         """Give it up, with all that runs."""
-        return dict(await self._edge.programs.cancel(program, reason, tenant))
+        return dict(await self._edge.own.programs.cancel(program, reason, tenant))
 
     @asynccontextmanager
     async def _context(self, request: GenerateRequest, *, is_streaming: bool) -> AsyncIterator[RequestContext]:

@@ -25,7 +25,7 @@ from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram
 
 PREFIX = "/v1/programs"
 REQUESTS = "/v1/requests"
-_CREATE = ("app", "deadline_s", "deadline", "objective", "name", "user")
+_CREATE = ("app", "deadline_s", "deadline", "objective", "name", "user", "graph", "stream")
 _STATUSES = ("running", "relegated", "finished", "cancelled")
 _FILTERS = ("status", "app", "name", "limit", "after", "user")
 _MAX_NAME_CHARS = 128
@@ -58,8 +58,7 @@ class ProgramApi:
         parts = [unquote(part) for part in path.removeprefix(PREFIX).strip("/").split("/") if part]
         match (method, *parts):
             case ("POST",):
-                fields = _fields(body, _CREATE)
-                return 200, await self.create(new_program(fields, tenant))
+                return 200, await self.create(creation(body, tenant)[0])
             case ("GET",):
                 filters = _query(query)
                 return 200, await self.listed(tenant or filters.get("user", ""), filters)
@@ -154,6 +153,12 @@ class ProgramApi:
         return absolute if relative is None else self._epoch_s() + relative
 
 
+def creation(body: bytes, tenant: str) -> tuple[NewProgram, bool]:
+    """(what is to be made, whether its events are to be streamed) from the body of `POST /v1/programs`."""
+    fields = _fields(body, _CREATE)
+    return new_program(fields, tenant), fields.get("stream") is True
+
+
 def new_program(fields: Mapping[str, Any], tenant: str) -> NewProgram:
     """What the body of `POST /v1/programs` asks for. Raises ProgramError for what has the wrong type."""
     return NewProgram(
@@ -163,6 +168,7 @@ def new_program(fields: Mapping[str, Any], tenant: str) -> NewProgram:
         name=_text(fields, "name"),
         objective=fields.get("objective", "deadline"),
         tenant=_tenant(fields, tenant),
+        graph=fields.get("graph"),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from cluster.ingress_link import GraphRunner
 from cluster.program_desk import ContinueResponse
 from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
@@ -17,7 +18,12 @@ _continued = msgspec.json.Decoder(tuple[str, str] | None)
 
 
 class ProgramLink(Protocol):
-    """What carries operations to the router (cluster.ingress_link.IngressLink)."""
+    """What carries operations to the router (cluster.ingress_link.IngressLink).
+
+    graphs: who runs declared graphs here.
+    """
+
+    graphs: GraphRunner
 
     @property
     def ingress_id(self) -> str:
@@ -38,6 +44,10 @@ class ProgramClient:
 
     def __init__(self, link: ProgramLink) -> None:
         self._link = link
+
+    def run_graphs(self, runner: GraphRunner) -> None:
+        """From now on this one hears of tools and cancelled programs."""
+        self._link.graphs = runner
 
     async def ask(self, op: Any) -> Any:
         """The result of an operation, decoded. Raises ProgramError, RouterUnavailableError."""
@@ -63,6 +73,7 @@ class ProgramClient:
             branch=identity.agent,
             parent_branch=identity.parent_agent,
             owner=self._link.ingress_id,
+            is_tool=identity.is_tool,
         )
         op = BeginCall(
             program_id=identity.parent_id or identity.program_id,

@@ -88,6 +88,7 @@ class Identity:
     deadline_s: float | None = None
     deadline_epoch_s: float | None = None
     is_last: bool = False
+    is_tool: bool = False
 
     @property
     def is_new_allowed(self) -> bool:

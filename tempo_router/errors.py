@@ -30,10 +30,12 @@ ProgramProblem = Literal[
     "call_ended",
     "too_many_programs",
     "store_unavailable",
+    "node_failed",
 ]
 """invalid_program: a field makes no sense. unknown_program, unknown_call: no such thing, or not this tenant's.
 program_ended, call_ended: it is over, nothing can be added. too_many_programs: no room for another one now.
-store_unavailable: Redis is away, and too much waits for it to take a new program."""
+store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared
+graph could not be answered."""
 
 
 class TempoError(Exception):

@@ -30,7 +30,8 @@ class NewCall:
     """A call as its client announces it. What it leaves open is inferred (see ProgramGraph.begin).
 
     label: what the client calls this step ("plan", "search"). branch: the agent that makes it, "" for the only one.
-    parent_branch: the agent that started that one. owner: the ingress that serves it.
+    parent_branch: the agent that started that one. owner: the ingress that serves it. is_tool: no call of the model but
+    a gap that the client fills; it stands in the stage of what it follows.
     """
 
     call_id: str
@@ -41,6 +42,7 @@ class NewCall:
     branch: str = ""
     parent_branch: str = ""
     owner: str = ""
+    is_tool: bool = False
 
 
 @dataclass(slots=True)
@@ -255,6 +257,8 @@ class ProgramGraph:
 
     def _stage(self, new: NewCall, parents: tuple[str, ...]) -> int:
         least = 1 + max((self.calls[parent].stage for parent in parents), default=-1)
+        if new.is_tool:
+            return max(least - 1, 0)
         if new.stage is None:
             return min(least, MAX_STAGE)
         if new.stage > MAX_STAGE:

@@ -84,6 +84,16 @@ class CancelProgram:
     reason: str = "cancelled by the client"
 
 
+@dataclass(frozen=True, slots=True)
+class DeliverOutput:
+    """The client ran a tool of a declared graph: its output, as JSON, for whoever runs the graph."""
+
+    program_id: str
+    tenant: str
+    node: str
+    output: str
+
+
 ProgramOp = CreateProgram | BeginCall | EndCall | ExtendProgram | FinishProgram | CancelProgram
 """What changes a program."""
 

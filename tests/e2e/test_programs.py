@@ -1,6 +1,7 @@
 """Programs on the served application. The engine is simulated; everything else is as users have it."""
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -229,3 +230,77 @@ async def test_answers_that_are_continued_and_sub_agents_stay_in_their_program(h
     # The answer itself is kept only where vLLM is told to; whose program it is, we know without that.
     second = await http.post("/v1/responses", json=again)
     assert second.headers["x-tempo-program"] == first.headers["x-tempo-program"]
+
+
+GRAPH = {
+    "nodes": [
+        {"id": "plan", "prompt": "Plan.", "max_tokens": 5},
+        {"id": "lookup", "tool": "web search", "after": ["plan"]},
+        {"id": "left", "prompt": "L {{plan}}", "max_tokens": 5},
+        {"id": "sum", "messages": [{"role": "user", "content": "{{left}} {{lookup}}"}], "max_tokens": 5},
+    ]
+}
+
+
+async def events_of(http: httpx.AsyncClient, fields: dict[str, Any]) -> Any:
+    """Events of a declared graph, as they come."""
+    async with http.stream("POST", "/v1/programs", json={**fields, "stream": True}) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line[6:])
+
+
+async def test_a_declared_graph_runs_and_tells_of_each_node_as_it_ends(http: httpx.AsyncClient) -> None:
+    happened: list[str] = []
+    outputs: dict[str, Any] = {}
+    async for event in events_of(http, {"deadline_s": 60, "app": "declared", "graph": GRAPH}):
+        happened.append(f"{event['event']} {event.get('node', '')}".strip())
+        if event["event"] == "node.finished":
+            outputs[event["node"]] = event["output"]
+        if event["event"] == "tool.waiting":
+            path = f"/v1/programs/{program_id}/nodes/{event['node']}/output"
+            assert event["inputs"] == {"plan": outputs["plan"]}
+            bad = await http.post(path, content=b'{"output": NaN}')
+            assert (bad.status_code, bad.json()["error"]["param"]) == (400, "output")
+            assert (await http.post(path, json={"output": {"found": [1, 2]}})).status_code == 200
+            again = await http.post(path, json={"output": "twice"})
+            assert (again.status_code, again.json()["error"]["code"]) == (409, "call_ended")
+        if event["event"] == "program.created":
+            program_id = event["program"]["id"]
+        if event["event"] == "program.finished":
+            done = event["program"]
+    assert happened[0] == "program.created"
+    assert happened[-1] == "program.finished"
+    assert set(outputs) == {"plan", "lookup", "left", "sum"}
+    assert outputs["lookup"] == {"found": [1, 2]}
+    assert happened.index("node.finished left") < happened.index("node.finished sum")
+    assert (done["status"], done["deadline_met"]) == ("finished", True)
+    parents = {one["id"]: set(one["parents"]) for one in done["calls"]}
+    assert parents == {"plan": set(), "lookup": {"plan"}, "left": {"plan"}, "sum": {"left", "lookup"}}
+
+
+async def test_a_declared_graph_answers_as_a_whole_too(http: httpx.AsyncClient) -> None:
+    graph = {"nodes": [{"id": "a", "prompt": "A", "max_tokens": 3}, {"id": "b", "prompt": "{{a}}", "max_tokens": 3}]}
+    answer = await http.post("/v1/programs", json={"deadline_s": 60, "graph": graph})
+    assert answer.status_code == 200, answer.text
+    assert set(answer.json()["outputs"]) == {"a", "b"}
+    assert answer.json()["status"] == "finished"
+
+
+async def test_a_graph_whose_node_fails_or_whose_client_leaves_is_cancelled(http: httpx.AsyncClient) -> None:
+    failing = {"nodes": [{"id": "a", "prompt": "A", "sampling": {"temperature": -5}}]}
+    answer = await http.post("/v1/programs", json={"deadline_s": 60, "name": "failing", "graph": failing})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
+    assert (await view(http, "failing"))["status"] == "cancelled"
+    endless = {"nodes": [{"id": "a", "prompt": "A", "max_tokens": 3500, "sampling": {"ignore_eos": True}}]}
+    async for event in events_of(http, {"deadline_s": 60, "name": "left", "graph": endless}):
+        assert event["event"] == "program.created"
+        break
+    async with asyncio.timeout(30):
+        # Another process cannot set an event of ours.
+        while (await view(http, "left"))["status"] != "cancelled":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    unknown = {"nodes": [{"id": "a", "prompt": "{{b}}"}]}
+    refused = await http.post("/v1/programs", json={"deadline_s": 60, "graph": unknown})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "graph.nodes[0].prompt")

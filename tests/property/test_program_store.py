@@ -76,14 +76,15 @@ class Programs(RuleBasedStateMachine):
     async def new_desk(self) -> ProgramDesk:
         fence = await self.store.acquire_lease("router", 30.0)
         desk = ProgramDesk(
-            ProgramsConfig(), self.programs, fence=fence, handle=lambda event: None, tell=self.tell,
+            ProgramsConfig(), self.programs, fence=fence, handle=lambda event: None, send=self.send,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None,
         )  # fmt: skip
         await desk.restore()
         return desk
 
-    def tell(self, owner: str, answer: wire.ProgramAnswer) -> None:
-        self.ingresses[owner].heard(answer)
+    def send(self, owner: str, message: wire.RouterToIngress) -> None:
+        for answer in message.program_answers:
+            self.ingresses[owner].heard(answer)
 
     def ask(self, ingress: str, op: object) -> str:
         op_id = f"{ingress}:{next(self.op_ids)}"

@@ -599,6 +599,7 @@ class NoRouter:
     """Nobody answers."""
 
     ingress_id = "ingress"
+    graphs: Any = None
 
     async def ask_programs(self, kind: str, body: bytes) -> bytes:
         raise RouterUnavailableError("no router answered")
