@@ -28,9 +28,10 @@ from deployments import openai_errors
 from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
 from deployments.openai_errors import ApiError
 from deployments.own_paths import OwnPaths
+from deployments.prefix_growth import GrowingChats
 from deployments.program_calls import join, leave
 from deployments.program_client import ProgramClient
-from deployments.program_identity import Identity, ProgramFields, first_answer, identify
+from deployments.program_identity import Identity, ProgramFields, first_answer, grown_chat, identify
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
 from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
 from tempo_router.config import TempoConfig
@@ -92,6 +93,7 @@ class _Fields(msgspec.Struct, gc=False):
     previous_response_id: Any = None
     background: Any = None
     store: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
 
 
 _fields_decoder = msgspec.json.Decoder(_Fields)
@@ -127,6 +129,7 @@ class HttpEdge:
         self._monotonic_s = monotonic_s
         self._epoch_s = epoch_s
         self._identify_by = config.programs.identify_by
+        self._chats = GrowingChats()
         self._programs = programs
         self._own: OwnPaths | None = None
         if programs is not None:
@@ -248,6 +251,8 @@ class HttpEdge:
             identity = identify(headers, said, tenant, self._identify_by)
         except ProgramError as error:
             raise _RefusedError(openai_errors.program_refused(error)) from error
+        if identity is None and "prefix" in self._identify_by and path == "/v1/chat/completions":
+            identity = grown_chat(tenant, self._chats.name(tenant, _messages(fields.messages)))
         if identity is None and path == "/v1/responses" and fields.store is not False:
             # The first answer of what may become a conversation: the next one will name it, and nothing else.
             identity = first_answer(tenant, self._identify_by)
@@ -609,7 +614,7 @@ def _decoded_leniently(body: bytes, problem: str) -> _Fields:
         raise _RefusedError(openai_errors.malformed_json(problem)) from error
     if not isinstance(fields, dict):
         raise _RefusedError(openai_errors.malformed_json("it must be a JSON object"))
-    known = (name for name in _Fields.__struct_fields__ if name != "prompt")
+    known = (name for name in _Fields.__struct_fields__ if name not in ("prompt", "messages"))
     return _Fields(**{name: fields[name] for name in known if name in fields})
 
 
@@ -633,6 +638,13 @@ def _with_echo_in_event(body: bytes, service_tier: str) -> bytes:
     response["service_tier"] = msgspec.Raw(msgspec.json.encode(service_tier))
     event["response"] = msgspec.Raw(msgspec.json.encode(response))
     return head + separator + msgspec.json.encode(event) + b"\n\n"
+
+
+def _messages(messages: msgspec.Raw) -> list[bytes]:
+    """The messages of a chat, each as its client wrote it; none if they are no list."""
+    if not bytes(messages).lstrip().startswith(b"["):
+        return []
+    return [bytes(one) for one in msgspec.json.decode(messages, type=list[msgspec.Raw])]
 
 
 def _prompts(prompt: msgspec.Raw) -> int:

@@ -136,6 +136,11 @@ def first_answer(tenant: str, sources: Sequence[IdentitySource]) -> Identity | N
     return Identity("openai", program_id_of(tenant, "openai", uuid.uuid4().hex)) if "openai" in sources else None
 
 
+def grown_chat(tenant: str, name: str) -> Identity:
+    """The program of a chat that is known by its growing messages (prefix_growth.py)."""
+    return Identity("prefix", program_id_of(tenant, "prefix", name))
+
+
 # ---- our own fields ----
 
 
