@@ -201,6 +201,12 @@ class ProgramDesk:
         """An ingress is gone for good."""
         self._changed(self.book.owner_gone(owner, self._epoch_s()))
 
+    def answered(self, program_id: str, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """The engine has ended the answer of a call."""
+        graph = self.book.find(program_id)
+        if graph is not None:
+            graph.answered(call_id, prompt_tokens, output_tokens)
+
     # ---- what is asked ----
 
     def asked(self, owner: str, message: wire.ProgramOp) -> None:

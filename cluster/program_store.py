@@ -54,6 +54,12 @@ local known = redis.call('HGET', KEYS[2], ARGV[3])
 if known and tonumber(string.match(known, '^(%d+)|')) >= tonumber(ARGV[4]) then return 0 end
 redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
 local calls = redis.call('HINCRBY', KEYS[2], 'calls', known and 0 or 1)
+if known and string.match(known, '^%d+|(%a+)|') ~= 'running' then
+    -- Another attempt at a call that had ended: it has not ended any more, and its tokens do not count.
+    redis.call('HINCRBY', KEYS[2], 'done', -1)
+    local tokens = cjson.decode(string.match(known, '^%d+|%a+|(.*)$')).output_tokens or 0
+    redis.call('HINCRBY', KEYS[2], 'tokens', -tokens)
+end
 redis.call('PEXPIREAT', KEYS[2], ARGV[2])
 if calls ~= tonumber(ARGV[6]) then return -2 end
 return 1

@@ -637,11 +637,24 @@ class RouterServer:
 
     def _progressed(self, worker: WorkerSession, event: Progressed) -> None:
         worker.load = event.load
+        answered = [
+            (spec, finished.output_tokens)
+            for finished in event.finished
+            if finished.reason == "completed" and (spec := self._call_of_program(finished.dispatch_id)) is not None
+        ]
         self.handle(event)
+        for spec, tokens in answered:
+            self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
             known = self._dispatched.pop(finished.dispatch_id, None)
             if known is not None:
                 self._forget_if_gone(known[0])
+
+    def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
+        """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
+        known = self._dispatched.get(dispatch_id)
+        spec = self._core.spec_of(known[0]) if known is not None else None
+        return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 
     async def _check_epoch(self, seen_epoch: int, context: Any) -> None:
         """A peer that met a newer router tells us that we are not the one any more."""

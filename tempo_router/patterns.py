@@ -240,8 +240,8 @@ class PatternTable:
         reached = 1.0
         tokens: list[float] = []
         for number in range(stage, MAX_STAGES - 1):
-            goes_on = weights[counts > number + 1].sum()
-            ends = weights[(counts == number + 1) & complete].sum()
+            goes_on = float(weights[counts > number + 1].sum())
+            ends = float(weights[(counts == number + 1) & complete].sum())
             if goes_on + ends <= _LEAST_KNOWN:
                 unknown += reached
                 break

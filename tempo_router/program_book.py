@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, assert_never
 
 from tempo_router.errors import ProgramError
-from tempo_router.program_graph import GraphCall, Objective, ProgramGraph
+from tempo_router.program_graph import CallStatus, GraphCall, Objective, ProgramGraph
 from tempo_router.program_ops import (
     BeginCall,
     CallTicket,
@@ -126,11 +126,16 @@ class ProgramBook:
         return self._changed(graph, is_news=graph.relegate(now_s))
 
     def owner_gone(self, owner: str, now_s: float) -> list[Change]:
-        """An ingress is gone, and with it the clients of the calls that it served."""
+        """An ingress is gone, and with it the clients of the calls that it served; but those that were answered."""
         changes: list[Change] = []
         for graph in list(self._live.values()):
             for call in [one for one in graph.running if one.owner == owner]:
-                op = EndCall(graph.program_id, call.call_id, call.attempt, "cancelled", call.prompt_tokens)
+                is_answered = call.answered_tokens is not None
+                call.is_presumed = is_answered
+                status: CallStatus = "completed" if is_answered else "cancelled"
+                op = EndCall(
+                    graph.program_id, call.call_id, call.attempt, status, call.prompt_tokens, call.answered_tokens or 0
+                )
                 changes += self._end(op, now_s)[1]
         return changes
 

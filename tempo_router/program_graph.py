@@ -47,7 +47,11 @@ class NewCall:
 
 @dataclass(slots=True)
 class GraphCall:
-    """One node. output_tokens counts once the call has ended."""
+    """One node. output_tokens counts once the call has ended.
+
+    answered_tokens: what the engine put out in all, when it has ended and the ingress has not said so; None before.
+    is_presumed: only the engine says that it was answered, its ingress is gone; its client may try again.
+    """
 
     call_id: str
     attempt: int
@@ -61,6 +65,8 @@ class GraphCall:
     ended_s: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    answered_tokens: int | None = None
+    is_presumed: bool = False
 
 
 @dataclass(slots=True)
@@ -132,7 +138,7 @@ class ProgramGraph:
         if known is not None and new.attempt <= known.attempt:
             return known, False
         self._refuse_if_closed(f"call {new.call_id!r}")
-        if known is not None and known.status == "completed":
+        if known is not None and known.status == "completed" and not known.is_presumed:
             raise ProgramError("call_ended", f"call {new.call_id!r} of {self.program_id!r} was answered", "call")
         if known is not None:
             return self._begin_again(known, new, now_s), True
@@ -159,6 +165,12 @@ class ProgramGraph:
         self.last_s = max(self.last_s, now_s)
         self._finish_if_done(now_s)
         return call
+
+    def answered(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """The engine has ended its answer. Its ingress will say so, too, unless it is killed before."""
+        call = self._running.get(call_id)
+        if call is not None:
+            call.prompt_tokens, call.answered_tokens = prompt_tokens, output_tokens
 
     # ---- the whole ----
 
@@ -211,6 +223,7 @@ class ProgramGraph:
 
     def _begin_again(self, known: GraphCall, new: NewCall, now_s: float) -> GraphCall:
         known.attempt, known.owner, known.status, known.ended_s = new.attempt, new.owner, "running", None
+        known.answered_tokens, known.is_presumed, known.output_tokens = None, False, 0
         self._running[known.call_id] = known
         self.last_s = max(self.last_s, now_s)
         return known

@@ -254,6 +254,7 @@ async def events_of(http: httpx.AsyncClient, fields: dict[str, Any]) -> Any:
 async def test_a_declared_graph_runs_and_tells_of_each_node_as_it_ends(http: httpx.AsyncClient) -> None:
     happened: list[str] = []
     outputs: dict[str, Any] = {}
+    program_id = ""
     async for event in events_of(http, {"deadline_s": 60, "app": "declared", "graph": GRAPH}):
         happened.append(f"{event['event']} {event.get('node', '')}".strip())
         if event["event"] == "node.finished":

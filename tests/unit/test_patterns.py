@@ -1,6 +1,8 @@
 """What outlines of finished programs tell of one that unfolds."""
 
+import json
 import random
+from dataclasses import asdict
 
 import pytest
 
@@ -163,3 +165,24 @@ def test_a_program_that_is_resumed_is_foretold_as_before():
         before.call_ended(program("p", stage=number), number, one.output_tokens, at_s + 1)
     after.resume(ProgramId("p"), enumerate(seen), 5.0)
     assert after.forecast(program("p", stage=2)) == before.forecast(program("p", stage=2))
+
+
+def test_what_is_told_of_a_match_is_plain_json():
+    """It crosses processes; numbers of arrays would not."""
+    history = PatternHistory()
+    for number in range(20):
+        runs(history, program(f"p{number}"), RESEARCH)
+    history.call_came(program("new"), 0, 400, 0.0)
+    told = [
+        history.match(program("new")),
+        history.shares_ahead(program("new")),
+        asdict(history.forecast(program("new"))),
+    ]
+    assert json.loads(json.dumps(told))
+    assert {type(value) for value in vars_of(told)} <= {int, float, str}
+
+
+def vars_of(value) -> list[object]:
+    if isinstance(value, dict):
+        return [each for one in value.values() for each in vars_of(one)]
+    return [each for one in value for each in vars_of(one)] if isinstance(value, list | tuple) else [value]

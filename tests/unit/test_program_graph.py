@@ -3,7 +3,9 @@
 import pytest
 
 from tempo_router.errors import ProgramError
+from tempo_router.program_book import ProgramBook
 from tempo_router.program_graph import MAX_CALLS, NewCall, ProgramGraph
+from tempo_router.program_ops import BeginCall, CreateProgram
 from tempo_router.request import ProgramId
 
 
@@ -170,3 +172,19 @@ def test_a_program_has_a_bounded_number_of_calls():
         begin(graph, str(number), stage=0)
     with refused("invalid_program", "calls at most"):
         begin(graph, "one more", stage=0)
+
+
+def test_what_the_engine_has_answered_counts_when_its_ingress_is_gone_and_may_be_asked_again():
+    """The client may have read all of it, or nothing of the last bytes."""
+    book = ProgramBook()
+    book.apply(CreateProgram("p", "t", deadline_s=160.0), 100.0)
+    for name in ("answered", "running"):
+        book.apply(BeginCall("p", "t", NewCall(name, owner="ingress")), 101.0)
+    graph = book.of_tenant("p", "t")
+    graph.answered("answered", 10, 42)
+    book.owner_gone("ingress", 110.0)
+    found = {call_id: (call.status, call.output_tokens) for call_id, call in graph.calls.items()}
+    assert found == {"answered": ("completed", 42), "running": ("cancelled", 0)}
+    again, is_news = graph.begin(NewCall("answered", attempt=1, owner="another"), 111.0)
+    assert is_news
+    assert (again.status, again.output_tokens) == ("running", 0)
