@@ -34,7 +34,8 @@ from tempo_router.errors import ProgramError
 Source = Literal["explicit", "named"] | IdentitySource
 
 MAX_NAME_CHARS = 200
-_ID = re.compile(r"(prog|named|session|openai|trace|prefix)_[0-9a-f]{32}(\.\d+)?", re.ASCII)
+# Not simply `trace_...`, which is what others call theirs.
+_ID = re.compile(r"prog(-(named|session|openai|trace|prefix))?_[0-9a-f]{32}(\.\d+)?", re.ASCII)
 _CALL = re.compile(r"[A-Za-z0-9_.:@/-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 _MAX_PARENTS = 1000
@@ -104,7 +105,7 @@ class Identity:
 def program_id_of(tenant: str, source: str, name: str) -> str:
     """The id of a program whose name its client chose."""
     digest = hashlib.sha256(f"{tenant}\0{source}\0{name}".encode()).hexdigest()[:32]
-    return f"{source}_{digest}"
+    return f"prog-{source}_{digest}"
 
 
 def resolved_id(tenant: str, given: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -295,9 +296,8 @@ async def test_a_graph_whose_node_fails_or_whose_client_leaves_is_cancelled(http
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
     assert (await view(http, "failing"))["status"] == "cancelled"
     endless = {"nodes": [{"id": "a", "prompt": "A", "max_tokens": 3500, "sampling": {"ignore_eos": True}}]}
-    async for event in events_of(http, {"deadline_s": 60, "name": "left", "graph": endless}):
-        assert event["event"] == "program.created"
-        break
+    async with aclosing(events_of(http, {"deadline_s": 60, "name": "left", "graph": endless})) as events:
+        assert (await anext(events))["event"] == "program.created"
     async with asyncio.timeout(30):
         # Another process cannot set an event of ours.
         while (await view(http, "left"))["status"] != "cancelled":  # noqa: ASYNC110

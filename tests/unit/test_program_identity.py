@@ -41,6 +41,12 @@ def test_a_name_of_the_clients_own_belongs_to_its_tenant():
     assert resolved_id("theirs", ours.program_id) == ours.program_id
 
 
+def test_an_id_of_someone_elses_making_is_a_name():
+    """The Agents SDK calls its traces so."""
+    identity = found(x_tempo_program="trace_" + "0" * 32)
+    assert (identity.source, identity.is_new_allowed) == ("named", True)
+
+
 def test_equal_names_from_different_sources_are_different_programs():
     names = {
         found(x_tempo_program="x").program_id,
