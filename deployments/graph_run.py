@@ -55,9 +55,9 @@ class GraphRun:
                     return
                 await self._begin_ready()
         finally:
-            for task in self._tasks:
+            # Not waited for: a front end may take its time, and who cancels the program ends its requests anyway.
+            for task in list(self._tasks):
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def deliver(self, node_id: str, output: Any) -> None:
         """The client ran a tool. Once only; what nobody waits for is dropped (the desk has refused it before)."""
