@@ -167,6 +167,10 @@ class Clients:
     def relegated(self, request_id: RequestId) -> None:
         """It goes on as best effort; the score does not change."""
 
+    def program_cancelled(self, request_id: RequestId) -> None:
+        """As good as refused."""
+        self.expired(request_id)
+
     def expired(self, request_id: RequestId) -> None:
         """Dropped from the queue: as good as refused."""
         self.outcomes[request_id] = self.trackers[request_id].finish(time.monotonic(), completed=False)

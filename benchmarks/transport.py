@@ -230,6 +230,10 @@ class Clients:
     def relegated(self, request_id: RequestId) -> None:
         """Overload lets SLOs be missed; that is not what is measured."""
 
+    def program_cancelled(self, request_id: RequestId) -> None:
+        """Must not happen here."""
+        raise RuntimeError(f"{request_id} was cancelled with a program")
+
     def expired(self, request_id: RequestId) -> None:
         """Must not happen here."""
         raise RuntimeError(f"{request_id} expired")

@@ -7,7 +7,9 @@ a request grows older by the transfer time that nobody counted (well under a mil
 from typing import assert_never
 
 from cluster import wire_pb2 as wire
+from tempo_router.actions import Retune
 from tempo_router.events import ReplicaCapacity, StepReport
+from tempo_router.metrics import Outcome
 from tempo_router.request import (
     BestEffort,
     Deadline,
@@ -19,6 +21,7 @@ from tempo_router.request import (
     RequestSpec,
     Slo,
 )
+from tempo_router.standing import Standing
 
 
 def header_from_spec(spec: RequestSpec, now_s: float) -> wire.RequestHeader:
@@ -36,20 +39,13 @@ def header_from_spec(spec: RequestSpec, now_s: float) -> wire.RequestHeader:
         prompt_tokens=spec.prompt_tokens,
         max_output_tokens=spec.max_output_tokens,
         generated_tokens=spec.generated_tokens,
+        stage=spec.stage,
+        prefix_id=spec.prefix_id,
+        prefix_tokens=spec.prefix_tokens,
+        program_id=spec.program_id,
+        call_id=spec.call_id,
     )
-    match spec.slo:
-        case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
-            header.latency.ttft_s = ttft_s
-            header.latency.tbt_s = tbt_s
-        case Deadline(ttlt_s=ttlt_s):
-            header.deadline.ttlt_s = ttlt_s
-        case ProgramCall(program_id=program_id, ttlt_s=ttlt_s):
-            header.program.program_id = program_id
-            header.program.ttlt_s = ttlt_s
-        case BestEffort():
-            header.best_effort.SetInParent()
-        case _:
-            assert_never(spec.slo)
+    _write_slo(header, spec.slo)
     return header
 
 
@@ -58,7 +54,7 @@ def spec_from_header(header: wire.RequestHeader, now_s: float) -> RequestSpec:
     return RequestSpec(
         request_id=RequestId(header.request_id),
         arrival_s=now_s - header.age_s,
-        slo=_slo_from_header(header),
+        slo=_read_slo(header, f"request {header.request_id!r}"),
         prompt_tokens=header.prompt_tokens,
         max_output_tokens=header.max_output_tokens,
         group_id=GroupId(header.group_id),
@@ -69,10 +65,43 @@ def spec_from_header(header: wire.RequestHeader, now_s: float) -> RequestSpec:
         tier=header.tier,
         attempt=header.attempt,
         generated_tokens=header.generated_tokens,
+        stage=header.stage,
+        prefix_id=header.prefix_id,
+        prefix_tokens=header.prefix_tokens,
+        program_id=header.program_id,
+        call_id=header.call_id,
     )
 
 
-def _slo_from_header(header: wire.RequestHeader) -> Slo:
+def retarget_message(dispatch_id: int, slo: Slo) -> wire.Retarget:
+    """A running call has another target from now on."""
+    message = wire.Retarget(dispatch_id=dispatch_id)
+    _write_slo(message, slo)
+    return message
+
+
+def slo_from_retarget(message: wire.Retarget) -> Slo:
+    """The new target. Raises ValueError without one."""
+    return _read_slo(message, f"dispatch {message.dispatch_id}")
+
+
+def _write_slo(message: wire.RequestHeader | wire.Retarget, slo: Slo) -> None:
+    match slo:
+        case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
+            message.latency.ttft_s = ttft_s
+            message.latency.tbt_s = tbt_s
+        case Deadline(ttlt_s=ttlt_s):
+            message.deadline.ttlt_s = ttlt_s
+        case ProgramCall(program_id=program_id, ttlt_s=ttlt_s):
+            message.program.program_id = program_id
+            message.program.ttlt_s = ttlt_s
+        case BestEffort():
+            message.best_effort.SetInParent()
+        case _:
+            assert_never(slo)
+
+
+def _read_slo(header: wire.RequestHeader | wire.Retarget, name: str) -> Slo:
     match header.WhichOneof("slo"):
         case "latency":
             return Latency(header.latency.ttft_s, header.latency.tbt_s)
@@ -83,9 +112,36 @@ def _slo_from_header(header: wire.RequestHeader) -> Slo:
         case "best_effort":
             return BestEffort()
         case _:
-            raise ValueError(
-                f"request {header.request_id!r} came without an SLO; sender and receiver differ in version"
-            )
+            raise ValueError(f"{name} came without an SLO; sender and receiver differ in version")
+
+
+def message_from_outcome(request_id: RequestId, outcome: Outcome) -> wire.Outcome:
+    """How a request ended, for the router."""
+    return wire.Outcome(
+        request_id=request_id,
+        slo_class=outcome.slo_class,
+        ttft_s=outcome.ttft_s,
+        ttlt_s=outcome.ttlt_s,
+        output_tokens=outcome.output_tokens,
+        good_tokens=outcome.good_tokens,
+        late_tokens=outcome.late_tokens,
+        max_tbt_s=outcome.max_tbt_s,
+        is_met=outcome.is_met,
+    )
+
+
+def outcome_from_message(message: wire.Outcome) -> Outcome:
+    """The outcome as metrics know it."""
+    return Outcome(
+        slo_class=message.slo_class,  # type: ignore[arg-type]
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+        ttlt_s=message.ttlt_s if message.HasField("ttlt_s") else None,
+        output_tokens=message.output_tokens,
+        good_tokens=message.good_tokens,
+        late_tokens=message.late_tokens,
+        max_tbt_s=message.max_tbt_s if message.HasField("max_tbt_s") else None,
+        is_met=message.is_met if message.HasField("is_met") else None,
+    )
 
 
 def message_from_step(step: StepReport) -> wire.StepReport:
@@ -113,5 +169,42 @@ def step_from_message(message: wire.StepReport) -> StepReport:
 def capacity_from_facts(facts: wire.EngineFacts) -> ReplicaCapacity:
     """What the core needs to know of an engine."""
     return ReplicaCapacity(
-        max_running=facts.max_running, max_step_tokens=facts.max_step_tokens, kv_tokens=facts.kv_tokens
+        max_running=facts.max_running,
+        max_step_tokens=facts.max_step_tokens,
+        kv_tokens=facts.kv_tokens,
+        has_step_planner=facts.has_step_planner,
     )
+
+
+def message_from_standing(standing: Standing) -> wire.Standing:
+    """How one call stands, beside its dispatch."""
+    return wire.Standing(
+        density=standing.density,
+        is_admitted=standing.is_admitted,
+        later_s=standing.later_s,
+        is_relegated=standing.is_relegated,
+    )
+
+
+def standing_from_message(message: wire.Standing) -> Standing:
+    """The standing as planners order by it."""
+    return Standing(message.density, message.is_admitted, message.later_s, message.is_relegated)
+
+
+def message_from_retune(retune: Retune) -> wire.Retune:
+    """How all running calls of one engine stand."""
+    message = wire.Retune(step_cap_s=retune.step_cap_s)
+    if retune.standings:
+        message.dispatch_ids.extend(dispatch_id for dispatch_id, _ in retune.standings)
+        densities, are_admitted, later_s, are_relegated = zip(*(one for _, one in retune.standings), strict=True)
+        message.densities.extend(densities)
+        message.are_admitted.extend(are_admitted)
+        message.later_s.extend(later_s)
+        message.are_relegated.extend(are_relegated)
+    return message
+
+
+def standings_from_message(message: wire.Retune) -> list[tuple[int, Standing]]:
+    """(dispatch id, standing) of each call. Raises ValueError for columns of different lengths."""
+    columns = (message.densities, message.are_admitted, message.later_s, message.are_relegated)
+    return list(zip(message.dispatch_ids, map(Standing, *columns), strict=True))

@@ -10,16 +10,17 @@ needs no reconnecting, a later call simply succeeds.
 """
 
 import asyncio
+import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
 
@@ -80,6 +81,7 @@ class RedisStore:
         self._redis = client
         self._address = address
         self._timeout_s = timeout_s
+        self._shas: dict[str, str] = {}
         self._acquire = client.register_script(_ACQUIRE)
         self._renew = client.register_script(_RENEW)
         self._release = client.register_script(_RELEASE)
@@ -156,6 +158,63 @@ class RedisStore:
             content = await self._redis.get(self._key(f"snapshot:{name}"))
         assert content is None or isinstance(content, bytes)
         return content
+
+    # ---- for what keeps more than a snapshot (program_store.py) ----
+
+    async def run(self, calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run scripts in one round trip: (text, suffixes of keys, arguments) each. Their answers, in order.
+
+        Every script is atomic by itself; the first key of each is the fence's. Scripts must bear being run twice: a
+        server that lost them is given them again, and then all of these calls.
+        """
+        async with self._translated_errors():
+            try:
+                return await self._run(calls)
+            except NoScriptError:
+                for text in dict.fromkeys(text for text, _, _ in calls):
+                    await self._redis.script_load(text)
+                return await self._run(calls)
+
+    async def _run(self, calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for text, suffixes, arguments in calls:
+                keys = [self._key("fence"), *map(self._key, suffixes)]
+                pipe.evalsha(self._sha(text), len(keys), *keys, *arguments)
+            answers: list[Any] = await pipe.execute()
+            return answers
+
+    async def hashes(self, suffixes: Sequence[str]) -> list[dict[bytes, bytes]]:
+        """The hashes under these keys, in one round trip; empty for those that do not exist."""
+        async with self._translated_errors(), self._redis.pipeline(transaction=False) as pipe:
+            for suffix in suffixes:
+                pipe.hgetall(self._key(suffix))
+            found: list[dict[bytes, bytes]] = await pipe.execute()
+            return found
+
+    async def members(self, suffix: str) -> set[bytes]:
+        """Members of a set."""
+        async with self._translated_errors():
+            found = await self._redis.smembers(self._key(suffix))
+        return {one for one in found if isinstance(one, bytes)}
+
+    async def newest(self, suffix: str, most: int) -> list[bytes]:
+        """The first so many entries of a list."""
+        async with self._translated_errors():
+            found = await self._redis.lrange(self._key(suffix), 0, most - 1)
+        return [one for one in found if isinstance(one, bytes)]
+
+    async def seconds_left(self, suffix: str) -> float | None:
+        """Until a key expires; None if it never does, or does not exist."""
+        async with self._translated_errors():
+            left_ms = int(await self._redis.pttl(self._key(suffix)))
+        return left_ms / 1000 if left_ms >= 0 else None
+
+    def _sha(self, text: str) -> str:
+        known = self._shas.get(text)
+        if known is None:
+            # Redis names scripts by this hash; nothing is kept secret with it.
+            known = self._shas[text] = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        return known
 
     def _key(self, suffix: str) -> str:
         return self._prefix + suffix

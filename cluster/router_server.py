@@ -6,11 +6,13 @@ a worker. All of it comes back from the peers' hellos when the router is new.
 """
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from pathlib import Path
+from typing import Any, TextIO, assert_never
 
 import grpc
 import grpc.aio
@@ -18,15 +20,28 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import capacity_from_facts, header_from_spec, spec_from_header, step_from_message
+from cluster.codec import (
+    capacity_from_facts,
+    header_from_spec,
+    message_from_retune,
+    message_from_standing,
+    outcome_from_message,
+    retarget_message,
+    spec_from_header,
+    step_from_message,
+)
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
+from cluster.program_desk import ExplainRequest, ProgramDesk, ViewConsole
+from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
+from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
+from tempo_router.event_log import Beginning, beginning_line, event_line
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -42,8 +57,14 @@ from tempo_router.events import (
     Settled,
     Ticked,
 )
+from tempo_router.explain import DecisionLog
+from tempo_router.metrics import Outcome
+from tempo_router.pattern_history import PatternHistory
 from tempo_router.prediction import LengthHistograms
-from tempo_router.request import DispatchId, ReplicaId, RequestId
+from tempo_router.program_graph import ProgramGraph
+from tempo_router.program_history import ProgramHistory
+from tempo_router.program_view import Outlook
+from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
@@ -96,7 +117,14 @@ class RouterServer:
         self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
         self._is_settled = False
         self._is_stopping = False
+        self._programs: ProgramDesk | None = None
+        self._patterns: PatternHistory | None = None
+        self._decisions = DecisionLog(config.ingress.explained_requests)
+        self._attainment = Attainment()
+        self._program_of: dict[RequestId, str] = {}
+        self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
+        self._events_log: TextIO | None = None
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
@@ -106,19 +134,32 @@ class RouterServer:
     async def start(self) -> str:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
-        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=await self._restore_lengths())
+        history = self.make_history()
+        self._patterns = history if isinstance(history, PatternHistory) else None
+        lengths, beginning = await self._restore_lengths()
+        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
+        if self._config.record_events is not None:
+            self._record(Path(self._config.record_events), beginning)
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
+        self._programs = await self._open_desk()
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
         self.address = f"{self._host}:{port}"
-        for loop in (self._settle, self._tick, self._keep_lease, self._keep_lengths):
-            self._tasks.append(asyncio.create_task(loop(), name=loop.__name__))
+        loops = (self._settle, self._tick, self._keep_lease, self._keep_lengths)
+        for loop in (*loops, self._programs.writer.run, self._programs.sweep, self._forget_lost_owners):
+            self._tasks.append(asyncio.create_task(loop(), name=loop.__qualname__))
         if self._estimates is not None:
             self._tasks.append(asyncio.create_task(self._estimates.run(), name="estimates of lengths"))
         log.info("router_started", address=self.address, epoch=self.epoch)
         return self.address
+
+    def make_history(self) -> ProgramHistory:
+        """What programs are foretold by, empty."""
+        if self._config.scheduling.program_model == "patterns":
+            return PatternHistory(self._config.programs.max_patterns)
+        return ProgramHistory()
 
     async def stop(self) -> None:
         """Close the streams, write what was learnt, give the lease back."""
@@ -129,7 +170,12 @@ class RouterServer:
         if self._estimates is not None:
             self._estimates.close()
         await self._server.stop(grace=0.2)
+        if self._events_log is not None:
+            self._events_log.close()
+            self._events_log = None
         try:
+            if self._programs is not None:
+                await self._programs.stop()
             await self._save_lengths()
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, LeaseLostError) as error:
@@ -153,7 +199,8 @@ class RouterServer:
         if self._failure is not None:
             return self._failure
         for task in self._tasks:
-            if task.done() and not task.cancelled() and (task is not self._tasks[0] or task.exception() is not None):
+            is_once = task.get_name().endswith(("_settle", "_forget_lost_owners"))
+            if task.done() and not task.cancelled() and (not is_once or task.exception() is not None):
                 return task.exception() or RuntimeError(f"the router's {task.get_name()} ended")
         return None
 
@@ -181,8 +228,29 @@ class RouterServer:
             "dispatched": len(self._dispatched),
             "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
             "workers": list(self._workers),
+            "programs": self._programs_snapshot(),
             "core": self._core.snapshot(),
             "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
+        }
+
+    @property
+    def programs(self) -> ProgramDesk:
+        """Programs in progress; there once `start` has returned."""
+        if self._programs is None:
+            raise InvalidEventError("the router has not started: it knows no programs yet")
+        return self._programs
+
+    def _programs_snapshot(self) -> dict[str, Any]:
+        desk = self._programs
+        if desk is None:
+            return {"live": 0, "unwritten": 0, "is_store_away": False}
+        writer = desk.writer
+        return {
+            "live": len(desk.book),
+            "unwritten": writer.waiting,
+            "is_store_away": writer.is_away,
+            "written": writer.written,
+            "round_trips": writer.round_trips,
         }
 
     # ---- the core ----
@@ -194,7 +262,11 @@ class RouterServer:
         nowhere: the router has failed, and a new one learns from its peers what is true.
         """
         try:
-            for action in self._core.handle(event):
+            actions = self._core.handle(event)
+            if self._events_log is not None:
+                self._events_log.write(event_line(event, actions) + "\n")
+            for action in actions:
+                self._decisions.decided(action, event.at_s)
                 self._carry_out(action)
         except InvalidEventError:
             raise
@@ -202,7 +274,7 @@ class RouterServer:
             self._failure = error
             raise
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: Action) -> None:  # noqa: C901  # one case per action
         match action:
             case Admit():
                 self._tell_verdict(action)
@@ -224,9 +296,14 @@ class RouterServer:
                 eviction = wire.Eviction(request_id=request_id, attempt=attempt)
                 self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
                 self._forget(request_id)
-            case Retune():
-                # Only replicas with a step planner get these; no worker announces one yet (workers/vllm_engine.py).
-                raise InvalidEventError(f"{action.replica_id!r} has no step planner to retune")
+            case Retune(replica_id=replica_id):
+                worker = self._workers.get(replica_id)
+                if worker is not None:
+                    worker.outbox.merge(wire.RouterToWorker(retunes=[message_from_retune(action)]))
+            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
+                worker = self._workers.get(replica_id)
+                if worker is not None:
+                    worker.outbox.merge(wire.RouterToWorker(retargets=[retarget_message(dispatch_id, slo)]))
             case _:
                 assert_never(action)
 
@@ -259,6 +336,9 @@ class RouterServer:
             ingress_id=self._owners[action.request_id],
             priority=action.priority,
         )
+        if worker.facts.has_step_planner:
+            message.standing.CopyFrom(message_from_standing(action.standing))
+            message.length_atoms.extend(self._core.lengths_of(action.request_id).atoms)
         payload = self._payloads.pop(action.request_id, None)
         if payload is not None:
             message.payload.CopyFrom(payload)
@@ -267,6 +347,12 @@ class RouterServer:
 
     def _forget(self, request_id: RequestId) -> None:
         self._owners.pop(request_id, None)
+        program_id = self._program_of.pop(request_id, None)
+        if program_id is not None:
+            members = self._of_program[program_id]
+            members.discard(request_id)
+            if not members:
+                del self._of_program[program_id]
         self._payloads.pop(request_id, None)
         if not self._owners:
             self._empty.set()
@@ -285,6 +371,12 @@ class RouterServer:
         self._announce_workers()
         for session in self._ingresses.values():
             self._evict_unknown(session)
+        self.programs.settled()
+
+    async def _forget_lost_owners(self) -> None:
+        """Ingresses that went while there was no router never come back: what they served is over."""
+        await asyncio.sleep(self._config.scheduling.settle_s + INGRESS_GRACE_S)
+        self.programs.owners_gone(self._ingresses)
 
     async def _tick(self) -> None:
         while True:
@@ -320,16 +412,53 @@ class RouterServer:
         if self._estimates is not None:
             await self._estimates.save(lambda answers: self._store.save_snapshot(ANSWERS_SNAPSHOT, answers, self.epoch))
 
-    async def _restore_lengths(self) -> LengthHistograms:
+    async def _restore_lengths(self) -> tuple[LengthHistograms, Any]:
+        """(what was learnt, the snapshot that says so or None)."""
         lengths = LengthHistograms()
         saved = await self._store.load_snapshot(LENGTHS_SNAPSHOT)
-        if saved is not None:
-            try:
-                lengths.restore(json.loads(saved))
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
-                return LengthHistograms()
-        return lengths
+        if saved is None:
+            return lengths, None
+        try:
+            snapshot = json.loads(saved)
+            lengths.restore(snapshot)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
+            return LengthHistograms(), None
+        return lengths, snapshot
+
+    def _record(self, path: Path, lengths: Any) -> None:
+        """Write every event and what was decided to a file of this epoch, for `tempo_router.event_log.replay`."""
+        path = path.with_name(f"{path.stem}-{self.epoch}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._events_log = path.open("w", encoding="utf-8")
+        self._events_log.write(beginning_line(Beginning(self._config.scheduling, self.epoch, lengths)) + "\n")
+        log.info("events_recorded", path=str(path))
+
+    async def _open_desk(self) -> ProgramDesk:
+        config = self._config.programs
+        store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
+        desk = ProgramDesk(
+            config, store, fence=self.epoch, handle=self.handle, send=self._tell_ingress,
+            cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._core.least_left_s,
+            patterns=self._patterns,
+            questions={ExplainRequest: self._explain, ViewConsole: self._console},
+        )  # fmt: skip
+        await desk.restore()
+        return desk
+
+    def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
+        return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
+
+    def _tell_ingress(self, ingress_id: str, message: wire.RouterToIngress) -> None:
+        session = self._ingresses.get(ingress_id)
+        if session is not None and session.is_connected:
+            session.outbox.merge(message)
+
+    def _cancel_program(self, program_id: str) -> None:
+        """End all requests of a program; their ingresses tell the clients."""
+        for request_id in list(self._of_program.get(program_id, ())):
+            self._tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
+            self._cancel(request_id)
 
     async def _start_estimates(self) -> LengthEstimates:
         estimates = LengthEstimates(self._config.scheduling, drain=self._core.drain_samples, on_predicted=self.handle)
@@ -368,7 +497,7 @@ class RouterServer:
             session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for header in hello.streaming:
-            self._owners[RequestId(header.request_id)] = session.ingress_id
+            self._own(spec_from_header(header, time.monotonic()), session.ingress_id)
         if self._is_settled:
             self._evict_unknown(session)
         return session
@@ -396,19 +525,50 @@ class RouterServer:
         now_s = time.monotonic()
         for worker_id in message.unreachable_workers:
             self._unreachable(session, ReplicaId(worker_id))
+        for op in message.program_ops:
+            self.programs.asked(session.ingress_id, op)
         for submit in message.submits:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
+        for outcome in message.outcomes:
+            self._ended(RequestId(outcome.request_id), outcome_from_message(outcome), now_s)
+
+    def _ended(self, request_id: RequestId, outcome: Outcome, now_s: float) -> None:
+        self._attainment.add(outcome, now_s)
+        explanation = self._decisions.ended(request_id, outcome, now_s)
+        if explanation is not None and outcome.is_met is False:
+            log.info("slo_missed", **{name: value for name, value in explanation.shown().items() if value is not None})
+
+    def _explain(self, asked: ExplainRequest) -> list[dict[str, Any]]:
+        return [one.shown() for one in self._decisions.find(asked.name, asked.tenant)]
+
+    def _console(self, asked: ViewConsole) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "ingresses": sum(session.is_connected for session in self._ingresses.values()),
+            "service": self._attainment.shown(time.monotonic()),
+            "queue": dataclasses.asdict(self._core.snapshot()),
+            "store": self._programs_snapshot(),
+            "programs": self.programs.newest(asked.most),
+        }
+
+    def _own(self, spec: RequestSpec, ingress_id: str) -> None:
+        self._owners[spec.request_id] = ingress_id
+        if spec.program_id:
+            self._program_of[spec.request_id] = spec.program_id
+            self._of_program.setdefault(spec.program_id, set()).add(spec.request_id)
 
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = spec_from_header(submit.header, now_s)
-        self._owners[spec.request_id] = session.ingress_id
+        self._own(spec, session.ingress_id)
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
+        lengths = self._core.lengths.lookup(spec)
+        self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
-            self._estimates.arrived(spec, self._core.lengths.lookup(spec))
+            self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 
@@ -435,6 +595,7 @@ class RouterServer:
     def _ingress_gone(self, session: IngressSession) -> None:
         log.info("ingress_gone", ingress_id=session.ingress_id)
         self._cancel_unlisted(session, set())
+        self.programs.ingress_gone(session.ingress_id)
         del self._ingresses[session.ingress_id]
 
     def _worker_set(self) -> wire.WorkerSet:
@@ -478,7 +639,7 @@ class RouterServer:
         for call in hello.running:
             dispatch_id = DispatchId(call.dispatch_id)
             spec = spec_from_header(call.header, now_s)
-            self._owners.setdefault(spec.request_id, call.ingress_id)
+            self._own(spec, self._owners.get(spec.request_id, call.ingress_id))
             self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
@@ -509,11 +670,24 @@ class RouterServer:
 
     def _progressed(self, worker: WorkerSession, event: Progressed) -> None:
         worker.load = event.load
+        answered = [
+            (spec, finished.output_tokens)
+            for finished in event.finished
+            if finished.reason == "completed" and (spec := self._call_of_program(finished.dispatch_id)) is not None
+        ]
         self.handle(event)
+        for spec, tokens in answered:
+            self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
             known = self._dispatched.pop(finished.dispatch_id, None)
             if known is not None:
                 self._forget_if_gone(known[0])
+
+    def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
+        """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
+        known = self._dispatched.get(dispatch_id)
+        spec = self._core.spec_of(known[0]) if known is not None else None
+        return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 
     async def _check_epoch(self, seen_epoch: int, context: Any) -> None:
         """A peer that met a newer router tells us that we are not the one any more."""

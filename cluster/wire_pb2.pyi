@@ -120,6 +120,11 @@ class RequestHeader(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    PREFIX_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     group_id: _builtins.str
@@ -132,6 +137,11 @@ class RequestHeader(_message.Message):
     prompt_tokens: _builtins.int
     max_output_tokens: _builtins.int
     generated_tokens: _builtins.int
+    stage: _builtins.int
+    prefix_id: _builtins.str
+    prefix_tokens: _builtins.int
+    program_id: _builtins.str
+    call_id: _builtins.str
     @_builtins.property
     def latency(self) -> Global___Latency: ...
     @_builtins.property
@@ -159,10 +169,15 @@ class RequestHeader(_message.Message):
         prompt_tokens: _builtins.int = ...,
         max_output_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
+        stage: _builtins.int = ...,
+        prefix_id: _builtins.str = ...,
+        prefix_tokens: _builtins.int = ...,
+        program_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "app", b"app", "attempt", b"attempt", "best_effort", b"best_effort", "deadline", b"deadline", "generated_tokens", b"generated_tokens", "group_id", b"group_id", "group_size", b"group_size", "latency", b"latency", "max_output_tokens", b"max_output_tokens", "model", b"model", "program", b"program", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "slo", b"slo", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "app", b"app", "attempt", b"attempt", "best_effort", b"best_effort", "call_id", b"call_id", "deadline", b"deadline", "generated_tokens", b"generated_tokens", "group_id", b"group_id", "group_size", b"group_size", "latency", b"latency", "max_output_tokens", b"max_output_tokens", "model", b"model", "prefix_id", b"prefix_id", "prefix_tokens", b"prefix_tokens", "program", b"program", "program_id", b"program_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "slo", b"slo", "stage", b"stage", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_slo: _TypeAlias = _typing.Literal["latency", "deadline", "program", "best_effort"]  # noqa: Y015
     _WhichOneofArgType_slo: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
@@ -278,6 +293,96 @@ class Cancel(_message.Message):
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
+class ProgramOp(_message.Message):
+    """Something asked of programs (tempo_router/program_ops.py and cluster/program_desk.py). It is sent again to every new
+    router until its answer says that it is stored, so it must bear being carried out twice.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    op_id: _builtins.str
+    kind: _builtins.str
+    body: _builtins.bytes
+    """JSON"""
+    def __init__(
+        self,
+        *,
+        op_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        body: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "kind", b"kind", "op_id", b"op_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgramOp: _TypeAlias = ProgramOp  # noqa: Y015
+
+@_typing.final
+class Outcome(_message.Message):
+    """How a request ended, as its client saw it; mirrors tempo_router.metrics.Outcome."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SLO_CLASS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TTLT_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    GOOD_TOKENS_FIELD_NUMBER: _builtins.int
+    LATE_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TBT_S_FIELD_NUMBER: _builtins.int
+    IS_MET_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    slo_class: _builtins.str
+    ttft_s: _builtins.float
+    ttlt_s: _builtins.float
+    output_tokens: _builtins.int
+    good_tokens: _builtins.int
+    late_tokens: _builtins.int
+    max_tbt_s: _builtins.float
+    is_met: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        slo_class: _builtins.str = ...,
+        ttft_s: _builtins.float | None = ...,
+        ttlt_s: _builtins.float | None = ...,
+        output_tokens: _builtins.int = ...,
+        good_tokens: _builtins.int = ...,
+        late_tokens: _builtins.int = ...,
+        max_tbt_s: _builtins.float | None = ...,
+        is_met: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_met", b"_is_met", "_max_tbt_s", b"_max_tbt_s", "_ttft_s", b"_ttft_s", "_ttlt_s", b"_ttlt_s", "is_met", b"is_met", "max_tbt_s", b"max_tbt_s", "ttft_s", b"ttft_s", "ttlt_s", b"ttlt_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_met", b"_is_met", "_max_tbt_s", b"_max_tbt_s", "_ttft_s", b"_ttft_s", "_ttlt_s", b"_ttlt_s", "good_tokens", b"good_tokens", "is_met", b"is_met", "late_tokens", b"late_tokens", "max_tbt_s", b"max_tbt_s", "output_tokens", b"output_tokens", "request_id", b"request_id", "slo_class", b"slo_class", "ttft_s", b"ttft_s", "ttlt_s", b"ttlt_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__is_met: _TypeAlias = _typing.Literal["is_met"]  # noqa: Y015
+    _WhichOneofArgType__is_met: _TypeAlias = _typing.Literal["_is_met", b"_is_met"]  # noqa: Y015
+    _WhichOneofReturnType__max_tbt_s: _TypeAlias = _typing.Literal["max_tbt_s"]  # noqa: Y015
+    _WhichOneofArgType__max_tbt_s: _TypeAlias = _typing.Literal["_max_tbt_s", b"_max_tbt_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttlt_s: _TypeAlias = _typing.Literal["ttlt_s"]  # noqa: Y015
+    _WhichOneofArgType__ttlt_s: _TypeAlias = _typing.Literal["_ttlt_s", b"_ttlt_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_met) -> _WhichOneofReturnType__is_met | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tbt_s) -> _WhichOneofReturnType__max_tbt_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttlt_s) -> _WhichOneofReturnType__ttlt_s | None: ...
+
+Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
+
+@_typing.final
 class IngressToRouter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -285,6 +390,8 @@ class IngressToRouter(_message.Message):
     SUBMITS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_WORKERS_FIELD_NUMBER: _builtins.int
+    PROGRAM_OPS_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___IngressHello:
         """first message of a stream, alone"""
@@ -295,6 +402,10 @@ class IngressToRouter(_message.Message):
     def cancels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cancel]: ...
     @_builtins.property
     def unreachable_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def program_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramOp]: ...
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]: ...
     def __init__(
         self,
         *,
@@ -302,10 +413,12 @@ class IngressToRouter(_message.Message):
         submits: _abc.Iterable[Global___Submit] | None = ...,
         cancels: _abc.Iterable[Global___Cancel] | None = ...,
         unreachable_workers: _abc.Iterable[_builtins.str] | None = ...,
+        program_ops: _abc.Iterable[Global___ProgramOp] | None = ...,
+        outcomes: _abc.Iterable[Global___Outcome] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "outcomes", b"outcomes", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,6 +553,74 @@ class WorkerSet(_message.Message):
 Global___WorkerSet: _TypeAlias = WorkerSet  # noqa: Y015
 
 @_typing.final
+class ProgramAnswer(_message.Message):
+    """An operation can be answered twice: with its result, and when it is stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    IS_STORED_FIELD_NUMBER: _builtins.int
+    op_id: _builtins.str
+    result: _builtins.bytes
+    """JSON"""
+    error_code: _builtins.str
+    """errors.ProgramProblem; then error and field say what and where"""
+    error: _builtins.str
+    field: _builtins.str
+    is_stored: _builtins.bool
+    """nothing need be kept for a later router"""
+    def __init__(
+        self,
+        *,
+        op_id: _builtins.str = ...,
+        result: _builtins.bytes | None = ...,
+        error_code: _builtins.str = ...,
+        error: _builtins.str = ...,
+        field: _builtins.str = ...,
+        is_stored: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "error", b"error", "error_code", b"error_code", "field", b"field", "is_stored", b"is_stored", "op_id", b"op_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
+    _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
+
+Global___ProgramAnswer: _TypeAlias = ProgramAnswer  # noqa: Y015
+
+@_typing.final
+class ToolOutput(_message.Message):
+    """The output of a tool, for the ingress that runs its declared graph."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    program_id: _builtins.str
+    node: _builtins.str
+    output: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        program_id: _builtins.str = ...,
+        node: _builtins.str = ...,
+        output: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "output", b"output", "program_id", b"program_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolOutput: _TypeAlias = ToolOutput  # noqa: Y015
+
+@_typing.final
 class RouterToIngress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -449,6 +630,10 @@ class RouterToIngress(_message.Message):
     RELEGATED_FIELD_NUMBER: _builtins.int
     EXPIRED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    PROGRAM_ANSWERS_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    TOOL_OUTPUTS_FIELD_NUMBER: _builtins.int
+    PROGRAMS_OVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -465,6 +650,18 @@ class RouterToIngress(_message.Message):
     def workers(self) -> Global___WorkerSet:
         """present when the set changed, and right after hello"""
 
+    @_builtins.property
+    def program_answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramAnswer]: ...
+    @_builtins.property
+    def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """request ids of a program that was cancelled"""
+
+    @_builtins.property
+    def tool_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolOutput]: ...
+    @_builtins.property
+    def programs_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """programs that were cancelled, for the ingress that runs their graphs"""
+
     def __init__(
         self,
         *,
@@ -474,10 +671,14 @@ class RouterToIngress(_message.Message):
         relegated: _abc.Iterable[_builtins.str] | None = ...,
         expired: _abc.Iterable[_builtins.str] | None = ...,
         workers: Global___WorkerSet | None = ...,
+        program_answers: _abc.Iterable[Global___ProgramAnswer] | None = ...,
+        cancelled: _abc.Iterable[_builtins.str] | None = ...,
+        tool_outputs: _abc.Iterable[Global___ToolOutput] | None = ...,
+        programs_over: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "expired", b"expired", "hello", b"hello", "relegated", b"relegated", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "programs_over", b"programs_over", "relegated", b"relegated", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,6 +704,7 @@ class EngineFacts(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     SUPPORTED_TASKS_FIELD_NUMBER: _builtins.int
     READY_RESPONSE_FIELD_NUMBER: _builtins.int
+    HAS_STEP_PLANNER_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"vllm" or "simulated" """
     engine_version: _builtins.str
@@ -515,6 +717,7 @@ class EngineFacts(_message.Message):
     max_step_tokens: _builtins.int
     ready_response: _builtins.bytes
     """vLLM's own EngineCoreReadyResponse, msgpack; empty for other engines"""
+    has_step_planner: _builtins.bool
     @_builtins.property
     def supported_tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -531,10 +734,11 @@ class EngineFacts(_message.Message):
         max_step_tokens: _builtins.int = ...,
         supported_tasks: _abc.Iterable[_builtins.str] | None = ...,
         ready_response: _builtins.bytes = ...,
+        has_step_planner: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "engine_version", b"engine_version", "kv_blocks", b"kv_blocks", "kv_tokens", b"kv_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "model", b"model", "ready_response", b"ready_response", "supported_tasks", b"supported_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "engine_version", b"engine_version", "has_step_planner", b"has_step_planner", "kv_blocks", b"kv_blocks", "kv_tokens", b"kv_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "model", b"model", "ready_response", b"ready_response", "supported_tasks", b"supported_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,6 +951,119 @@ class WorkerToRouter(_message.Message):
 Global___WorkerToRouter: _TypeAlias = WorkerToRouter  # noqa: Y015
 
 @_typing.final
+class Standing(_message.Message):
+    """Mirrors tempo_router.standing.Standing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENSITY_FIELD_NUMBER: _builtins.int
+    IS_ADMITTED_FIELD_NUMBER: _builtins.int
+    LATER_S_FIELD_NUMBER: _builtins.int
+    IS_RELEGATED_FIELD_NUMBER: _builtins.int
+    density: _builtins.float
+    is_admitted: _builtins.bool
+    later_s: _builtins.float
+    is_relegated: _builtins.bool
+    def __init__(
+        self,
+        *,
+        density: _builtins.float = ...,
+        is_admitted: _builtins.bool = ...,
+        later_s: _builtins.float = ...,
+        is_relegated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "is_admitted", b"is_admitted", "is_relegated", b"is_relegated", "later_s", b"later_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
+
+@_typing.final
+class Retune(_message.Message):
+    """How running calls stand, by the last plan over the whole queue; columns of equal length."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPATCH_IDS_FIELD_NUMBER: _builtins.int
+    DENSITIES_FIELD_NUMBER: _builtins.int
+    ARE_ADMITTED_FIELD_NUMBER: _builtins.int
+    LATER_S_FIELD_NUMBER: _builtins.int
+    ARE_RELEGATED_FIELD_NUMBER: _builtins.int
+    STEP_CAP_S_FIELD_NUMBER: _builtins.int
+    step_cap_s: _builtins.float
+    """absent: the rule of the engine's policy"""
+    @_builtins.property
+    def dispatch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def densities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def are_admitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    @_builtins.property
+    def later_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def are_relegated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    def __init__(
+        self,
+        *,
+        dispatch_ids: _abc.Iterable[_builtins.int] | None = ...,
+        densities: _abc.Iterable[_builtins.float] | None = ...,
+        are_admitted: _abc.Iterable[_builtins.bool] | None = ...,
+        later_s: _abc.Iterable[_builtins.float] | None = ...,
+        are_relegated: _abc.Iterable[_builtins.bool] | None = ...,
+        step_cap_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s", "step_cap_s", b"step_cap_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s", "are_admitted", b"are_admitted", "are_relegated", b"are_relegated", "densities", b"densities", "dispatch_ids", b"dispatch_ids", "later_s", b"later_s", "step_cap_s", b"step_cap_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step_cap_s: _TypeAlias = _typing.Literal["step_cap_s"]  # noqa: Y015
+    _WhichOneofArgType__step_cap_s: _TypeAlias = _typing.Literal["_step_cap_s", b"_step_cap_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_cap_s) -> _WhichOneofReturnType__step_cap_s | None: ...
+
+Global___Retune: _TypeAlias = Retune  # noqa: Y015
+
+@_typing.final
+class Retarget(_message.Message):
+    """A running call's target changed; times count from the call's arrival, as in its header."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPATCH_ID_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    BEST_EFFORT_FIELD_NUMBER: _builtins.int
+    dispatch_id: _builtins.int
+    @_builtins.property
+    def latency(self) -> Global___Latency: ...
+    @_builtins.property
+    def deadline(self) -> Global___Deadline: ...
+    @_builtins.property
+    def program(self) -> Global___ProgramCall: ...
+    @_builtins.property
+    def best_effort(self) -> Global___BestEffort: ...
+    def __init__(
+        self,
+        *,
+        dispatch_id: _builtins.int = ...,
+        latency: Global___Latency | None = ...,
+        deadline: Global___Deadline | None = ...,
+        program: Global___ProgramCall | None = ...,
+        best_effort: Global___BestEffort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "deadline", b"deadline", "dispatch_id", b"dispatch_id", "latency", b"latency", "program", b"program", "slo", b"slo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_slo: _TypeAlias = _typing.Literal["latency", "deadline", "program", "best_effort"]  # noqa: Y015
+    _WhichOneofArgType_slo: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_slo) -> _WhichOneofReturnType_slo | None: ...
+
+Global___Retarget: _TypeAlias = Retarget  # noqa: Y015
+
+@_typing.final
 class Dispatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -755,6 +1072,8 @@ class Dispatch(_message.Message):
     INGRESS_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    LENGTH_ATOMS_FIELD_NUMBER: _builtins.int
     dispatch_id: _builtins.int
     ingress_id: _builtins.str
     priority: _builtins.int
@@ -764,6 +1083,14 @@ class Dispatch(_message.Message):
     def payload(self) -> Global___Payload:
         """absent: fetch it from the ingress"""
 
+    @_builtins.property
+    def standing(self) -> Global___Standing:
+        """these two only for engines with a step planner"""
+
+    @_builtins.property
+    def length_atoms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of the answer, ascending"""
+
     def __init__(
         self,
         *,
@@ -772,10 +1099,12 @@ class Dispatch(_message.Message):
         ingress_id: _builtins.str = ...,
         priority: _builtins.int = ...,
         payload: Global___Payload | None = ...,
+        standing: Global___Standing | None = ...,
+        length_atoms: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "payload", b"payload", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_id", b"dispatch_id", "header", b"header", "ingress_id", b"ingress_id", "payload", b"payload", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_id", b"dispatch_id", "header", b"header", "ingress_id", b"ingress_id", "length_atoms", b"length_atoms", "payload", b"payload", "priority", b"priority", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,6 +1117,8 @@ class RouterToWorker(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     DISPATCHES_FIELD_NUMBER: _builtins.int
     ABORTS_FIELD_NUMBER: _builtins.int
+    RETUNES_FIELD_NUMBER: _builtins.int
+    RETARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -798,16 +1129,24 @@ class RouterToWorker(_message.Message):
     def aborts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """dispatch ids"""
 
+    @_builtins.property
+    def retunes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Retune]:
+        """the last one counts"""
+
+    @_builtins.property
+    def retargets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Retarget]: ...
     def __init__(
         self,
         *,
         hello: Global___RouterHello | None = ...,
         dispatches: _abc.Iterable[Global___Dispatch] | None = ...,
         aborts: _abc.Iterable[_builtins.int] | None = ...,
+        retunes: _abc.Iterable[Global___Retune] | None = ...,
+        retargets: _abc.Iterable[Global___Retarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "dispatches", b"dispatches", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "dispatches", b"dispatches", "hello", b"hello", "retargets", b"retargets", "retunes", b"retunes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

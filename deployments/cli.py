@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve until Ctrl-C; ends everything that it started")
     serve.add_argument("--model", help="path or hub id; replaces `model` of the configuration")
+    serve.add_argument("--calibrate", action="store_true", help="measure step times first; engine.calibrate: true")
     serve.add_argument("--port", type=_port, help="replaces http_options.port")
     serve.set_defaults(command=_serve)
 
@@ -126,7 +127,11 @@ def _serve(options: argparse.Namespace) -> int:
     descendants.adopt_orphans()
     request = {
         "path": str(options.config),
-        "overrides": [*options.overrides, *([f"model={json.dumps(options.model)}"] if options.model else [])],
+        "overrides": [
+            *options.overrides,
+            *([f"model={json.dumps(options.model)}"] if options.model else []),
+            *(["engine.calibrate=true"] if options.calibrate else []),
+        ],
         "port": options.port,
     }
     program = [sys.executable, "-m", "deployments.serve_process", json.dumps(request)]

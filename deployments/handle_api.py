@@ -5,6 +5,10 @@ answer = await handle.generate.remote(GenerateRequest(prompt="Hi", slo=Deadline(
 async for part in handle.options(stream=True).stream.remote(GenerateRequest(messages=[...], slo=Latency(1, 0.1))):
     print(part.text, end="")
 await handle.cancel.remote(request_id)
+
+program = await handle.create_program.remote(NewProgram(deadline_s=60, app="research"))
+answer = await handle.generate.remote(GenerateRequest(prompt="Plan", program=ProgramPlace(program["id"], stage="plan")))
+await handle.finish_program.remote(program["id"])      # and: program, programs, extend_program, cancel_program
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +19,46 @@ from tempo_router.request import Slo
 
 
 @dataclass(frozen=True, slots=True)
+class NewProgram:
+    """A program to be made: a deadline in seconds from now, or as a date (seconds since the epoch).
+
+    objective: "deadline", or "best_effort" without one. graph: a declared graph, for `run_program`.
+    """
+
+    deadline_s: float | None = None
+    deadline: float | None = None
+    app: str = ""
+    name: str = ""
+    objective: str = "deadline"
+    tenant: str = ""
+    graph: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramPlace:
+    """Which call of which program this is: `program` is an id, or a name of your own that need not exist yet.
+
+    stage: a number, or what you call the step. parents: calls that it follows. deadline_s: for a program that is new.
+    """
+
+    program: str
+    stage: int | str | None = None
+    parents: tuple[str, ...] = ()
+    call: str = ""
+    attempt: int = 0
+    agent: str = ""
+    deadline_s: float | None = None
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One call of the model. Give `prompt` (text or token ids) or `messages` (a chat), not both.
 
     slo: targets; or name a tier of the configuration; neither: the default tier.
     sampling: fields of vLLM's SamplingParams, such as max_tokens and temperature.
     request_id: your own name for it, for `cancel`; "" lets the ingress choose one.
+    program: its place in a program, whose deadline it then has, unless it names its own targets.
     """
 
     prompt: str | list[int] | None = None
@@ -31,6 +69,7 @@ class GenerateRequest:
     request_id: str = ""
     app: str = ""
     tenant: str = ""
+    program: ProgramPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +85,10 @@ class GenerationPart:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer. outcome: the times as the ingress measured them, and whether the SLO was met."""
+    """A whole answer. outcome: the times as the ingress measured them, and whether the SLO was met.
+
+    call_id: names the call in its program, for its children's `parents`.
+    """
 
     request_id: str
     text: str
@@ -54,3 +96,4 @@ class Generation:
     prompt_tokens: int
     finish_reason: str
     outcome: Outcome
+    call_id: str = ""

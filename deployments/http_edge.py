@@ -14,27 +14,30 @@ Nothing that a client wrote is ever put into a header, but for the names of tier
 
 import asyncio
 import json
+import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import structlog
 
 from deployments import openai_errors
+from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
 from deployments.openai_errors import ApiError
+from deployments.own_paths import OwnPaths
+from deployments.prefix_growth import GrowingChats
+from deployments.program_calls import join, leave
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity, ProgramFields, first_answer, grown_chat, identify
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
 from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidSloError, RouterUnavailableError
+from tempo_router.errors import ConfigError, InvalidSloError, ProgramError, RouterUnavailableError
 from tempo_router.request import slo_class
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 WhyNot = Callable[[], str | None]
 """Says what is missing; None: nothing is."""
 
@@ -70,6 +73,7 @@ _SERVICE_TIER = b'"service_tier":'
 # A client that is still sending when it is refused often never reads the answer; so the rest is read and dropped,
 # up to this many times the limit.
 _DRAINED_LIMITS = 8
+_RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 _TRUE_WORDS = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 logger = structlog.get_logger(__name__)
@@ -83,6 +87,13 @@ class _Fields(msgspec.Struct, gc=False):
     user: Any = None
     stream: Any = None
     prompt: msgspec.Raw = msgspec.Raw()
+    program: Any = None
+    metadata: Any = None
+    conversation: Any = None
+    previous_response_id: Any = None
+    background: Any = None
+    store: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
 
 
 _fields_decoder = msgspec.json.Decoder(_Fields)
@@ -93,6 +104,7 @@ class HttpEdge:
     """The outermost ASGI application of an ingress.
 
     not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
+    programs: asks the router about programs; None: calls belong to none, and there is no /v1/programs.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
 
@@ -103,6 +115,7 @@ class HttpEdge:
         *,
         not_ready_because: WhyNot,
         not_alive_because: WhyNot = lambda: None,
+        programs: ProgramClient | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
@@ -115,6 +128,21 @@ class HttpEdge:
         self._not_alive_because = not_alive_because
         self._monotonic_s = monotonic_s
         self._epoch_s = epoch_s
+        self._identify_by = config.programs.identify_by
+        self._chats = GrowingChats()
+        self._programs = programs
+        self._own: OwnPaths | None = None
+        if programs is not None:
+            self._own = OwnPaths(
+                programs, self, model=config.model_name, has_console=config.ingress.console, epoch_s=epoch_s
+            )
+
+    @property
+    def own(self) -> OwnPaths:
+        """Programs and declared graphs, for those who come another way."""
+        if self._own is None:
+            raise ConfigError("this edge was built without programs")
+        return self._own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope, as ASGI says."""
@@ -125,13 +153,15 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
+        elif path and self._own is not None and self._own.answers(path):
+            await self._own.get(path, scope, send)
         else:
             await self._app(scope, receive, send)
 
     async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_s = self._monotonic_s()
         if self.open_requests >= self._limits.max_open_requests:
-            await _send_error(send, openai_errors.too_many_requests_open(self._limits.max_open_requests))
+            await send_error(send, openai_errors.too_many_requests_open(self._limits.max_open_requests))
             return
         self.open_requests += 1
         try:
@@ -144,26 +174,48 @@ class HttpEdge:
         try:
             body = await _read_body(scope["headers"], receive, limit)
         except _BodyTooLargeError:
-            await _send_error(send, openai_errors.body_too_large(limit))
+            await send_error(send, openai_errors.body_too_large(limit))
             return
         if body is None:
             return  # The client left before it had sent everything.
+        if self._own is not None and self._own.answers(path):
+            await self._own.post(path, scope, body, receive, send)
+            return
         if path not in INFERENCE_PATHS:
             await self._app(scope, _replay(body, receive), send)
             return
         try:
-            parsed, context, body = self._understand(path, arrival_s, scope["headers"], body)
+            parsed, context, body, program_call = self._understand(path, arrival_s, scope["headers"], body)
+            if program_call is not None:
+                await self._join(program_call, parsed, context)
         except _RefusedError as refused:
-            await _send_error(send, refused.error)
+            await send_error(send, refused.error)
             return
         exchange = _Exchange(context, parsed, path, send)
-        with bound_request(context):
-            await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+        try:
+            with bound_request(context):
+                await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+        finally:
+            if program_call is not None and self._programs is not None:
+                leave(
+                    self._programs, context, is_last=program_call.identity.is_last, response_id=exchange.response_id,
+                    is_background=program_call.is_background,
+                )  # fmt: skip
+
+    async def _join(self, call: "_ProgramCall", parsed: ParsedSlo, context: RequestContext) -> None:
+        assert self._programs is not None
+        try:
+            await join(self._programs, call.identity, context, has_own_slo=parsed.is_own, now_epoch_s=self._epoch_s())
+        except ProgramError as error:
+            raise _RefusedError(openai_errors.program_refused(error)) from error
+        except RouterUnavailableError as error:
+            verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
+            raise _RefusedError(openai_errors.rejected(verdict)) from error
 
     def _understand(
         self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
-    ) -> tuple[ParsedSlo, RequestContext, bytes]:
-        """The request's SLO and context, and the body without the fields that vLLM does not know."""
+    ) -> "tuple[ParsedSlo, RequestContext, bytes, _ProgramCall | None]":
+        """The request's SLO, context and place, and the body without the fields that vLLM does not know."""
         fields = _decoded(body)
         is_streaming = _is_true(fields.stream)
         try:
@@ -185,9 +237,34 @@ class HttpEdge:
             is_streaming=is_streaming,
             expected_groups=_prompts(fields.prompt) if path == "/v1/completions" else 1,
         )
-        if fields.slo is not None or fields.service_tier is not None:
-            body = _without(body, "slo", "service_tier")
-        return parsed, context, body
+        if fields.slo is not None or fields.service_tier is not None or fields.program is not None:
+            body = _without(body, "slo", "service_tier", "program")
+        return parsed, context, body, self._place(path, headers, fields, parsed.tenant)
+
+    def _place(
+        self, path: str, headers: Iterable[tuple[bytes, bytes]], fields: _Fields, tenant: str
+    ) -> "_ProgramCall | None":
+        if self._programs is None:
+            return None
+        said = ProgramFields(fields.program, fields.metadata, fields.conversation, fields.previous_response_id)
+        try:
+            identity = identify(headers, said, tenant, self._identify_by)
+        except ProgramError as error:
+            raise _RefusedError(openai_errors.program_refused(error)) from error
+        if identity is None and "prefix" in self._identify_by and path == "/v1/chat/completions":
+            identity = grown_chat(tenant, self._chats.name(tenant, _messages(fields.messages)))
+        if identity is None and path == "/v1/responses" and fields.store is not False:
+            # The first answer of what may become a conversation: the next one will name it, and nothing else.
+            identity = first_answer(tenant, self._identify_by)
+        return None if identity is None else _ProgramCall(identity, _is_true(fields.background))
+
+
+@dataclass(frozen=True, slots=True)
+class _ProgramCall:
+    """A request that belongs to a program. is_background: its response ends before its answer."""
+
+    identity: Identity
+    is_background: bool
 
 
 class _BodyTooLargeError(Exception):
@@ -223,6 +300,9 @@ class _Exchange:
         self._opening = asyncio.Lock()
         self._opener: asyncio.Task[None] | None = None
         self._echo = parsed.service_tier is not None and path == "/v1/responses"
+        self._may_continue = path == "/v1/responses" and context.program is not None
+        self._is_told = context.program is None or context.is_relegated
+        self.response_id = ""
 
     async def run(self, app: AsgiApp, scope: Scope, receive: Receive) -> None:
         """Let the application answer; what it raises becomes an answer too, as far as one can still be given."""
@@ -313,6 +393,8 @@ class _Exchange:
 
     async def _forward(self, message: Message) -> None:
         """The hot path: every token of every stream passes here."""
+        if self._may_continue and not self.response_id:
+            self._note_response(message.get("body", b""))
         if message.get("more_body", False):
             if self._is_sse:
                 body = message["body"]
@@ -320,6 +402,9 @@ class _Exchange:
                     message["body"] = body[: -len(_DONE)] + self._summary() + _DONE
                 elif self._echo or self._context.failure is not None:
                     message["body"] = self._rewritten(body)
+                if self._context.is_relegated and not self._is_told:
+                    self._is_told = True
+                    message["body"] = self._relegation() + message["body"]
             await self._send_to_client(message)
             return
         self._is_flowing = False
@@ -327,6 +412,19 @@ class _Exchange:
         if self._is_sse:
             message["body"] = message.get("body", b"") + self._summary()
         await self._send_to_client(message)
+
+    def _note_response(self, body: bytes) -> None:
+        """OpenAI's name of the answer: a later call that continues it belongs to the same program."""
+        found = _RESPONSE_ID.search(body)
+        if found is not None:
+            self.response_id = found.group(1).decode()
+
+    def _relegation(self) -> bytes:
+        """The event that tells a client, as soon as it is known, that its target is out of reach."""
+        event: dict[str, Any] = {"event": "relegated", "class": slo_class(self._context.slo)}
+        if self._context.program is not None:
+            event["program"] = self._context.program.program_id
+        return b": tempo " + json.dumps(event).encode() + b"\n\n"
 
     def _rewritten(self, body: bytes) -> bytes:
         failure = self._context.failure
@@ -359,7 +457,7 @@ class _Exchange:
             was_flowing, self._is_flowing, self._is_closed = self._is_flowing, False, True
             self._held.clear()
             if not was_flowing:
-                await _send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
+                await send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
                 return
             last = b"data: " + error.body() + b"\n\n" + self._summary() + _DONE if self._is_sse else b""
             await self._send_to_client({"type": "http.response.body", "body": last, "more_body": False})
@@ -375,6 +473,11 @@ class _Exchange:
         if context.tier:
             headers.append(("tier", context.tier))
         headers += [(name.replace("_", "-"), _milliseconds(ms)) for name, ms in applied_targets_ms(context.slo).items()]
+        ticket = context.program
+        if ticket is not None:
+            headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
+            if ticket.is_relegated or context.is_relegated:
+                headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 
     def _response_headers(self) -> list[tuple[bytes, bytes]]:
@@ -511,7 +614,7 @@ def _decoded_leniently(body: bytes, problem: str) -> _Fields:
         raise _RefusedError(openai_errors.malformed_json(problem)) from error
     if not isinstance(fields, dict):
         raise _RefusedError(openai_errors.malformed_json("it must be a JSON object"))
-    known = ("slo", "service_tier", "user", "stream")
+    known = (name for name in _Fields.__struct_fields__ if name not in ("prompt", "messages"))
     return _Fields(**{name: fields[name] for name in known if name in fields})
 
 
@@ -537,6 +640,13 @@ def _with_echo_in_event(body: bytes, service_tier: str) -> bytes:
     return head + separator + msgspec.json.encode(event) + b"\n\n"
 
 
+def _messages(messages: msgspec.Raw) -> list[bytes]:
+    """The messages of a chat, each as its client wrote it; none if they are no list."""
+    if not bytes(messages).lstrip().startswith(b"["):
+        return []
+    return [bytes(one) for one in msgspec.json.decode(messages, type=list[msgspec.Raw])]
+
+
 def _prompts(prompt: msgspec.Raw) -> int:
     """How many prompts a completions body holds: a list of texts or of token lists counts, anything else is one."""
     text = bytes(prompt).lstrip()
@@ -550,15 +660,9 @@ def _is_true(value: object) -> bool:
     return value is True or value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
-async def _send_error(send: Send, error: ApiError, extra_headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    headers = [*error.headers(), *extra_headers]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": error.body(), "more_body": False})
-
-
 async def _send_health(send: Send, problem: str | None) -> None:
     if problem is not None:
-        await _send_error(send, openai_errors.not_ready(problem))
+        await send_error(send, openai_errors.not_ready(problem))
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -6,16 +6,21 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from ray import serve
 
 from cluster.ingress_link import IngressLink
-from deployments.handle_api import GenerateRequest, Generation, GenerationPart
+from deployments.handle_api import GenerateRequest, Generation, GenerationPart, NewProgram, ProgramPlace
 from deployments.http_edge import HttpEdge
 from deployments.logs import configure_logging
+from deployments.program_calls import join, leave
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity, ProgramFields, identify
 from deployments.request_context import RequestContext, bound_request
 from deployments.router_actor import RouterFinder
 from tempo_router.config import TempoConfig
@@ -65,7 +70,10 @@ class IngressReplica:
         app = await vllm_frontend.build_app(
             self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
         )
-        self._edge = HttpEdge(app, config, not_ready_because=lambda: self._link.not_ready_because)
+        self._programs = ProgramClient(self._link)
+        self._edge = HttpEdge(
+            app, config, not_ready_because=lambda: self._link.not_ready_because, programs=self._programs
+        )
 
     def __serve_build_asgi_app__(self) -> HttpEdge:
         return self._edge
@@ -99,25 +107,25 @@ class IngressReplica:
 
         Raises RequestFailedError when an admitted request cannot be finished.
         """
-        context, outputs = await self._begin(request, is_streaming=True)
-        async for output in outputs:
-            _raise_failure(context)
-            answer = output.outputs[0]
-            yield GenerationPart(
-                request_id=output.request_id,
-                text=answer.text,
-                token_ids=tuple(answer.token_ids),
-                finish_reason=answer.finish_reason,
-                outcome=context.outcomes[0] if answer.finish_reason is not None and context.outcomes else None,
-            )
+        async with self._context(request, is_streaming=True) as context:
+            async for output in await self._outputs(request, context):
+                _raise_failure(context)
+                answer = output.outputs[0]
+                yield GenerationPart(
+                    request_id=output.request_id,
+                    text=answer.text,
+                    token_ids=tuple(answer.token_ids),
+                    finish_reason=answer.finish_reason,
+                    outcome=context.outcomes[0] if answer.finish_reason is not None and context.outcomes else None,
+                )
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """Generate the whole answer. Raises as `stream` does."""
-        context, outputs = await self._begin(request, is_streaming=False)
-        last = None
-        async for output in outputs:
-            last = output
-        _raise_failure(context)
+        async with self._context(request, is_streaming=False) as context:
+            last = None
+            async for output in await self._outputs(request, context):
+                last = output
+            _raise_failure(context)
         if last is None or not context.outcomes:
             raise TempoError(f"request {request.request_id!r} was cancelled before its first token")
         answer = last.outputs[0]
@@ -128,18 +136,51 @@ class IngressReplica:
             prompt_tokens=len(last.prompt_token_ids or ()),
             finish_reason=answer.finish_reason or "abort",
             outcome=context.outcomes[0],
+            call_id=context.program.call_id if context.program is not None else "",
         )
 
     async def cancel(self, request_id: str) -> None:
         """Stop a request that `stream` or `generate` began; unknown ids are ignored."""
         await self._llm.abort(request_id)
 
-    async def _begin(
-        self, request: GenerateRequest, *, is_streaming: bool
-    ) -> tuple[RequestContext, AsyncIterator[Any]]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    # ---- programs, as /v1/programs has them; all raise ProgramError, RouterUnavailableError ----
 
+    async def create_program(self, new: NewProgram) -> dict[str, Any]:
+        """Make a program; its calls name it in `GenerateRequest.program`."""
+        return dict(await self._edge.own.programs.create(new))
+
+    async def run_program(self, new: NewProgram) -> AsyncIterator[dict[str, Any]]:
+        """Run a declared graph: events as its nodes finish (stream=True), the last one with the whole program."""
+        async for event in await self._edge.own.graphs.run(new):
+            yield event
+
+    async def deliver_output(self, program: str, node: str, output: Any, tenant: str = "") -> None:
+        """The output of a tool that a declared graph waits for."""
+        await self._edge.own.graphs.deliver(program, node, msgspec.json.encode({"output": output}), tenant)
+
+    async def program(self, program: str, tenant: str = "") -> dict[str, Any]:
+        """All of a program. program: its id, or the name that it was given."""
+        return dict(await self._edge.own.programs.view(program, tenant))
+
+    async def programs(self, tenant: str = "", **filters: str) -> dict[str, Any]:
+        """Programs of a tenant. filters: those of `GET /v1/programs`, as text."""
+        return dict(await self._edge.own.programs.listed(tenant, filters))
+
+    async def extend_program(self, program: str, deadline_s: float, tenant: str = "") -> dict[str, Any]:
+        """Another deadline, from now."""
+        return dict(await self._edge.own.programs.extend(program, {"deadline_s": deadline_s}, tenant))
+
+    async def finish_program(self, program: str, tenant: str = "") -> dict[str, Any]:
+        """No further call will come."""
+        return dict(await self._edge.own.programs.finish(program, tenant))
+
+    async def cancel_program(self, program: str, reason: str = "", tenant: str = "") -> dict[str, Any]:
+        """Give it up, with all that runs."""
+        return dict(await self._edge.own.programs.cancel(program, reason, tenant))
+
+    @asynccontextmanager
+    async def _context(self, request: GenerateRequest, *, is_streaming: bool) -> AsyncIterator[RequestContext]:
+        """What a request carries, from its place in its program to its end there."""
         if (request.prompt is None) == (request.messages is None):
             raise ValueError("give either prompt or messages")
         slo, tier = chosen_targets(request, self._config)
@@ -151,18 +192,33 @@ class IngressReplica:
             arrival_s=time.monotonic(),
             is_streaming=is_streaming,
         )
+        if request.program is None:
+            yield context
+            return
+        identity = placed(request.program, request.tenant)
+        has_own_slo = request.slo is not None or request.tier is not None
+        await join(self._programs, identity, context, has_own_slo=has_own_slo, now_epoch_s=time.time())
+        try:
+            yield context
+        finally:
+            leave(self._programs, context, is_last=identity.is_last)
+
+    async def _outputs(self, request: GenerateRequest, context: RequestContext) -> AsyncIterator[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         outputs = self._llm.generate(
             await self._prompt(request),
             SamplingParams(
                 **request.sampling,
-                output_kind=RequestOutputKind.DELTA if is_streaming else RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.DELTA if context.is_streaming else RequestOutputKind.FINAL_ONLY,
             ),
             request.request_id or f"handle-{uuid.uuid4().hex}",
         )
         # The engine client reads the context when the request is added, which is before the first output.
         with bound_request(context):
             first = await anext(outputs, None)
-        return context, _chain(first, outputs)
+        return _chain(first, outputs)
 
     async def _prompt(self, request: GenerateRequest) -> Any:
         if isinstance(request.prompt, list):
@@ -193,6 +249,23 @@ def chosen_targets(request: GenerateRequest, config: TempoConfig) -> tuple[Slo, 
         valid = ", ".join(sorted(config.tiers))
         raise InvalidSloError("tier", tier, f"is not a tier of this application; tiers are {valid}")
     return config.tiers[tier].slo(), tier
+
+
+def placed(place: ProgramPlace, tenant: str) -> Identity:
+    """A call's place as the identity of an HTTP request says it. Raises ProgramError."""
+    fields = {
+        "id": place.program,
+        "stage": place.stage,
+        "parents": list(place.parents),
+        "call": place.call or None,
+        "attempt": place.attempt,
+        "agent": place.agent or None,
+        "deadline_s": place.deadline_s,
+        "final": place.is_last,
+    }
+    identity = identify((), ProgramFields(program=fields), tenant, ())
+    assert identity is not None
+    return identity
 
 
 def _raise_failure(context: RequestContext) -> None:

@@ -5,6 +5,7 @@
 | queue_full | 429 | from the queue, at least 1 s | the client's rate is what must change |
 | deadline_impossible | 503 | from the queue, if the router knows one | this server cannot do it now; another may |
 | draining, router_unavailable | 503 | 5 s unless the router says otherwise | a restart or a failover is under way |
+| programs: unknown; over; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
 | too_large | 400 | none | no wait makes it fit |
 """
 
@@ -13,8 +14,18 @@ import math
 from dataclasses import dataclass
 
 from deployments.request_context import AdmissionVerdict, RequestFailure
-from tempo_router.errors import InvalidSloError
+from tempo_router.errors import InvalidSloError, ProgramError, ProgramProblem
 
+_PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
+    "invalid_program": (400, "invalid_request_error"),
+    "unknown_program": (404, "invalid_request_error"),
+    "unknown_call": (400, "invalid_request_error"),
+    "program_ended": (409, "invalid_request_error"),
+    "call_ended": (409, "invalid_request_error"),
+    "too_many_programs": (503, "server_error"),
+    "store_unavailable": (503, "server_error"),
+    "node_failed": (502, "server_error"),
+}
 _FAILOVER_RETRY_S = 5.0
 
 
@@ -51,6 +62,24 @@ class ApiError:
 def invalid_slo(error: InvalidSloError) -> ApiError:
     """A field that makes no sense, named with its value."""
     return ApiError(400, str(error), "invalid_request_error", "invalid_slo", param=error.field)
+
+
+def program_refused(error: ProgramError) -> ApiError:
+    """What cannot be done with a program, and why."""
+    status, kind = _PROGRAM_STATUS[error.code]
+    retry_after_s = 1.0 if status == 503 else None
+    return ApiError(status, str(error), kind, error.code, error.field or None, retry_after_s)
+
+
+def no_such_route(method: str, path: str) -> ApiError:
+    """A path that nothing is served on."""
+    return ApiError(404, f"there is no {method} {path[:200]}", "invalid_request_error", "not_found")
+
+
+def no_such_request(name: str) -> ApiError:
+    """A request that is not, or no longer, remembered."""
+    message = f"no request {name[:200]!r} is remembered (ingress.explained_requests)"
+    return ApiError(404, message, "invalid_request_error", "unknown_request")
 
 
 def malformed_json(detail: str) -> ApiError:

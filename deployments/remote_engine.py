@@ -24,6 +24,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cluster import wire_pb2 as wire
 from cluster.ingress_link import IngressLink
 from cluster.ingress_link import Verdict as LinkVerdict
+from deployments.prefix_growth import SharedPrefixes
 from deployments.request_context import (
     AdmissionRejected,
     AdmissionVerdict,
@@ -85,6 +86,8 @@ class RemoteEngine(AsyncMPClient):
         self._calls: dict[RequestId, OpenCall] = {}
         self._group_sizes: dict[str, int] = {}
         self._left: set[str] = set()
+        self._prefixes = SharedPrefixes()
+        self._caches_prefixes = False
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._utility_decoder = MsgpackDecoder(UtilityOutput)
@@ -94,6 +97,8 @@ class RemoteEngine(AsyncMPClient):
         self.link = link
         self._max_model_len = min(self._max_model_len, facts.max_model_len)
         self._supported_tasks = tuple(facts.supported_tasks)
+        # The simulated engine has no such cache, and estimates that count on one would be wrong.
+        self._caches_prefixes = facts.engine == "vllm"
 
     @property
     def open_calls(self) -> int:
@@ -120,6 +125,8 @@ class RemoteEngine(AsyncMPClient):
         """Send a request to the router. Raises AdmissionRejected, also when no router answers."""
         context = current_request()
         spec = self._spec(request, context)
+        if context is not None:
+            context.report_prompt(spec.prompt_tokens)
         call = OpenCall(request, spec, DeliveryTracker(spec.slo, spec.arrival_s), context)
         self._calls[spec.request_id] = call
         try:
@@ -195,6 +202,11 @@ class RemoteEngine(AsyncMPClient):
     def _spec(self, request: EngineCoreRequest, context: RequestContext | None) -> RequestSpec:
         group_id, group_size = self._group(request.request_id)
         prompt_tokens = _prompt_length(request)
+        ticket = context.program if context else None
+        tenant = context.tenant if context else ""
+        prefix_id, prefix_tokens = "", 0
+        if self._caches_prefixes:
+            prefix_id, prefix_tokens = self._prefixes.note(tenant, request.prompt_token_ids or ())
         return RequestSpec(
             request_id=RequestId(request.request_id),
             arrival_s=context.arrival_s if context else time.monotonic(),
@@ -205,8 +217,13 @@ class RemoteEngine(AsyncMPClient):
             group_size=group_size,
             model=self._model_name,
             app=context.app if context else "",
-            tenant=context.tenant if context else "",
+            tenant=tenant,
             tier=context.tier if context else "",
+            stage=ticket.stage if ticket else 0,
+            prefix_id=prefix_id,
+            prefix_tokens=prefix_tokens,
+            program_id=ticket.program_id if ticket else "",
+            call_id=ticket.call_id if ticket else "",
         )
 
     def _group(self, request_id: str) -> tuple[GroupId, int]:
@@ -286,6 +303,12 @@ class RemoteEngine(AsyncMPClient):
             message = "the request waited so long that its SLO can no longer be met; the server is overloaded"
             self._fail(call, RequestFailure("slo_expired", message, 504))
 
+    def program_cancelled(self, request_id: RequestId) -> None:
+        """Its program was cancelled, with all that ran."""
+        call = self._calls.get(request_id)
+        if call is not None:
+            self._fail(call, RequestFailure("program_cancelled", "the program of this call was cancelled", 409))
+
     def _fail(self, call: OpenCall, failure: RequestFailure) -> None:
         log.warning("request_failed", request_id=call.spec.request_id, code=failure.code)
         if call.context is not None:
@@ -302,8 +325,10 @@ class RemoteEngine(AsyncMPClient):
         self._report_outcome(call, completed=completed)
 
     def _report_outcome(self, call: OpenCall, *, completed: bool) -> None:
+        outcome = call.tracker.finish(time.monotonic(), completed)
+        self._live_link.report_outcome(call.spec.request_id, outcome)
         if call.context is not None:
-            call.context.report_outcome(call.tracker.finish(time.monotonic(), completed))
+            call.context.report_outcome(outcome, completed=completed)
 
 
 def why_not_resumable(request: EngineCoreRequest, generated_tokens: int) -> str | None:

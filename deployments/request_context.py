@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from tempo_router.errors import TempoError
 from tempo_router.metrics import Outcome
+from tempo_router.program_graph import CallStatus
+from tempo_router.program_ops import CallTicket
 from tempo_router.request import Slo
 
 
@@ -61,6 +63,8 @@ class RequestContext:
     arrival_s: time.monotonic() of this process when the request line and headers were there.
     tier: name of the tier in the configuration; "" when the client gave targets of its own.
     expected_groups: how many prompts the body holds, so how many admissions must be known before a stream may start.
+    program: what it is in its program; None for a request alone. prompt_tokens: of all its engine requests.
+    on_outcome: called whenever an engine request ended.
     """
 
     slo: Slo
@@ -75,6 +79,10 @@ class RequestContext:
     is_relegated: bool = False
     failure: RequestFailure | None = None
     on_verdict: Callable[[], None] | None = None
+    program: CallTicket | None = None
+    prompt_tokens: int = 0
+    incomplete: int = 0
+    on_outcome: Callable[[], None] | None = None
 
     def report_verdict(self, verdict: AdmissionVerdict) -> None:
         """Record the router's answer to one engine request of this HTTP request; called on the event loop."""
@@ -91,9 +99,31 @@ class RequestContext:
         if self.failure is None:
             self.failure = failure
 
-    def report_outcome(self, outcome: Outcome) -> None:
-        """Record how one engine request ended; must come before the engine client hands out its last output."""
+    def report_outcome(self, outcome: Outcome, *, completed: bool = True) -> None:
+        """Record how one engine request ended; must come before the engine client hands out its last output.
+
+        completed: the answer came to its own end; nobody left and nothing failed.
+        """
         self.outcomes.append(outcome)
+        self.incomplete += not completed
+        if self.on_outcome is not None:
+            self.on_outcome()
+
+    def report_prompt(self, tokens: int) -> None:
+        """Count the prompt of an engine request, when it is known."""
+        self.prompt_tokens += tokens
+
+    @property
+    def has_ended(self) -> bool:
+        """Every engine request that was admitted has ended."""
+        return len(self.outcomes) >= sum(verdict.is_admitted for verdict in self.verdicts)
+
+    @property
+    def call_status(self) -> CallStatus:
+        """How this call of a program ended, once the response has."""
+        if self.failure is not None or self.rejection is not None or not self.verdicts:
+            return "failed"
+        return "completed" if self.has_ended and not self.incomplete else "cancelled"
 
     @property
     def rejection(self) -> AdmissionVerdict | None:

@@ -93,7 +93,7 @@ class ParsedSlo:
     """What a request asks for.
 
     tier: name in the configuration, "" for targets of the client's own. service_tier: what to repeat in the
-    response, None if the request did not name one.
+    response, None if the request did not name one. is_own: the client gave targets or a tier; nothing was assumed.
     """
 
     slo: Slo
@@ -101,6 +101,7 @@ class ParsedSlo:
     app: str
     tenant: str
     service_tier: str | None
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,13 @@ def parse_slo(
         app=_name(sent.first(_APP_HEADER)),
         tenant=_name(sent.first(*_TENANT_HEADERS) or (_Given("user", body.user) if body.user is not None else None)),
         service_tier=_echo(body.service_tier, tier, tiers),
+        is_own=bool(targets) or named is not None,
     )
+
+
+def parse_tenant(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Who asks, as far as the headers say; "" when they do not. Raises InvalidSloError."""
+    return _name(_Headers(headers).first(*_TENANT_HEADERS))
 
 
 class _Headers:

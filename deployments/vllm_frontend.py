@@ -44,6 +44,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, current_request
 from tempo_router.errors import ConfigError, EngineVersionError
+from workers.vllm_start import inspect_models_here
 
 VLLM_VERSION: str = vllm.__version__
 TESTED_VERSION = "0.32.0"
@@ -214,6 +215,7 @@ def build_engine_config(model: str, engine_kwargs: Mapping[str, Any], model_name
         engine_args = AsyncEngineArgs(model=model, served_model_name=[model_name], **engine_kwargs)
         if engine_args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(engine_args.reasoning_parser_plugin)
+        inspect_models_here()
         return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise ConfigError(f"vLLM refuses model {model!r} with these engine_kwargs: {error}") from error

@@ -47,7 +47,12 @@ class WorkerReplica:
         model = await asyncio.to_thread(resolve_model, self._config.model, Path(self._config.data_dir))
         try:
             return await start_vllm_engine(
-                model, config.engine_kwargs, on_step=self._worker.on_step, on_death=self._worker.on_death
+                model,
+                config.engine_kwargs,
+                on_step=self._worker.on_step,
+                on_death=self._worker.on_death,
+                scheduling=self._config.planned_scheduling,
+                calibrations=Path(self._config.data_dir) / "calibrations" if config.calibrate else None,
             )
         except TempoError:
             raise

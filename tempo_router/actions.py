@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tempo_router.request import DispatchId, ReplicaId, RequestId
+from tempo_router.request import DispatchId, ReplicaId, RequestId, Slo
 from tempo_router.standing import UNRANKED, Standing
 
 
@@ -89,4 +89,16 @@ class Retune:
     step_cap_s: float | None = None
 
 
-Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune
+@dataclass(frozen=True, slots=True)
+class Retarget:
+    """A running call has another target: the deadline of its program moved. Only for replicas with a step planner.
+
+    slo: counted from the call's own arrival.
+    """
+
+    replica_id: ReplicaId
+    dispatch_id: DispatchId
+    slo: Slo
+
+
+Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget

@@ -27,7 +27,8 @@ TICKET, KEY, PHASE, IS_PLACED = range(16, 20)
 
 ATOM_COUNT: atoms of its distribution of lengths.
 GENERATED_BEFORE: answer tokens; of a decoding call less the number of the step from which on it decodes.
-KEY, IS_PLACED: the key by which the call stands in its engine's order of prompts, and whether it stands there.
+KEY, IS_PLACED: the key by which the call stands in its engine's order of prompts, NaN before it has one, and whether it
+stands there.
 """
 
 PREFILLING, DECODING, HELD = 0.0, 1.0, 2.0
@@ -161,7 +162,7 @@ class LiveTable:
         spec, standing = call.spec, call.standing
         self._numbers[:, row] = (
             *call.facts, spec.arrival_s, *standing, call.missing_tokens, len(call.lengths.atoms),
-            call.generated_tokens, call.ticket, 0.0, PREFILLING, 0.0,
+            call.generated_tokens, call.ticket, np.nan, PREFILLING, 0.0,
         )  # fmt: skip
         self._set_atoms(row, call.lengths)
 
@@ -181,10 +182,16 @@ class LiveTable:
         """Its standing changed."""
         self._numbers[DENSITY : IS_RELEGATED + 1, call.row] = call.standing
 
+    def retarget(self, call: "LiveCall") -> None:
+        """Its target changed."""
+        self._numbers[: len(call.facts), call.row] = call.facts
+
     def note_phase(self, call: "LiveCall", phase: float) -> None:
         """It entered a phase; its count of tokens is that of this moment."""
         numbers, row = self._numbers, call.row
         numbers[PHASE, row] = phase
+        if phase == PREFILLING:
+            numbers[KEY, row] = np.nan
         numbers[MISSING, row] = call.missing_tokens
         base = call.spec.generated_tokens + call.produced
         numbers[GENERATED_BEFORE, row] = base - call.joined if phase == DECODING else base
@@ -221,9 +228,15 @@ class LiveTable:
         kept: Ints = rows[self._numbers[PHASE].take(rows) == phase]
         return kept
 
-    def ranked(self, rows: Ints, keys: Floats | None = None) -> Ints:
-        """The rows by key, then ticket. keys: of these rows; None: those that are stored."""
+    def ranked(self, rows: Ints, keys: Floats | None = None, most: int | None = None) -> Ints:
+        """The rows by key, then ticket. keys: of these rows; None: those that are stored.
+
+        most: only so many of the first, and those that equal the last of them.
+        """
         known = self._numbers[KEY].take(rows) if keys is None else keys
+        if most is not None and rows.size > most:
+            is_first = known <= np.partition(known, most - 1)[most - 1]
+            rows, known = rows[is_first], known[is_first]
         ranked: Ints = rows[np.lexsort((self._numbers[TICKET].take(rows), known))]
         return ranked
 
@@ -240,6 +253,11 @@ class LiveTable:
     def unplaced(self, rows: Ints) -> Ints:
         """Those of the rows that do not stand in the order of prompts."""
         missing: Ints = rows[self._numbers[IS_PLACED].take(rows) == 0.0]
+        return missing
+
+    def without_key(self, rows: Ints) -> Ints:
+        """Those of the rows that came, or came back to the prompts, since keys were stored."""
+        missing: Ints = rows[np.isnan(self._numbers[KEY].take(rows))]
         return missing
 
     def audit(self, calls: Sequence["LiveCall"], steps: int) -> None:

@@ -188,6 +188,11 @@ class SchedulingConfig(StrictModel):
     settle_s: float = Field(
         0.5, ge=0, description="seconds after a router's start in which it only listens, so that replicas can attach"
     )
+    program_model: Literal["stages", "patterns"] = Field(
+        "stages",
+        description="how the rest of a program is foretold; stages: by means of each stage of its application; "
+        "patterns: by finished programs that looked alike so far",
+    )
     length_model: Literal["auto", "histogram"] = Field(
         "auto",
         description="how answer lengths are estimated; histogram: by running histograms alone; auto: also by a forest "
@@ -213,6 +218,16 @@ class EngineConfig(StrictModel):
         default_factory=dict,
         description="vLLM's API server arguments (chat_template, tool_call_parser, ...), with underscores",
     )
+    step_planner: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="who composes vLLM's steps. on: Tempo, by the order of scheduling.policy; off: vLLM, by priority; "
+        "auto: on with the policy tempo",
+    )
+    calibrate: bool = Field(
+        False,
+        description="measure what steps cost before the first request, some seconds, and keep it in data_dir by model, "
+        "device and engine arguments; only where steps are planned",
+    )
     profile: str = Field("toy-cpu", description="simulated engine: name of the step-time profile")
     profile_path: str | None = Field(None, description="simulated engine: a file with more profiles")
     time_scale: float = Field(1.0, gt=0, description="simulated engine: step times are multiplied by it")
@@ -234,6 +249,11 @@ class WorkersConfig(StrictModel):
 class IngressConfig(StrictModel):
     """The processes that talk to clients."""
 
+    console: bool = Field(True, description="serve the page /console, which shows the programs of all tenants")
+    explained_requests: int = Field(
+        2000, ge=0, description="last requests of which /v1/requests/{id}/explain tells every decision"
+    )
+
     replicas: int = Field(1, ge=1, description="number of ingress processes")
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")
@@ -242,6 +262,32 @@ class IngressConfig(StrictModel):
         30.0, gt=0, description="longest wait for a router before a new request gets 503 (guessed)"
     )
     drain_timeout_s: float = Field(60.0, ge=0, description="longest wait for open streams at the stop (guessed)")
+
+
+IdentitySource = Literal["session", "openai", "trace", "prefix"]
+
+
+class ProgramsConfig(StrictModel):
+    """Programs: calls that share one deadline, and how they are recognised and remembered."""
+
+    identify_by: tuple[IdentitySource, ...] = Field(
+        ("session", "openai", "trace"),
+        description="what tells, beside our own headers, which program a call belongs to: session and agent headers, "
+        "OpenAI's conversation fields, W3C trace context, or a prompt that continues an earlier one",
+    )
+    max_programs: int = Field(100_000, gt=0, description="programs in progress; beyond it new ones get 503 (guessed)")
+    keep_s: float = Field(
+        600.0, gt=0, description="how long a program is kept after its deadline, or its last call without one (guessed)"
+    )
+    max_unwritten: int = Field(
+        20_000,
+        gt=0,
+        description="changes of programs that wait while Redis is away; beyond it new programs get 503 (guessed)",
+    )
+    max_patterns: int = Field(5000, gt=0, le=100_000, description="finished programs that later ones are compared with")
+    pattern_age_s: float = Field(
+        14 * 24 * 3600.0, gt=0, description="older finished programs are no longer compared with (guessed)"
+    )
 
 
 class TransportConfig(StrictModel):
@@ -283,6 +329,11 @@ class TempoConfig(StrictModel):
     redis_url: str | None = Field(
         None, description="null: TEMPO_REDIS_URL if it is set, else an embedded server in data_dir"
     )
+    record_events: str | None = Field(
+        None,
+        description="file to which the router writes every event and decision, to be played again; its name gets the "
+        "epoch. Request ids, lengths and targets, no text; about 1 kB per request and step. null: nothing is written",
+    )
     tiers: dict[str, TierConfig] = Field(
         default_factory=lambda: dict(DEFAULT_TIERS), description="targets by name; these replace all default tiers"
     )
@@ -291,6 +342,7 @@ class TempoConfig(StrictModel):
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
     ingress: IngressConfig = IngressConfig()
+    programs: ProgramsConfig = ProgramsConfig()
     transport: TransportConfig = TransportConfig()
 
     @model_validator(mode="after")
@@ -300,6 +352,13 @@ class TempoConfig(StrictModel):
                 f"default_tier {self.default_tier!r} is not a tier; tiers are {', '.join(sorted(self.tiers))}"
             )
         return self
+
+    @property
+    def planned_scheduling(self) -> SchedulingConfig | None:
+        """What engines plan their steps by; None where these are left to them."""
+        chosen = self.engine.step_planner
+        is_on = chosen == "on" or (chosen == "auto" and self.scheduling.policy == "tempo")
+        return self.scheduling if is_on else None
 
     @property
     def model_name(self) -> str:

@@ -7,7 +7,7 @@ from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers, is_hopeless
 from tempo_router.ledger import Ledger
-from tempo_router.placement import choose, kv_needed
+from tempo_router.placement import AFFINITY_S, choose, kv_needed
 from tempo_router.policies.base import Context, Policy
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.replicas import Replica
@@ -185,7 +185,9 @@ class Dispatcher:
                 self._line.set_aside(request)
                 continue
             room = [one for one in takers if len(one.calls) < _OVERCOMMIT * one.capacity.max_running]
-            replica = choose(self._allowed(request, needed, room), needed, self._home(request))
+            replica = choose(
+                self._allowed(request, needed, room), needed, self._home(request), _affinity_s(request, context)
+            )
             if replica is None:
                 passed_over.append(request)
                 continue
@@ -255,7 +257,10 @@ class Dispatcher:
             if starving is None and self._is_committed and is_gamble(request, self._ledger):
                 # Gambles are at the end of the queue: behind the first there is nothing else.
                 idle = [one for one in candidates if self._has_time_for(one, request)]
-                replica = choose(self._allowed(request, needed, idle), needed, self._home(request)) if idle else None
+                replica = None
+                if idle:
+                    allowed = self._allowed(request, needed, idle)
+                    replica = choose(allowed, needed, self._home(request), _affinity_s(request, context))
                 gambles += 1
                 if replica is None:
                     passed_over.append(request)
@@ -265,7 +270,9 @@ class Dispatcher:
                     continue
                 self._start(request, replica, context, actions)
                 continue
-            replica = choose(self._allowed(request, needed, candidates), needed, self._home(request))
+            replica = choose(
+                self._allowed(request, needed, candidates), needed, self._home(request), _affinity_s(request, context)
+            )
             if replica is not None:
                 self._start(request, replica, context, actions)
                 self._since_trickle = 0 if starving is not None else self._since_trickle + 1
@@ -383,6 +390,14 @@ class Dispatcher:
         assert self._line.requests.get(request.spec.request_id) is request, "a replica is held for nobody"
         assert self._fleet.replicas.get(replica.replica_id) is replica, "a lost replica is held"
         assert replica.calls, f"{replica.replica_id} is empty and still held for {request.spec.request_id!r}"
+
+
+def _affinity_s(request: WaitingRequest, context: Context) -> float:
+    """What having the prefix is worth: to a program's call as long as its stage takes, so as not to lose one to it."""
+    if not isinstance(request.spec.slo, ProgramCall):
+        return AFFINITY_S
+    rest = request.lengths.mean_left(request.generated_tokens, request.spec.max_output_tokens)
+    return context.pace.prefill_s(request.spec.context_tokens) + rest * context.pace.tau_s
 
 
 def _look_ahead(candidates: list[Replica]) -> int:

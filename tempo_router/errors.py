@@ -3,6 +3,7 @@
 TempoError
 ├── ConfigError               the configuration cannot be used
 ├── InvalidSloError           a client's SLO makes no sense (field and value named)
+├── ProgramError              a client asked something of a program that cannot be (field and reason named)
 ├── InvalidEventError         the shell told the core something impossible
 ├── InvalidSnapshotError      stored lengths cannot be read back
 ├── LengthModelError          the process that estimates answer lengths failed
@@ -18,6 +19,23 @@ TempoError
 
 Refusing a request is not an error: it is a Reject action.
 """
+
+from typing import Literal
+
+ProgramProblem = Literal[
+    "invalid_program",
+    "unknown_program",
+    "unknown_call",
+    "program_ended",
+    "call_ended",
+    "too_many_programs",
+    "store_unavailable",
+    "node_failed",
+]
+"""invalid_program: a field makes no sense. unknown_program, unknown_call: no such thing, or not this tenant's.
+program_ended, call_ended: it is over, nothing can be added. too_many_programs: no room for another one now.
+store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared
+graph could not be answered."""
 
 
 class TempoError(Exception):
@@ -38,6 +56,18 @@ class InvalidSloError(TempoError):
         super().__init__(f"{field}={value!r}: {problem}")
         self.field = field
         self.value = value
+
+
+class ProgramError(TempoError):
+    """A client asked something of a program that cannot be; nothing was changed.
+
+    code: see ProgramProblem. field: what was at fault, as the client wrote it; "" for none.
+    """
+
+    def __init__(self, code: ProgramProblem, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.code: ProgramProblem = code
+        self.field = field
 
 
 class InvalidEventError(TempoError):

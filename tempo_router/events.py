@@ -157,6 +157,14 @@ class ProgramFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramRelegated:
+    """This program can no longer make its deadline: all of its calls go on as best effort."""
+
+    at_s: float
+    program_id: ProgramId
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed. Deadlines expire and late work is relegated even when nothing else happens."""
 
@@ -182,6 +190,7 @@ Event = (
     | Cancelled
     | Predicted
     | ProgramFinished
+    | ProgramRelegated
     | ReplicaAttached
     | ReplicaDraining
     | ReplicaLost

@@ -26,17 +26,19 @@ AFFINITY_S = 2.0
 """A replica that has the prefix cached is preferred while it is at most this much work behind. Guessed."""
 
 
-def choose(candidates: Iterable[Replica], needed_kv: int, home: Replica | None = None) -> Replica | None:
+def choose(
+    candidates: Iterable[Replica], needed_kv: int, home: Replica | None = None, affinity_s: float = AFFINITY_S
+) -> Replica | None:
     """Of the replicas with room the one with the least outstanding predicted work; ties by order of attaching.
 
-    home: has the request's prefix cached, which counts as AFFINITY_S of work.
+    home: has the request's prefix cached, which counts as affinity_s of work.
     """
     best: Replica | None = None
     best_score = (0.0, 0)
     for replica in candidates:
         if needed_kv > replica.free_kv:
             continue
-        score = (replica.outstanding_s() - (AFFINITY_S if replica is home else 0.0), replica.number)
+        score = (replica.outstanding_s() - (affinity_s if replica is home else 0.0), replica.number)
         if best is None or score < best_score:
             best, best_score = replica, score
     return best

@@ -20,6 +20,9 @@ _TRUSTED = 8
 """So many programs of an application and deadline make its own statistics better than the application's; and so many
 that ended a stage tell what follows it."""
 
+_LIKELY = 0.5
+ATOMS = 8
+
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
 
@@ -34,6 +37,7 @@ class Forecast:
     calls; prompt_tokens, output_tokens: of all of them; squared_prompts: sum of prompt², for attention.
     chain_tokens: output of the longest call of each stage, summed; chain_prompt_tokens: its prompts; gaps_s: tools.
     stages: how many. unknown: probability that the program goes on to where too few went before to tell.
+    chain_atoms: ATOMS equally likely values of chain_tokens, where more than the mean is known; else empty.
     """
 
     calls: float = 0.0
@@ -45,6 +49,7 @@ class Forecast:
     gaps_s: float = 0.0
     stages: float = 0.0
     unknown: float = 0.0
+    chain_atoms: tuple[float, ...] = ()
 
 
 NOTHING = Forecast()
@@ -141,6 +146,28 @@ class ProgramHistory:
         ]
         return [NOTHING if outline is None else self._forecast(outline) for outline in number_of], numbers
 
+    def shares_ahead(self, program: Program) -> list[float]:
+        """How the stages that are expected to come share their time, in order; as many as are likelier than not."""
+        own, general = self._of(program.app, program.bucket)
+        shares: list[float] = []
+        reached = 1.0
+        for number in range(program.stage, min(len(general), _MAX_STAGES)):
+            stage = _trusted(own, general, number)
+            if number > program.stage:
+                shares.append(max(stage.chain_tokens.value, 1.0))
+            reached *= stage.follows.value
+            if reached < _LIKELY:
+                break
+        return shares
+
+    def least_chain_tokens(self, program: Program, share: float) -> float:  # noqa: ARG002  # means know no quantiles
+        """Longest answers of later stages, summed, that are exceeded with probability 1 - share; 0 where unknown."""
+        return 0.0
+
+    def match(self, program: Program) -> dict[str, object]:
+        """How a program is foretold, for who asks."""
+        return {"kind": "stage means", "app": program.app, "stage": program.stage}
+
     def _forecast(self, outline: _Outline) -> Forecast:
         known = self._forecasts.get(outline)
         # The first programs teach the most.
@@ -193,8 +220,8 @@ class ProgramHistory:
             reached *= known * stage.follows.value
             if reached < 1e-3:
                 break
-        total.append(unknown)
-        return Forecast(*total)
+        calls, prompts, squared, outputs, chain, chain_prompts, gaps, stages = total
+        return Forecast(calls, prompts, squared, outputs, chain, chain_prompts, gaps, stages, unknown)
 
 
 class KnownGraphs(ProgramHistory):

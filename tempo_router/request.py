@@ -75,6 +75,8 @@ class RequestSpec:
     app: what the client calls itself; with `model` it selects the learned length distribution.
     stage: 0-based stage of a program's call. prefix_id, prefix_tokens: a name for what the prompt begins with, and
         how many of its leading tokens were in earlier requests of that name; "" and 0 where nothing is known.
+    program_id, call_id: the program that it belongs to and its name there, "" for none; also of a call with targets of
+        its own, which are not the program's deadline.
     """
 
     request_id: RequestId
@@ -93,6 +95,8 @@ class RequestSpec:
     stage: int = 0
     prefix_id: str = ""
     prefix_tokens: int = 0
+    program_id: str = ""
+    call_id: str = ""
 
     @property
     def deadline_s(self) -> float | None:

@@ -10,7 +10,7 @@ Who waits is in `waiting_line`, who runs in `fleet`; `dispatcher` moves requests
 from collections import Counter, deque
 from typing import assert_never
 
-from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retarget, Retune
 from tempo_router.backlog import expected_wait_s
 from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
@@ -23,6 +23,7 @@ from tempo_router.events import (
     Event,
     Predicted,
     ProgramFinished,
+    ProgramRelegated,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -34,13 +35,15 @@ from tempo_router.events import (
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
-from tempo_router.ledger import Ledger
+from tempo_router.ledger import Ledger, Program
+from tempo_router.outlook import least_s, outlook
 from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
 from tempo_router.policies.base import ColumnPolicy
 from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.program_history import ProgramHistory
+from tempo_router.program_view import Outlook
 from tempo_router.replicas import Call, Replica
 from tempo_router.request import (
     BestEffort,
@@ -71,6 +74,11 @@ plan over 250 requests comes at most every 0.02 s, over 2,500 every 0.1 s. On an
 P95 of the time to first token was 0.35 s with plans at most every 0.1 s, and is 0.30 s, at equal goodput."""
 _MOST_PLANNED = 1024
 """Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
+_MOVED_S = 1e-3
+"""Less is what clocks and roundings do to a deadline that every call states anew."""
+
+_SURE = 0.1
+"""A program needs more than this quantile of what programs like it needed, nine times in ten."""
 _FIRST_MEAN_LENGTH = 230.0
 _MEAN_LENGTH_SMOOTHING = 0.002
 
@@ -157,6 +165,8 @@ class RouterCore:
                 self._on_predicted(event)
             case ProgramFinished(program_id=program_id, is_complete=is_complete):
                 self._on_program_finished(program_id, is_complete)
+            case ProgramRelegated(program_id=program_id):
+                self._on_program_relegated(program_id, actions)
             case Settled():
                 self._is_settled = True
             case DrainStarted():
@@ -187,6 +197,33 @@ class RouterCore:
     def ledger(self) -> Ledger:
         """Programs in progress and tenants."""
         return self._ledger
+
+    def outlook(self, program_id: ProgramId, left_s: float | None) -> Outlook | None:
+        """What is expected of a program whose calls came here; None for others. left_s: until its deadline."""
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return None
+        history = self._history
+        return outlook(
+            list(program.live.values()), history.forecast(program), history.shares_ahead(program), self._steps.pace(),
+            wait_s=history.wait_s, left_s=left_s, pattern=history.match(program),
+        )  # fmt: skip
+
+    def least_left_s(self, program_id: ProgramId) -> float:
+        """Seconds that a program still needs even if all goes well; 0 where nothing is known of it."""
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return 0.0
+        chain = self._history.least_chain_tokens(program, _SURE)
+        return least_s(list(program.live.values()), chain, self._steps.pace())
+
+    def worth_of(self, spec: RequestSpec, lengths: Lengths) -> tuple[float, float]:
+        """(GPU seconds, value per GPU second) of a request by itself, as estimated now."""
+        pace = self._steps.pace()
+        cost = cost_s(spec, lengths, pace)
+        tokens, chance = expected_good(spec, lengths, pace, self._now_s)
+        weight = self._config.request_weight
+        return cost, ((1 - weight) * tokens + weight * self._mean_length * chance) / cost
 
     def lengths_of(self, request_id: RequestId) -> Lengths:
         """What is known of the answer's length of a request that waits or runs. Raises KeyError for others."""
@@ -239,7 +276,7 @@ class RouterCore:
                 return
         actions.append(self._admission(request))
         self._retire(spec.request_id, actions)
-        self._begin_waiting(request)
+        self._begin_waiting(request, actions)
 
     def _new_waiting(self, spec: RequestSpec) -> WaitingRequest:
         lengths = self._lengths.lookup(spec)
@@ -286,11 +323,15 @@ class RouterCore:
             _, probability = expected_good(spec, request.lengths, pace, self._now_s + wait_s)
         return Admit(spec.request_id, spec.attempt, wait_s, probability)
 
-    def _begin_waiting(self, request: WaitingRequest) -> None:
+    def _begin_waiting(self, request: WaitingRequest, actions: list[Action]) -> None:
         spec = request.spec
         self._groups.entered(spec)
+        before = self._ledger.program(spec)
+        known_s = before.deadline_s if before is not None else None
         self._ledger.arrived(request)
         program = self._ledger.program(spec)
+        if program is not None and known_s is not None and abs(program.deadline_s - known_s) > _MOVED_S:
+            self._retarget(program, actions)
         is_new = program is None or (program.done_calls == 0 and len(program.live) == 1)
         if program is not None:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
@@ -300,6 +341,13 @@ class RouterCore:
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
         self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+
+    def _retarget(self, program: Program, actions: list[Action]) -> None:
+        """The program's deadline moved with its newest call: those that run hear of it."""
+        for job in program.live.values():
+            if isinstance(job, Call) and not job.is_aborted and job.replica.capacity.has_step_planner:
+                slo = ProgramCall(program.program_id, program.deadline_s - job.spec.arrival_s)
+                actions.append(Retarget(job.replica.replica_id, job.dispatch_id, slo))
 
     def _retire(self, request_id: RequestId, actions: list[Action]) -> None:
         """The owner gave this request up, or its attempt was overtaken: it neither waits nor runs from now on."""
@@ -317,7 +365,7 @@ class RouterCore:
     def _take_back(self, call: Call, actions: list[Action]) -> None:
         """A call that waits in its engine can no longer meet its SLO: it ends, or goes on as best effort."""
         spec = call.spec
-        if self._config.hopeless == "refuse" and not spec.generated_tokens:
+        if self._config.hopeless == "refuse" and not call.generated_tokens:
             self._retire(spec.request_id, actions)
             actions.append(Expire(spec.request_id))
             return
@@ -356,6 +404,19 @@ class RouterCore:
         if program is not None:
             self._history.program_ended(program, is_complete=is_complete)
 
+    def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
+        program = self._ledger.programs.get(program_id)
+        if program is None:
+            return
+        program.is_lost = True
+        for job in list(program.live.values()):
+            if isinstance(job, WaitingRequest):
+                if not job.is_relegated:
+                    self._dispatcher.give_up(job, self._context(), actions)
+            elif isinstance(job, Call) and not job.is_aborted:
+                # A plan may have put it last already; its client has not been told.
+                self._take_back(job, actions)
+
     # ---- replicas ----
 
     def _on_attached(self, event: ReplicaAttached, actions: list[Action]) -> None:
@@ -391,6 +452,9 @@ class RouterCore:
         self._groups.entered(spec)
         self._groups.started(spec, replica.replica_id)
         self._ledger.arrived(call)
+        program = self._ledger.program(spec)
+        if program is not None:
+            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         self._ledger.started(call, replica.replica_id, 0.0)
 
     def _is_wanted(self, newcomer: Call) -> bool:

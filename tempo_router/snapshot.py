@@ -11,7 +11,11 @@ from tempo_router.waiting_line import WaitingLine
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
-    """One replica as the router sees it. calls: dispatched and not ended, aborted ones included."""
+    """One replica as the router sees it. calls: dispatched and not ended, aborted ones included.
+
+    has_step_planner: Tempo composes its steps, not the engine itself. step_error: mean error of estimated step times;
+    is_unsure: it was above 30 % for a minute, and costs and steps keep a margin.
+    """
 
     replica_id: ReplicaId
     calls: int
@@ -24,6 +28,8 @@ class ReplicaSnapshot:
     outstanding_s: float
     tau_s: float
     step_error: float
+    is_unsure: bool
+    has_step_planner: bool
     is_draining: bool
 
 
@@ -75,5 +81,7 @@ def _replica_snapshot(replica: Replica) -> ReplicaSnapshot:
         outstanding_s=replica.outstanding_s(),
         tau_s=replica.steps.tau_s,
         step_error=replica.steps.relative_error,
+        is_unsure=replica.steps.is_unsure,
+        has_step_planner=replica.capacity.has_step_planner,
         is_draining=replica.is_draining,
     )

@@ -6,7 +6,7 @@ of decoding calls are counted by the number of steps, and the order is looked at
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,12 +16,16 @@ from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.policies.base import ColumnPolicy, Context, Policy
 from tempo_router.prediction import Lengths
-from tempo_router.request import DispatchId, Latency, RequestSpec
+from tempo_router.request import DispatchId, Latency, RequestSpec, Slo
 from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
 
 _ONE_BY_ONE = 16
 """So few keys cost less one by one than in arrays, whose operations take a microsecond each however few the calls."""
+
+_MOST_PLACED = 2
+"""Prompts that a step may come to between two looks, over the slots; a router seldom sends so many. Without a bound a
+step would sort all that wait whenever one comes: 2 ms for 5,000."""
 
 LEAST_CHUNK = 64
 """Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap (docs/scheduling.md)."""
@@ -182,6 +186,7 @@ class StepPlanner:
         self._order: list[LiveCall] = []
         self._is_placed = False
         self._resumed: list[LiveCall] = []
+        self._evicted: list[LiveCall] = []
         self._is_dirty = True
         self._arrange_at_s = 0.0
         self._now_s = 0.0
@@ -209,6 +214,16 @@ class StepPlanner:
     def decoding(self) -> Iterable[LiveCall]:
         """Calls that produce a token in every step."""
         return self._decoding.values()
+
+    @property
+    def decodes(self) -> int:
+        """How many those are."""
+        return len(self._decoding)
+
+    @property
+    def held_calls(self) -> Iterable[LiveCall]:
+        """Calls that could decode and were told to wait."""
+        return self._held.values()
 
     @property
     def waiting(self) -> int:
@@ -259,6 +274,41 @@ class StepPlanner:
             call.standing = standing
             self._table.retune(call)
 
+    def retarget(self, call_id: DispatchId, slo: Slo) -> None:
+        """Its target changed: a program's deadline moved, or a client chose another tier. The next step knows."""
+        call = self._live.get(call_id)
+        if call is None or slo == call.spec.slo:
+            return
+        call.spec = replace(call.spec, slo=slo)
+        self._table.retarget(call)
+        self._streams.pop(call_id, None)
+        if call.is_decoding and isinstance(slo, Latency):
+            self._streams[call_id] = call
+        self._tightest_s = None
+        self._slack_until_s = self._arrange_at_s = -1.0
+        self._is_dirty = True
+
+    # ---- what an engine did that was not planned ----
+
+    def found(self, call: LiveCall, computed: int, to_compute: int) -> None:
+        """The engine holds so much of a prompt, and wants so much: a cache had more of it, or a step took less."""
+        call.computed, call.to_compute = computed, to_compute
+        self._table.note_missing(call)
+
+    def lost(self, call: LiveCall) -> None:
+        """The engine took a call's KV cache by itself."""
+        if call.blocks or call.is_decoding:
+            self._evict(call)
+
+    def ordered(self) -> list[LiveCall]:
+        """All live calls in the order of the last plan's moment."""
+        return self._sorted(self._live.values(), self._now_s)
+
+    @property
+    def evicted(self) -> Sequence[LiveCall]:
+        """Calls that lost their KV cache for the step that was planned last, in order."""
+        return self._evicted
+
     # ---- a step ----
 
     def plan(self, now_s: float) -> StepPlan | None:
@@ -269,6 +319,7 @@ class StepPlanner:
             # A clock that was set back: what was put off must not wait until it has caught up.
             self._arrange_at_s = self._full_until_s = self._slack_until_s = now_s
         self._now_s = now_s
+        self._evicted.clear()
         self._arrange(now_s)
         rule = self._policy.batch
         if rule.kind == "prefill_first":
@@ -290,8 +341,13 @@ class StepPlanner:
                 return None
         return StepPlan(tuple(prefills), len(self._decoding), self._context_tokens + len(self._decoding))
 
-    def stepped(self, plan: StepPlan) -> list[LiveCall]:
-        """The planned step was computed. Returns the calls whose prompt it completed: each made one token."""
+    def stepped(self, plan: StepPlan, missed: Sequence[LiveCall] = ()) -> list[LiveCall]:
+        """The step was computed. Returns the calls whose prompt it completed: each made one token.
+
+        missed: decoding calls that the engine left out.
+        """
+        for call in missed:
+            self._part(call)
         if plan.decodes:
             decodes = len(self._decoding)
             self._kv.take(self._crossings[-self._clock.steps % self._kv.block_size])
@@ -306,6 +362,8 @@ class StepPlanner:
         for call in completed:
             call.produced += 1
             del self._prefilling[call.call_id]
+            self._join(call)
+        for call in missed:
             self._join(call)
         if completed:
             self._is_dirty = True
@@ -372,10 +430,11 @@ class StepPlanner:
         if not self._is_placed:
             table.place(self._rows(call for call in self._order if call.call_id in self._prefilling))
         prompts = table.in_phase(PREFILLING)
-        newcomers = table.unplaced(prompts)
+        # A key that depends on its own call alone stands until the next look; others are those of a set.
+        newcomers = table.without_key(prompts) if self._by_columns is not None else table.unplaced(prompts)
         if newcomers.size:
             table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
-        self._place(table.ranked(prompts))
+        self._place(table.ranked(prompts, most=_MOST_PLACED * self._slots))
         spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._order)
         if spare > 0 and self._held:
             for call in table.calls(table.ranked(table.in_phase(HELD))[:spare]):
@@ -503,7 +562,9 @@ class StepPlanner:
         cap = self.step_cap_s or rule.cap_s or self._cap_s(rule.cap_share)
         slack_s = self._least_slack_s(now_s)
         decodes = len(self._decoding)
-        fits = self._steps.budget_tokens(min(cap, slack_s), decodes, self._context_tokens + decodes)
+        # Steps of which the model is far off may take as long as nine in ten of them did lately.
+        margin = max(1.0, self._steps.upper_ratio) if self._steps.is_unsure else 1.0
+        fits = self._steps.budget_tokens(min(cap, slack_s) / margin, decodes, self._context_tokens + decodes)
         free = int(self._steps.pace().knee_tokens) - decodes
         return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
 
@@ -594,6 +655,7 @@ class StepPlanner:
         call.computed = 0
         self._prefilling[call.call_id] = call
         self._table.note_phase(call, PREFILLING)
+        self._evicted.append(call)
         self.evictions += 1
         self._is_dirty = True
 

@@ -29,7 +29,7 @@ from tempo_router.facts import (
 from tempo_router.ledger import Program
 from tempo_router.plan_table import ABOVE, MEAN, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
 from tempo_router.policies.base import Context, Job
-from tempo_router.program_history import ProgramHistory
+from tempo_router.program_history import ATOMS, Forecast, ProgramHistory
 from tempo_router.replicas import Call
 from tempo_router.request import RequestSpec
 from tempo_router.reserve import Reserve
@@ -304,6 +304,7 @@ class _Units:
             self.later_tokens = self.later_tokens + unseen_tokens
             self.later_cost_s += _UNSEEN_COST * unseen_tokens * (pace.share_s + pace.decode_s)
         self.chain_tokens, self.gaps_s = chain_tokens, gaps
+        self._longer_s = _deviations(different, of_unit) * self.tau_s
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
         chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
         self.waits_s = stages * history.wait_s
@@ -338,8 +339,9 @@ class _Units:
         self.crit_s = crit_s + self.later_s
         is_program = self.kind == PROGRAM
         with np.errstate(invalid="ignore"):
-            z = (self.left_s - self.crit_s) / (_SPREAD * self.crit_s + _SPREAD_S)
-            program_chance = np.where(is_program, _normal(z), 0.0)
+            crit_s = np.maximum(self.crit_s[:, None] + self._longer_s, 0.0)
+            z = (self.left_s[:, None] - crit_s) / (_SPREAD * crit_s + _SPREAD_S)
+            program_chance = np.where(is_program, _normal(z).mean(axis=1), 0.0)
         done = np.array([0.0 if one is None else one.done_tokens for one in self.programs])
         expected = _sums(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
         self.chance = np.where(is_program, program_chance, self.chance)
@@ -445,6 +447,17 @@ def _sums(unit_of: Ints, amounts: Floats, count: int) -> Floats:
     """Amounts of calls, added up by unit."""
     sums: Floats = np.bincount(unit_of, amounts, count).astype(np.float64)
     return sums
+
+
+def _deviations(different: Sequence[Forecast], of_unit: Sequence[int]) -> Floats:
+    """By how many tokens the longest answers to come may differ from their mean: (units, atoms), or (units, 1)."""
+    if not any(one.chain_atoms for one in different):
+        return np.zeros((len(of_unit), 1))
+    rows = [
+        [atom - one.chain_tokens for atom in one.chain_atoms] if one.chain_atoms else [0.0] * ATOMS for one in different
+    ]
+    deviations: Floats = np.array(rows, dtype=np.float64)[of_unit]
+    return deviations
 
 
 def _normal(z: Floats) -> Floats:

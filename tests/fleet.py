@@ -58,6 +58,9 @@ class Client:
     def relegated(self, request_id: RequestId) -> None:
         self.relegations.append(request_id)
 
+    def program_cancelled(self, request_id: RequestId) -> None:
+        self.ended[request_id] = "program cancelled"
+
     def expired(self, request_id: RequestId) -> None:
         self.ended[request_id] = "expired"
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tempo_router.events import FinishReason, ReplicaLoad, StepReport
+from workers.call_facts import CallFacts, News
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What an engine says of itself once it has started; mirrors the message of the same name."""
+    """What an engine says of itself once it has started; mirrors the message of the same name.
+
+    max_running: sequences that one step computes. has_step_planner: Tempo's planner composes the steps.
+    """
 
     engine: str
     engine_version: str
@@ -25,6 +29,7 @@ class EngineFacts:
     max_step_tokens: int
     supported_tasks: tuple[str, ...]
     ready_response: bytes = b""
+    has_step_planner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class EngineCall:
     priority: lower runs sooner among the engine's waiting requests.
     payload: the request in the engine's own codec, as buffers (vLLM: EngineCoreRequest, msgpack).
     prompt_tokens, max_output_tokens: of this attempt, for engines that do not read the payload.
+    facts: its SLO and how it stands, for engines whose steps are planned.
     """
 
     request_id: str
@@ -43,6 +49,7 @@ class EngineCall:
     payload: Sequence[bytes]
     prompt_tokens: int
     max_output_tokens: int
+    facts: CallFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,10 @@ class Engine(Protocol):
         Its client gets no output for it: whoever aborts knows. What an engine cancels by itself (a shutdown) it may
         tell the client.
         """
+        ...
+
+    def tell(self, news: News) -> None:
+        """How calls stand was planned anew, or their targets changed. Only where `facts.has_step_planner`."""
         ...
 
     async def call_utility(self, call: bytes) -> tuple[bytes, ...]:

@@ -24,6 +24,7 @@ from tempo_router.config import EngineConfig
 from tempo_router.errors import EngineStartError, TempoError
 from tempo_router.events import ReplicaLoad, StepReport
 from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile, load_profile
+from workers.call_facts import News
 from workers.default_model import EOS_ID
 from workers.engine import (
     ClientOutputs,
@@ -189,6 +190,9 @@ class SimulatedEngine:
             if sequence is not None:
                 self._retire(sequence)
                 self._tell(EngineFinished(request_id, "cancelled"))
+
+    def tell(self, news: News) -> None:
+        """Orders by priority alone, so nobody tells it anything."""
 
     async def call_utility(self, call: bytes) -> tuple[bytes, ...]:
         """Answer an administrative call in vLLM's codec (its UtilityOutput), for the few that mean something here."""

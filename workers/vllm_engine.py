@@ -4,7 +4,8 @@ The core runs in a thread of this process: upstream's own busy loop, scheduler, 
 of `EngineCoreProc` are replaced, those that would talk ZMQ: the handshake, the input thread (requests come from a
 queue and are decoded there, off the busy loop) and the output thread (outputs are encoded there and handed to the
 event loop, one call per engine step). Steps are observed by wrapping the scheduler's `schedule` and
-`update_from_output`, so any `scheduler_cls` is observed the same way.
+`update_from_output`, so any `scheduler_cls` is observed the same way. Who runs in a step is Tempo's own decision where
+a `scheduling` is given (tempo_scheduler.py), else vLLM's by priority.
 
 Everything relied on is named in `_RELIED_ON` and checked before the start.
 """
@@ -12,8 +13,10 @@ Everything relied on is named in `_RELIED_ON` and checked before the start.
 import asyncio
 import difflib
 import inspect
+import math
 import os
 import queue
+import random
 import sys
 import threading
 import time
@@ -21,18 +24,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError, EngineStartError, EngineVersionError, TempoError
 from tempo_router.events import FinishReason, ReplicaLoad, StepReport
+from workers.calibration import Calibration, CalibrationFile, measure
+from workers.call_facts import News, values_from_facts
 from workers.engine import ClientOutputs, EngineCall, EngineFacts, EngineFinished, EngineStep, OnDeath, OnStep
 
 try:
     import torch
     import vllm
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -49,6 +57,9 @@ try:
     from vllm.v1.executor import Executor
     from vllm.v1.request import RequestStatus
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from workers import tempo_scheduler
+    from workers.vllm_start import inspect_models_here
 except ImportError as e:
     raise EngineVersionError(f"vLLM cannot be used: {e}; install one of the tested versions (see README)") from e
 
@@ -62,6 +73,8 @@ TESTED_VERSIONS = ("0.32.0",)
 # within noise (8369 and 8321; 302 and 278).
 _SWITCH_INTERVAL_S = 0.0005
 _STOP_TIMEOUT_S = 30.0
+_HELD_SHARE = 0.5
+"""Places for calls that are held, over those that run: as many as a router sends beyond an engine's slots."""
 _CPU_KV_BYTES = 512 * 1024 * 1024
 _NOBODY = 0  # client index of calls of our own; upstream also files statistics under 0 when a step has no outputs
 
@@ -189,12 +202,14 @@ class _Scheduled:
 class _Core(EngineCoreProc):
     """Upstream's engine core with queues in place of sockets.
 
+    slots: sequences of one step; the scheduler may have more places, for those that it holds.
     publish: called in the output thread with (_StepDone | _Aborted | (client index, EngineCoreOutputs)), in order.
     """
 
     step_fn: Callable[[], tuple[Any, bool]]
 
-    def __init__(self, vllm_config: Any, *, log_stats: bool, publish: Callable[[Any], None]) -> None:
+    def __init__(self, vllm_config: Any, *, slots: int, log_stats: bool, publish: Callable[[Any], None]) -> None:
+        self._slots = slots
         self.inbox: queue.SimpleQueue[_Add | _Abort | _Utility | None] = queue.SimpleQueue()
         self._publish = publish
         self._in_flight: deque[_Scheduled] = deque()
@@ -246,6 +261,7 @@ class _Core(EngineCoreProc):
                 raise ValueError(f"the payload belongs to {request.request_id!r}")  # noqa: TRY301 - one way to fail
             request.client_index = client_index
             request.priority = call.priority
+            self._add_facts(request, call)
             item = self.preprocess_add_request(request)
         except Exception:
             # A request that cannot be read is its own problem, never the engine's.
@@ -253,6 +269,20 @@ class _Core(EngineCoreProc):
             self._send_error_outputs_to_client([call.request_id], client_index)
             return
         self.input_queue.put_nowait((EngineCoreRequestType.ADD, item))
+
+    def _add_facts(self, request: Any, call: EngineCall) -> None:
+        """Hand the SLO to the scheduler. Whatever a client may have sent under our name is overwritten."""
+        params = request.sampling_params
+        if self.step_planner is None or params is None or call.facts is None:
+            return
+        values = values_from_facts(call.facts, time.monotonic())
+        params.extra_args = {**(params.extra_args or {}), tempo_scheduler.KEY: values}
+
+    @property
+    def step_planner(self) -> "tempo_scheduler.TempoScheduler | None":
+        """The scheduler, where it is ours."""
+        scheduler = self.scheduler
+        return scheduler if isinstance(scheduler, tempo_scheduler.TempoScheduler) else None
 
     def _take_utility(self, call_id: int, call: bytes, decoder: Any) -> None:
         try:
@@ -301,7 +331,7 @@ class _Core(EngineCoreProc):
     # -- steps --
 
     def _observe_steps(self) -> None:
-        step_fn = self.step_fn
+        step_fn, step_planner = self.step_fn, self.step_planner
         schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
         def observed_schedule(throttle_prefills: bool = False) -> Any:
@@ -313,6 +343,8 @@ class _Core(EngineCoreProc):
         def observed_update(scheduler_output: Any, model_runner_output: Any) -> Any:
             outputs = update(scheduler_output, model_runner_output)
             self._report = self._finish_step(self._in_flight.popleft())
+            if step_planner is not None and self._report is not None:
+                step_planner.observe(self._report)
             return outputs
 
         def observed_step() -> tuple[dict[int, Any], bool]:
@@ -406,10 +438,11 @@ class _Core(EngineCoreProc):
             kv_blocks=cache.num_gpu_blocks or 0,
             block_size=cache.block_size,
             kv_tokens=self.free_kv_tokens(),
-            max_running=scheduler.max_num_seqs,
+            max_running=self._slots,
             max_step_tokens=scheduler.max_num_batched_tokens,
             supported_tasks=tuple(self.get_supported_tasks()),
             ready_response=msgspec.msgpack.encode(self._make_ready_response()),
+            has_step_planner=self.step_planner is not None,
         )
 
 
@@ -419,9 +452,19 @@ class _Core(EngineCoreProc):
 class VllmEngine:
     """vLLM behind the `Engine` protocol. Made by `start_vllm_engine`."""
 
-    def __init__(self, model: str, arguments: Mapping[str, Any], on_step: OnStep, on_death: OnDeath) -> None:
+    def __init__(
+        self,
+        model: str,
+        arguments: Mapping[str, Any],
+        on_step: OnStep,
+        on_death: OnDeath,
+        scheduling: SchedulingConfig | None = None,
+        known: Calibration | None = None,
+    ) -> None:
+        self._known = known
         self._model = model
         self._arguments = arguments
+        self._scheduling = scheduling
         self._on_step = on_step
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
@@ -438,6 +481,15 @@ class VllmEngine:
         self._next_call_id = 1
         self._load: ReplicaLoad | None = None
         self._encoder = MsgpackEncoder()  # output thread only
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the steps cost, as far as is known. Only where steps are planned."""
+        step_planner = self._live_core.step_planner
+        if step_planner is None:
+            raise TempoError("only planned steps are calibrated")
+        steps = step_planner.steps
+        return Calibration(steps.coefficients, steps.relative_error, steps.observed)
 
     async def start(self) -> None:
         """Load the model in the engine's thread. Raises ConfigError or EngineStartError."""
@@ -470,6 +522,12 @@ class VllmEngine:
         live = [request_id for request_id in request_ids if request_id in self._live]
         if live:
             self._live_core.inbox.put(_Abort(live))
+
+    def tell(self, news: News) -> None:
+        """The scheduler reads it before its next step."""
+        step_planner = self._live_core.step_planner
+        if step_planner is not None:
+            step_planner.tell(news)
 
     async def call_utility(self, call: bytes) -> tuple[bytes, ...]:
         """Run a method of the engine core. `call`: msgpack (name, arguments); the answer: vLLM's UtilityOutput."""
@@ -522,7 +580,7 @@ class VllmEngine:
 
     def _run(self) -> None:
         try:
-            self._core = core = _build_core(self._arguments, self._publish)
+            self._core = core = _build_core(self._arguments, self._scheduling, self._known, self._publish)
             self._facts = core.facts(self._model)
             self._load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=self._facts.kv_tokens)
         except ConfigError as e:
@@ -646,9 +704,18 @@ class VllmEngine:
 
 
 async def start_vllm_engine(
-    model: str, engine_kwargs: Mapping[str, Any], *, on_step: OnStep, on_death: OnDeath
+    model: str,
+    engine_kwargs: Mapping[str, Any],
+    *,
+    on_step: OnStep,
+    on_death: OnDeath,
+    scheduling: SchedulingConfig | None = None,
+    calibrations: Path | None = None,
 ) -> VllmEngine:
     """Start vLLM in a thread of this process and return when it can take requests.
+
+    scheduling: plan every step by this policy; None leaves the steps to vLLM.
+    calibrations: folder of what was measured of planned steps; what is not there is measured now. None: neither.
 
     engine_kwargs: vLLM's engine arguments, as in `vllm serve`, with underscores. What is not given comes from vLLM,
     except `scheduling_policy` ("priority") and, on a CPU, what `_cpu_defaults` says.
@@ -657,9 +724,55 @@ async def start_vllm_engine(
     check_vllm()
     if sys.getswitchinterval() > _SWITCH_INTERVAL_S:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    engine = VllmEngine(model, _arguments(model, engine_kwargs), on_step, on_death)
+    arguments = _arguments(model, engine_kwargs)
+    file = None
+    if calibrations is not None and scheduling is not None:
+        file = CalibrationFile(
+            calibrations, model=model, device=current_platform.get_device_name(), arguments=dict(arguments)
+        )
+    known = file.load() if file is not None else None
+    engine = VllmEngine(model, arguments, on_step, on_death, scheduling, known)
     await engine.start()
+    if file is not None and known is None and engine.facts.has_step_planner:
+        await _calibrate(engine, file)
     return engine
+
+
+async def _calibrate(engine: VllmEngine, file: CalibrationFile) -> None:
+    """Measure and keep. An engine that cannot be measured still serves: it learns from its requests."""
+    began_s = time.monotonic()
+    try:
+        await measure(engine, _made_up_request)
+        file.save(engine.calibration)
+    except (TimeoutError, OSError) as error:
+        log.warning("calibration_failed", problem=repr(error), effect="step times are learnt from requests alone")
+        return
+    found = engine.calibration
+    log.info(
+        "calibrated",
+        seconds=round(time.monotonic() - began_s, 1),
+        steps=found.steps,
+        relative_error=round(found.relative_error, 3),
+        path=str(file.path),
+    )
+
+
+def _made_up_request(request_id: str, prompt_tokens: int, answer_tokens: int) -> tuple[bytes, ...]:
+    """Greedy, as long as it may be; its prompt is its own, so that no cache has it."""
+    rng = random.Random(request_id)
+    params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True, temperature=0.0)
+    request = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[rng.randrange(1, 200) for _ in range(prompt_tokens)],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    return _buffers(MsgpackEncoder(), request)
 
 
 def _arguments(model: str, engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -725,15 +838,53 @@ class _RewindingGenerator(torch.Generator):
         self.manual_seed(self.initial_seed())
 
 
-def _build_core(arguments: Mapping[str, Any], publish: Callable[[Any], None]) -> _Core:
+def _build_core(
+    arguments: Mapping[str, Any],
+    scheduling: SchedulingConfig | None,
+    known: Calibration | None,
+    publish: Callable[[Any], None],
+) -> _Core:
     if current_platform.is_cpu():
         # Acts on the in-process executor, the default here; vLLM looks the name up when a seeded request comes.
         torch.Generator = _RewindingGenerator
         # torch read OMP_NUM_THREADS when it was imported; kernels take the count of the thread that calls them: this.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    inspect_models_here()
     vllm_arguments = AsyncEngineArgs(**arguments)
     config = vllm_arguments.create_engine_config()
-    return _Core(config, log_stats=not vllm_arguments.disable_log_stats, publish=publish)
+    slots = config.scheduler_config.max_num_seqs
+    if scheduling is not None:
+        _put_planner_in(config, scheduling, known)
+    return _Core(config, slots=slots, log_stats=not vllm_arguments.disable_log_stats, publish=publish)
+
+
+def _put_planner_in(config: Any, scheduling: SchedulingConfig, known: Calibration | None) -> None:
+    """Let Tempo's scheduler compose the steps, or say why vLLM's own does.
+
+    Who is held keeps a place in vLLM's batch, so there are more of these than run at once.
+    """
+    obstacles = [*tempo_scheduler.differences(), *tempo_scheduler.not_planned(config)]
+    if config.scheduler_config.scheduler_cls is not None:
+        obstacles.append(f"scheduler_cls is {config.scheduler_config.scheduler_cls!r}")
+    if obstacles:
+        log.warning(
+            "step_planner_off",
+            vllm=str(vllm.__version__),
+            reasons=obstacles,
+            effect="vLLM's own priority policy composes the steps; SLOs count in the router's order alone",
+        )
+        return
+    chosen = config.scheduler_config
+    slots = chosen.max_num_seqs
+    chosen.scheduler_cls = tempo_scheduler.SCHEDULER
+    # The victim is then the tail of the list of running requests, which the planner arranges.
+    chosen.policy = "fcfs"
+    chosen.max_num_seqs = min(math.ceil((1 + _HELD_SHARE) * slots), max(slots, chosen.max_num_batched_tokens))
+    settings: dict[str, Any] = {"slots": slots, "scheduling": scheduling.model_dump(mode="json")}
+    if known is not None:
+        settings["coefficients"] = list(known.coefficients)
+    config.additional_config = {**(config.additional_config or {}), tempo_scheduler.KEY: settings}
+    log.info("step_planner_on", policy=scheduling.policy, slots=slots, places=chosen.max_num_seqs)
 
 
 def _buffers(encoder: Any, outputs: Any) -> tuple[bytes, ...]:

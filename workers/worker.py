@@ -8,7 +8,7 @@ that ingress had asked for.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -17,14 +17,24 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import header_from_spec, message_from_step, spec_from_header
+from cluster.codec import (
+    header_from_spec,
+    message_from_step,
+    slo_from_retarget,
+    spec_from_header,
+    standing_from_message,
+    standings_from_message,
+)
 from cluster.link import Link, RefusedError, channel_options
 from cluster.outbox import Outbox, OutboxFullError
 from cluster.served_stream import first_message, until_first_ends
 from tempo_router.config import TransportConfig
 from tempo_router.errors import TempoError
 from tempo_router.events import FinishReason, ReplicaLoad
-from tempo_router.request import RequestSpec
+from tempo_router.prediction import Lengths
+from tempo_router.request import DispatchId, RequestSpec
+from tempo_router.standing import UNRANKED, Standing
+from workers.call_facts import CallFacts, CallUpdate, News
 from workers.engine import ClientOutputs, Engine, EngineCall, EngineFacts, EngineStep
 
 log = structlog.get_logger()
@@ -38,6 +48,8 @@ class Call:
     spec: RequestSpec
     ingress_id: str
     priority: int
+    standing: Standing = UNRANKED
+    lengths: Lengths | None = None
     new_tokens: int = 0
     is_in_engine: bool = False
 
@@ -72,6 +84,7 @@ class Worker:
         self._calls: dict[str, Call] = {}
         self._by_dispatch: dict[int, str] = {}
         self._lost: set[str] = set()
+        self._step_cap_s: float | None = None
         self._sessions: dict[str, TokenSession] = {}
         self._utility_tasks: set[asyncio.Task[None]] = set()
         self._load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=0)
@@ -183,6 +196,8 @@ class Worker:
             self._accept(dispatch, now_s)
         aborts = [self._by_dispatch[dispatch_id] for dispatch_id in message.aborts if dispatch_id in self._by_dispatch]
         self._abort(aborts, "cancelled")
+        if message.retunes or message.retargets:
+            self._retune(message)
 
     def closed(self) -> None:
         """What runs goes on; the next hello tells the router what that is."""
@@ -195,6 +210,10 @@ class Worker:
             self._report_finished(dispatch.dispatch_id, "cancelled", 0)
             return
         call = Call(dispatch.dispatch_id, spec, dispatch.ingress_id, dispatch.priority)
+        if dispatch.HasField("standing"):
+            call.standing = standing_from_message(dispatch.standing)
+        if dispatch.length_atoms:
+            call.lengths = Lengths(tuple(dispatch.length_atoms))
         self._calls[attempt_id] = call
         self._by_dispatch[call.dispatch_id] = attempt_id
         self._idle.clear()
@@ -204,6 +223,30 @@ class Worker:
         else:
             fetch = wire.PayloadFetch(request_id=spec.request_id, attempt=spec.attempt)
             self._to_ingress(call.ingress_id, session, wire.WorkerToIngress(fetches=[fetch]))
+
+    def _retune(self, message: wire.RouterToWorker) -> None:
+        """How calls stand was planned anew. What is still on its way here stands so when it comes."""
+        updates = []
+        for retune in message.retunes:
+            updates += [
+                CallUpdate(self._by_dispatch[dispatch_id], standing=standing)
+                for dispatch_id, standing in standings_from_message(retune)
+                if dispatch_id in self._by_dispatch
+            ]
+            self._step_cap_s = retune.step_cap_s if retune.HasField("step_cap_s") else None
+        updates += [
+            CallUpdate(self._by_dispatch[retarget.dispatch_id], slo=slo_from_retarget(retarget))
+            for retarget in message.retargets
+            if retarget.dispatch_id in self._by_dispatch
+        ]
+        for update in updates:
+            call = self._calls[update.request_id]
+            if update.standing is not None:
+                call.standing = update.standing
+            if update.slo is not None:
+                call.spec = replace(call.spec, slo=update.slo)
+        live = tuple(update for update in updates if self._calls[update.request_id].is_in_engine)
+        self._live_engine.tell(News(live, self._step_cap_s))
 
     def _submit(self, attempt_id: str, call: Call, payload: tuple[bytes, ...]) -> None:
         call.is_in_engine = True
@@ -215,6 +258,7 @@ class Worker:
                 payload=payload,
                 prompt_tokens=call.spec.context_tokens,
                 max_output_tokens=max(1, call.spec.max_output_tokens - call.spec.generated_tokens),
+                facts=CallFacts(DispatchId(call.dispatch_id), call.spec, call.lengths, call.standing),
             )
         )
 
@@ -456,4 +500,5 @@ def _facts_message(facts: EngineFacts) -> wire.EngineFacts:
         max_step_tokens=facts.max_step_tokens,
         supported_tasks=facts.supported_tasks,
         ready_response=facts.ready_response,
+        has_step_planner=facts.has_step_planner,
     )

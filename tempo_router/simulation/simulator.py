@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError, TempoError
 from tempo_router.events import (
@@ -28,6 +28,7 @@ from tempo_router.events import (
     Settled,
     Ticked,
 )
+from tempo_router.pattern_history import PatternHistory
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms, Lengths
 from tempo_router.program_history import KnownGraphs, ProgramHistory
@@ -49,7 +50,7 @@ from tempo_router.simulation.report import CallDelivery, Report, Status, UnitOut
 from tempo_router.simulation.step_profiles import StepProfile
 from tempo_router.simulation.trace import Trace, Unit
 
-Knowledge = Literal["learned", "regressor", "none", "true"]
+Knowledge = Literal["learned", "regressor", "none", "graphs", "true"]
 
 _TICK_S = 0.1
 _RETRY_S = 1.0
@@ -63,7 +64,8 @@ class Setup:
     profiles: one per replica; they may differ. scheduling: objective and switches; its `policy` is overridden.
     max_running: slots per replica. sheds: hopeless waiting work is dropped; otherwise it goes on as best effort.
     knowledge: "learned" while the run goes on; "regressor": so, and by a forest beside the histograms, as a service
-        has it; "none": lengths by class alone; "true": lengths and graphs are known. seed: of the forest.
+        has it; "none": lengths by class alone; "graphs": lengths are learned, the programs' graphs known; "true": both
+        are known. seed: of the forest.
     patience: clients leave after so many times their TTFT, or time to last token; None: they stay.
     retries: how often a refused unit is sent again. max_output_tokens: the bound that clients state.
     """
@@ -186,7 +188,7 @@ class _Run:
 
     def _lengths(self) -> LengthHistograms:
         match self._setup.knowledge:
-            case "learned" | "regressor":
+            case "learned" | "regressor" | "graphs":
                 return LengthHistograms()
             case "none":
                 return ClassLengths()
@@ -197,8 +199,8 @@ class _Run:
                 )
 
     def _history(self) -> ProgramHistory:
-        if self._setup.knowledge != "true":
-            return ProgramHistory()
+        if self._setup.knowledge not in ("true", "graphs"):
+            return PatternHistory() if self._setup.scheduling.program_model == "patterns" else ProgramHistory()
         programs = (unit for unit in self._trace.units if unit.is_program)
         return KnownGraphs({ProgramId(unit.unit_id): _stages(unit) for unit in programs})
 
@@ -348,6 +350,8 @@ class _Run:
                 self._dispatch(action)
             case Retune(replica_id=replica_id, standings=standings, step_cap_s=step_cap_s):
                 self._replicas[replica_id].retune(standings, step_cap_s)
+            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
+                self._replicas[replica_id].planner.retarget(dispatch_id, slo)
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
                 self._replicas[replica_id].abort(dispatch_id)
                 self._at(self._now_s, self._wake, self._replicas[replica_id])

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
@@ -13,8 +14,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from tempo_router.config import EngineConfig
+from tempo_router.config import EngineConfig, SchedulingConfig
 from tempo_router.errors import ConfigError, EngineStartError, EngineVersionError, TempoError
+from tempo_router.request import Deadline, DispatchId, GroupId, RequestId, RequestSpec
+from tempo_router.standing import Standing
+from workers.call_facts import CallFacts
 from workers.default_model import EOS_ID, ensure_default_model
 from workers.engine import ClientOutputs, Engine, EngineCall, EngineStep
 from workers.simulated_engine import start_simulated_engine
@@ -33,8 +37,10 @@ ENGINE_KWARGS = {
 }
 
 # vLLM and torch warn about themselves at import and in use; nothing there is ours to mend.
-VLLM = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])
-only_vllm = pytest.mark.parametrize("shared_rig", [VLLM], indirect=True, scope="module")
+VLLM, PLANNED = (
+    pytest.param(kind, marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]) for kind in ("vllm", "planned")
+)
+only_vllm = pytest.mark.parametrize("shared_rig", [VLLM, PLANNED], indirect=True, scope="module")
 
 
 class Listener:
@@ -78,13 +84,14 @@ class Listener:
 
 
 class Rig:
-    """One engine and what differs between the two kinds."""
+    """One engine and what differs between the kinds: simulated, vLLM, and vLLM whose steps Tempo plans."""
 
     def __init__(self, kind: str, engine: Engine, listener: Listener) -> None:
         self.kind = kind
         self.engine = engine
         self.listener = listener
         self._numbers = itertools.count()
+        self._keys = itertools.count(1)
         self._rng = random.Random(5)
 
     def new_id(self) -> str:
@@ -104,13 +111,26 @@ class Rig:
         request_id = request_id or self.new_id()
         prompt = [self._rng.randrange(97, 123) for _ in range(prompt_tokens)]
         sampling = {"ignore_eos": True, **sampling}
-        if self.kind == "vllm":
+        if self.kind == "simulated":
+            payload = (msgspec.msgpack.encode([request_id, prompt, None, sampling, None]),)
+        else:
             from tests.vllm_payload import encode_request
 
             payload = encode_request(request_id, prompt, max_tokens=max_tokens, **sampling)
-        else:
-            payload = (msgspec.msgpack.encode([request_id, prompt, None, sampling, None]),)
-        return EngineCall(request_id, client, priority, payload, prompt_tokens, max_tokens)
+        facts = self.facts(request_id, priority, prompt_tokens, max_tokens) if self.kind == "planned" else None
+        return EngineCall(request_id, client, priority, payload, prompt_tokens, max_tokens, facts)
+
+    def facts(self, request_id: str, priority: int, prompt_tokens: int, max_tokens: int) -> CallFacts:
+        """What a planner orders by in place of the priority: the lower it is, the nearer is the deadline."""
+        spec = RequestSpec(
+            request_id=RequestId(request_id),
+            arrival_s=time.monotonic(),
+            slo=Deadline(1000.0 + 10 * priority),
+            prompt_tokens=prompt_tokens,
+            max_output_tokens=max_tokens,
+            group_id=GroupId(request_id),
+        )
+        return CallFacts(DispatchId(next(self._keys)), spec, standing=Standing(1.0, is_admitted=True))
 
     def submit(self, max_tokens: int, **options: Any) -> str:
         call = self.call(max_tokens, **options)
@@ -147,7 +167,7 @@ class Rig:
         await self.listener.until(is_free)
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module", params=["simulated", VLLM])
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=["simulated", VLLM, PLANNED])
 async def shared_rig(request, tmp_path_factory) -> AsyncIterator[Rig]:
     listener = Listener()
     engine: Engine
@@ -159,7 +179,11 @@ async def shared_rig(request, tmp_path_factory) -> AsyncIterator[Rig]:
 
         model = ensure_default_model(tmp_path_factory.mktemp("data"))
         engine = await start_vllm_engine(
-            str(model), ENGINE_KWARGS, on_step=listener.on_step, on_death=listener.on_death
+            str(model),
+            ENGINE_KWARGS,
+            on_step=listener.on_step,
+            on_death=listener.on_death,
+            scheduling=SchedulingConfig(policy="edf_preemptive") if request.param == "planned" else None,
         )
     yield Rig(request.param, engine, listener)
     await engine.shutdown()
@@ -179,12 +203,13 @@ async def rig(shared_rig: Rig) -> AsyncIterator[Rig]:
 
 async def test_facts_say_what_the_engine_was_started_with(rig):
     facts = rig.engine.facts
-    assert facts.engine == rig.kind
+    assert facts.engine == ("simulated" if rig.kind == "simulated" else "vllm")
+    assert facts.has_step_planner == (rig.kind == "planned")
     assert (facts.max_running, facts.max_step_tokens, facts.max_model_len) == (MAX_RUNNING, MAX_STEP_TOKENS, 1024)
     assert facts.block_size == 32
     assert 1024 <= facts.kv_tokens <= facts.kv_blocks * facts.block_size
     assert "generate" in facts.supported_tasks
-    assert bool(facts.ready_response) == (rig.kind == "vllm")
+    assert bool(facts.ready_response) == (rig.kind != "simulated")
 
 
 async def test_every_request_gets_exactly_the_tokens_it_may_have(rig):

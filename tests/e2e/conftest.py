@@ -1,4 +1,4 @@
-"""One served application for all tests of real engines: two vLLM workers, one ingress, the default model."""
+"""One served application for all tests of real engines: two vLLM workers whose steps Tempo plans, one ingress."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +12,7 @@ from tests.served import Served, served
 
 WORKERS = 2
 ARGUMENTS: dict[str, Any] = {
+    "scheduling": {"policy": "tempo"},
     "engine": {
         "engine_kwargs": {
             "max_model_len": 4096,
@@ -29,6 +30,19 @@ ARGUMENTS: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(tmp_path_factory.mktemp("served"), ARGUMENTS) as running:
+        yield running
+
+
+PROGRAM_ARGUMENTS: dict[str, Any] = {
+    "engine": {"kind": "simulated", "engine_kwargs": {"max_num_seqs": 8, "max_model_len": 4096}},
+    "scheduling": {"policy": "tempo", "program_model": "patterns"},
+}
+
+
+@pytest.fixture(scope="session")
+def program_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """For all tests of programs that kill nothing: a simulated engine, everything else as users have it."""
+    with served(tmp_path_factory.mktemp("programs"), PROGRAM_ARGUMENTS) as running:
         yield running
 
 

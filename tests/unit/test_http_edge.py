@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from deployments.http_edge import HttpEdge
+from deployments.program_client import ProgramClient
 from deployments.request_context import (
     AdmissionRejected,
     AdmissionVerdict,
@@ -17,6 +18,7 @@ from deployments.request_context import (
     current_request,
 )
 from tempo_router.config import IngressConfig, TempoConfig
+from tempo_router.errors import RouterUnavailableError
 from tempo_router.metrics import Outcome
 from tempo_router.request import BestEffort, Deadline, Latency
 
@@ -579,3 +581,49 @@ async def turns() -> None:
     """Let every task that can run do so."""
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def test_what_is_no_http_reaches_the_application():
+    """The server's lifespan has neither path nor method."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["type"])
+
+    edge = HttpEdge(app, TempoConfig(), not_ready_because=lambda: None, programs=ProgramClient(NoRouter()))
+    await edge({"type": "lifespan"}, None, None)
+    assert seen == ["lifespan"]
+
+
+class NoRouter:
+    """Nobody answers."""
+
+    ingress_id = "ingress"
+    graphs: Any = None
+
+    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+        raise RouterUnavailableError("no router answered")
+
+    def tell_programs(self, kind: str, body: bytes) -> None:
+        raise AssertionError("nothing began, so nothing ends")
+
+
+async def test_without_a_router_a_call_of_a_program_is_refused_as_any_other():
+    vllm = Vllm(answer_whole)
+    edge = HttpEdge(vllm, TempoConfig(), not_ready_because=lambda: None, programs=ProgramClient(Silent()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://test") as http:
+        for answer in (
+            await http.post(CHAT, json={}, headers={"x-tempo-program": "p"}),
+            await http.get("/v1/programs"),
+            await http.get("/console/state"),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "router_unavailable")
+            assert answer.headers["retry-after"] == "5"
+    assert vllm.bodies == []
+
+
+class Silent(NoRouter):
+    """Nobody answers; what was asked may still be carried out, so its end is told, too."""
+
+    def tell_programs(self, kind: str, body: bytes) -> None:
+        assert kind == "EndCall"

@@ -1,0 +1,372 @@
+"""Goodput of the served system with real vLLM: one trace, several policies, replayed in turns.
+
+    python -m benchmarks.live --quick
+    python -m benchmarks.live --trace a.csv.gz --policies fcfs,priority,class_priority,tempo --workers 2 \
+        --loads 0.75,1.5 --seeds 3 --slots 8 --seconds 60 --scale 0.1 --json out.json
+
+Every policy has an application of its own, `tempo serve` with the same engine flags, and all are up all the time; only
+one is under load. --through fleet leaves out Ray and HTTP (benchmarks/live_fleet.py), for machines on which several
+applications are too much; router, workers, engines and the streams between them are the same. For each seed and load
+the policies take turns, so that what else the machine does falls on all. Load 1.0 is what fcfs delivers of this trace's
+tokens from a backlog, measured first. Rows are those of the simulator's benchmark (tempo_router/simulation/rows.py),
+with `profile` naming the live engine.
+
+    fcfs            first come, first served: in the router, and vLLM's own policy of that name
+    priority        earliest deadline, in the router and as vLLM's priority
+    class_priority  streams, then deadlines, then best effort, in the router and as vLLM's priority
+    tempo           Tempo's plan in the router, its step planner inside vLLM
+
+--scale multiplies all lengths of the trace, so that a laptop serves what a GPU would; --slo-scale the targets.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.live_client import Target, replay_http
+from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
+from benchmarks.live_truth import LiveEngine, engine_of, errors, simulated_row
+from benchmarks.servers import tempo_server
+from tempo_router.simulation import transform
+from tempo_router.simulation.experiment import (
+    OVERLOAD,
+    STEADY,
+    backlog,
+    output_rate,
+    recorded_tokens_per_s,
+    trace_digest,
+    without_targets,
+)
+from tempo_router.simulation.generate import GeneratorConfig, generate
+from tempo_router.simulation.report import Report
+from tempo_router.simulation.rows import IDENTITY, MEASURES, measures
+from tempo_router.simulation.trace import Trace
+from tempo_router.simulation.trace_file import read_trace
+
+MODEL = "tempo-tiny"
+POLICIES: dict[str, dict[str, Any]] = {
+    "fcfs": {"policy": "fcfs", "engine": "fcfs"},
+    "priority": {"policy": "edf", "engine": "priority"},
+    "class_priority": {"policy": "class_priority", "engine": "priority"},
+    "tempo": {"policy": "tempo", "engine": "planned"},
+}
+_MOST_TOKENS = 3000
+"""Of one call, prompt and answer together; longer ones are left out, since the engines' contexts are short."""
+QUICK = {
+    "duration_s": 400.0,
+    "rate_per_s": 1.0,
+}
+
+
+def workload(options: argparse.Namespace) -> Trace:
+    """The trace, its lengths scaled, what the engines cannot hold left out."""
+    trace = read_trace(options.trace) if options.trace else generate(GeneratorConfig.model_validate(QUICK), seed=1)
+    trace = with_lengths(trace, options.scale)
+    trace = transform.with_slo_scale(trace, options.slo_scale)
+    fitting = [unit for unit in trace.units if all(_fits(call) for call in unit.calls)]
+    if not fitting:
+        raise SystemExit("no unit of this trace fits the engines; use a smaller --scale")
+    return Trace(trace.name, tuple(fitting))
+
+
+def _fits(call: Any) -> bool:
+    return bool(call.prompt_tokens + call.output_tokens <= _MOST_TOKENS)
+
+
+def with_lengths(trace: Trace, factor: float) -> Trace:
+    """Every prompt and answer times `factor`, at least one token."""
+
+    def scaled(call: Any) -> Any:
+        return dataclasses.replace(
+            call,
+            prompt_tokens=max(1, round(call.prompt_tokens * factor)),
+            output_tokens=max(1, round(call.output_tokens * factor)),
+            prefix_tokens=round(call.prefix_tokens * factor),
+            gap_s=call.gap_s * factor,
+        )
+
+    units = (dataclasses.replace(unit, calls=tuple(map(scaled, unit.calls))) for unit in trace.units)
+    return Trace(trace.name, tuple(units))
+
+
+def first_units(trace: Trace, seconds: float) -> Trace:
+    """What arrives within so many seconds."""
+    return Trace(trace.name, tuple(unit for unit in trace.units if unit.arrival_s <= seconds))
+
+
+def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`args` of the application under this policy; everything but the policy is the same for all."""
+    chosen = POLICIES[policy]
+    engine_kwargs: dict[str, Any] = {
+        "max_model_len": 4096,
+        "max_num_seqs": options.slots,
+        "max_num_batched_tokens": options.step_tokens,
+        **({"kv_cache_memory_bytes": 256 * 1024 * 1024} if options.model == MODEL else {}),
+        **options.engine_kwargs,
+    }
+    if chosen["engine"] == "fcfs":
+        engine_kwargs["scheduling_policy"] = "fcfs"
+    arguments: dict[str, Any] = {"record_events": str(events_log(policy, options))} if options.truth else {}
+    return {
+        **arguments,
+        "model": options.model,
+        "scheduling": {"policy": chosen["policy"], "hopeless": options.hopeless},
+        "engine": {
+            "engine_kwargs": engine_kwargs,
+            "step_planner": "on" if chosen["engine"] == "planned" else "off",
+        },
+        "workers": {"replicas": options.workers},
+    }
+
+
+def events_log(policy: str, options: argparse.Namespace) -> Path:
+    """Where the router of this policy records; the epoch is appended to the name."""
+    return Path(options.folder.absolute() / policy / "events.jsonl")
+
+
+Replay = Callable[[Trace, float], Report]
+"""Runs a trace through one application: (trace, seconds after its last arrival) -> report."""
+
+
+def saturated_tokens_per_s(trace: Trace, served: Replay, tokens: int) -> float:
+    """Output tokens per second under a flood of this trace's beginning, filling and emptying left out.
+
+    tokens: about so many are sent, twice: all at once to see how fast they are worked off, then OVERLOAD times as fast
+    as that. As in the simulator's benchmark, which says why.
+    """
+    part = without_targets(first_tokens(trace, tokens))
+    worked_off = output_rate(served(with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
+    flood = transform.faster(part, OVERLOAD * worked_off / recorded_tokens_per_s(part))
+    return output_rate(served(with_names(flood, "flood-"), 600.0).units, STEADY)
+
+
+def first_tokens(trace: Trace, tokens: int) -> Trace:
+    """The first units, until their answers have so many tokens together."""
+    total, units = 0, []
+    for unit in trace.units:
+        if total >= tokens:
+            break
+        units.append(unit)
+        total += unit.output_tokens
+    return Trace(trace.name, tuple(units))
+
+
+def saturation(trace: Trace, targets: Mapping[str, Replay], rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Tokens/s of a backlog in which nobody has a target, every policy in turn; and over that of the first."""
+    part = without_targets(first_tokens(trace, tokens))
+    rates: dict[str, list[float]] = {name: [] for name in targets}
+    for number in range(rounds):
+        for name in sorted(targets, reverse=bool(number % 2)):
+            report = targets[name](with_names(backlog(part), f"saturation-{number}-"), 600.0)
+            rates[name].append(output_rate(report.units, STEADY))
+    first = next(iter(targets))
+    found = []
+    for name, own in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(own, rates[first], strict=True)]
+        found.append({"policy": name, "tokens_per_s": _spread(own), f"over_{first}": _spread(ratios)})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def offered(trace: Trace, load: float, saturated: float, seconds: float, seed: int) -> Trace:
+    """The trace at this load, permuted by seed, cut after `seconds` of real time."""
+    factor = load * saturated / recorded_tokens_per_s(trace)
+    return first_units(transform.faster(transform.permuted(trace, seed), factor), seconds)
+
+
+def row(report: Report, replayed: Trace, **identity: Any) -> dict[str, Any]:
+    """One row, as of the simulator's benchmark."""
+    blank = {column.name: None for column in (*IDENTITY, *MEASURES)}
+    return {**blank, **identity, **measures(report, replayed)}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Start the applications, measure the capacity, replay, and return rows and conditions."""
+    trace = workload(options)
+    digest = trace_digest(trace)
+    folder = options.folder.absolute()
+    rows: list[dict[str, Any]] = []
+    parts: list[Trace] = []
+    with ExitStack() as stack:
+        targets = _start(stack, folder, options)
+        for name, served in targets.items():
+            saturated_tokens_per_s(with_names(trace, "warm-"), served, options.backlog // 4)
+            print(f"{name} is warm", flush=True)
+        reference = targets.get("fcfs") or next(iter(targets.values()))
+        saturated = options.saturated or saturated_tokens_per_s(with_names(trace, "full-"), reference, options.backlog)
+        print(f"load 1.0 is {saturated:.0f} output tokens/s", flush=True)
+        found: dict[str, Any] = {}
+        if options.saturation:
+            found["saturation"] = saturation(trace, targets, options.saturation, options.backlog)
+        for seed in range(options.seeds):
+            for load in options.loads:
+                part = offered(trace, load, saturated, options.seconds, seed)
+                order = list(targets)
+                for name in order if seed % 2 == 0 else reversed(order):
+                    report = targets[name](with_names(part, f"{seed}-{load}-"), options.limit_s)
+                    one = row(
+                        report,
+                        part,
+                        trace=trace.name,
+                        trace_digest=digest,
+                        profile=f"live {Path(options.model).name} x {options.workers} through {options.through}",
+                        replicas=options.workers,
+                        load=load,
+                        policy=name,
+                        objective="balanced",
+                        seed=seed,
+                        slots=options.slots,
+                        sheds=options.hopeless == "refuse",
+                        tuned=False,
+                        knowledge="learned",
+                        saturated_tokens_per_s=saturated,
+                    )
+                    rows.append(one)
+                    parts.append(part)
+                    _print_row(one)
+                    if options.json:
+                        _write(options.json, rows, options)
+    if options.truth:
+        found["truth"] = truth(rows, parts, options)
+    if options.json:
+        _write(options.json, rows, options, **found)
+    return {"rows": rows, "summary": summary(rows), **found}
+
+
+def truth(rows: Sequence[dict[str, Any]], parts: Sequence[Trace], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every cell once more, simulated with the steps that its own engine made."""
+    engines: dict[str, LiveEngine] = {}
+    found = []
+    for live, part in zip(rows, parts, strict=True):
+        policy = live["policy"]
+        if policy not in engines:
+            log = events_log(policy, options)
+            newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
+            engines[policy] = engine_of(newest)
+        engine = engines[policy]
+        simulated = simulated_row(part, live, engine, POLICIES[policy]["policy"])
+        entry = {"policy": policy, "load": live["load"], "seed": live["seed"], "steps": engine.steps}
+        entry |= {"step_error": round(engine.step_error, 3), **errors(live, simulated)}
+        found.append(entry)
+        print(json.dumps(entry), flush=True)
+    return found
+
+
+def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str, Replay]:
+    """All applications, one after the other: imports dominate, and two at once only get into each other's way."""
+    if options.through == "fleet":
+        preload_vllm()
+    began_s = time.monotonic()
+    targets: dict[str, Replay] = {}
+    for name in options.policies:
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        if options.through == "fleet":
+            targets[name] = stack.enter_context(fleet_server(own, arguments_of(name, options))).replay
+        else:
+            server = stack.enter_context(tempo_server(own, arguments_of(name, options)))
+            targets[name] = partial(_over_http, Target(server.url, options.model))
+        print(f"{name} is up after {time.monotonic() - began_s:.0f} s", flush=True)
+    return targets
+
+
+def _over_http(target: Target, trace: Trace, limit_s: float) -> Report:
+    return asyncio.run(replay_http(trace, target, limit_s=limit_s))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By load and policy: mean and range over the seeds, and goodput over that of fcfs and class_priority."""
+    found = []
+    for load in sorted({one["load"] for one in rows}):
+        at_load = [one for one in rows if one["load"] == load]
+        for policy in dict.fromkeys(one["policy"] for one in at_load):
+            own = [one for one in at_load if one["policy"] == policy]
+            entry: dict[str, Any] = {"load": load, "policy": policy, "seeds": len(own)}
+            for name in ("token_goodput", "request_goodput", "attainment", "ttft_p95_s", "throughput"):
+                values = [one[name] for one in own if one[name] is not None]
+                entry[name] = _spread(values)
+            entry["attainment_of_streams"] = _spread(
+                [one["attainment_by_class"]["latency"] for one in own if "latency" in one["attainment_by_class"]]
+            )
+            for rival in ("fcfs", "class_priority"):
+                theirs = {one["seed"]: one for one in at_load if one["policy"] == rival}
+                entry[f"goodput_over_{rival}"] = _spread(
+                    [
+                        one["token_goodput"] / theirs[one["seed"]]["token_goodput"]
+                        for one in own
+                        if one["seed"] in theirs and theirs[one["seed"]]["token_goodput"] > 0
+                    ]
+                )
+            found.append(entry)
+    return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"mean": round(statistics.fmean(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+
+
+def _print_row(one: dict[str, Any]) -> None:
+    by_class = " ".join(f"{name} {share:.2f}" for name, share in one["attainment_by_class"].items())
+    ttft = one["ttft_p95_s"]
+    print(
+        f"seed {one['seed']} load {one['load']:.2f} {one['policy']:15} good tokens/s {one['token_goodput']:7.1f} "
+        f"attained {one['attainment']:.3f} ({by_class}) TTFT P95 {ttft if ttft is None else round(ttft, 2)} s "
+        f"units {one['units']} {one['status_by_class']}",
+        flush=True,
+    )
+
+
+def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, **found: Any) -> None:
+    conditions = {name: str(value) for name, value in vars(options).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"conditions": conditions, "rows": rows, "summary": summary(rows), **found}
+    path.write_text(json.dumps(content, indent=1))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, help="default: a generated one")
+    parser.add_argument("--policies", type=lambda text: text.split(","), default=list(POLICIES))
+    parser.add_argument("--loads", type=lambda text: [float(one) for one in text.split(",")], default=[0.75, 1.5])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default=MODEL, help="path or hub id")
+    parser.add_argument("--engine-kwargs", type=json.loads, default={}, help="further arguments of vLLM, as JSON")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=8, help="sequences of one engine step")
+    parser.add_argument("--step-tokens", type=int, default=512, help="vLLM's max_num_batched_tokens")
+    parser.add_argument("--scale", type=float, default=0.1, help="of all lengths of the trace")
+    parser.add_argument("--slo-scale", type=float, default=1.0, help="of all targets")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each cell")
+    parser.add_argument("--limit-s", type=float, default=20.0, help="after the last arrival; what is open then is cut")
+    parser.add_argument("--saturated", type=float, help="load 1.0 in output tokens/s; default: measured")
+    parser.add_argument("--hopeless", choices=("relegate", "refuse"), default="relegate")
+    parser.add_argument("--through", choices=("http", "fleet"), default="http", help="fleet: without Ray and HTTP")
+    parser.add_argument("--backlog", type=int, default=20_000, help="output tokens by which load 1.0 is measured")
+    parser.add_argument("--folder", type=Path, default=Path("bench-results/live"), help="for logs and the model")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as they come")
+    parser.add_argument("--saturation", type=int, default=0, help="rounds of a backlog without targets, first")
+    parser.add_argument("--truth", action="store_true", help="simulate every cell too, and report what differs")
+    parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.policies, options.seeds, options.loads, options.seconds = ["fcfs", "tempo"], 1, [1.5], 20.0
+    unknown = [name for name in options.policies if name not in POLICIES]
+    if unknown:
+        parser.error(f"unknown policies: {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    for entry in run(options)["summary"]:
+        print(json.dumps(entry))
+
+
+if __name__ == "__main__":
+    main()

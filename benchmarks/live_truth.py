@@ -1,0 +1,115 @@
+"""Does the simulator tell the truth? The same trace and policy, live and simulated, side by side.
+
+The live router records what it was told (`record_events`); the steps in there give a profile of the engine, with which
+the trace is simulated. What differs is then the simulator's: steps take their mean time, and nothing waits for a busy
+machine, a message or a thread.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tempo_router.event_log import read_event
+from tempo_router.events import Progressed, ReplicaAttached, ReplicaCapacity, StepReport
+from tempo_router.simulation.rows import measures
+from tempo_router.simulation.simulator import Setup, simulate
+from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile
+from tempo_router.simulation.trace import Trace
+from tempo_router.step_time import Coefficients, StepTimeModel
+
+COMPARED = ("token_goodput", "attainment", "ttft_p50_s", "ttft_p95_s", "tbt_p50_s", "tbt_p99_s", "ttlt_p95_s")
+_BLOCK_SIZE = 128
+_PASSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class FittedStepTime:
+    """Step times from the coefficients of the online fit."""
+
+    coefficients: Coefficients
+
+    def duration_s(self, prefills: Sequence[Prefill], decodes: int, context_tokens: int) -> float:
+        """Seconds of one step."""
+        c = self.coefficients
+        chunks = sum(prefill.chunk for prefill in prefills)
+        attention = sum(prefill.chunk * (prefill.past + prefill.chunk / 2) for prefill in prefills)
+        return (
+            c.tokens_s(chunks + decodes)
+            + c.decode_s * decodes
+            + c.context_s * context_tokens
+            + c.attention_s * attention
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEngine:
+    """What a log of events says of its engine. step_error: mean |measured - fitted| / measured over all steps."""
+
+    profile: StepProfile
+    steps: int
+    step_error: float
+
+
+def engine_of(log: Path) -> LiveEngine:
+    """Fit a profile to the steps in a router's log. Raises ValueError when it has none."""
+    capacity: ReplicaCapacity | None = None
+    steps: list[StepReport] = []
+    for event in _events(log):
+        if isinstance(event, ReplicaAttached):
+            capacity = event.capacity
+        elif isinstance(event, Progressed) and event.step is not None:
+            steps.append(event.step)
+    if capacity is None or not steps:
+        raise ValueError(f"{log}: no engine attached, or none made a step")
+    model = StepTimeModel()
+    for _ in range(_PASSES):
+        for step in steps:
+            model.observe(step)
+    fitted = FittedStepTime(model.coefficients)
+    errors = [abs(_fitted_s(model, step) - step.duration_s) / step.duration_s for step in steps]
+    shape = EngineShape(
+        kv_tokens=capacity.kv_tokens // _BLOCK_SIZE * _BLOCK_SIZE,
+        block_size=_BLOCK_SIZE,
+        max_running=capacity.max_running,
+        max_step_tokens=capacity.max_step_tokens,
+        max_model_len=min(4096, capacity.kv_tokens),
+    )
+    profile = StepProfile("fitted to the live engine", str(log), fitted, shape)
+    return LiveEngine(profile, len(steps), sum(errors) / len(errors))
+
+
+def simulated_row(trace: Trace, live: Mapping[str, Any], engine: LiveEngine, policy: str) -> dict[str, Any]:
+    """The same cell, simulated. live: its row. policy: of the router."""
+    setup = Setup(
+        policy=policy,
+        profiles=(engine.profile,) * live["replicas"],
+        max_running=live["slots"],
+        sheds=live["sheds"],
+        seed=live["seed"],
+    )
+    report = simulate(trace, setup)
+    return {**live, "profile": engine.profile.name, **measures(report, trace)}
+
+
+def errors(live: Mapping[str, Any], simulated: Mapping[str, Any]) -> dict[str, Any]:
+    """By measure: (live, simulated, difference); relative to live, but of attainment in points."""
+    found: dict[str, Any] = {}
+    for name in COMPARED:
+        ours, theirs = live[name], simulated[name]
+        if ours is None or theirs is None:
+            continue
+        difference = theirs - ours if name == "attainment" else (theirs - ours) / ours if ours else None
+        found[name] = {"live": round(ours, 4), "simulated": round(theirs, 4), "difference": difference}
+    return found
+
+
+def _fitted_s(model: StepTimeModel, step: StepReport) -> float:
+    return model.step_s(step.prefill_tokens, step.decodes, step.context_tokens, step.attention_tokens)
+
+
+def _events(log: Path) -> Iterator[Any]:
+    with log.open(encoding="utf-8") as lines:
+        next(lines)
+        for line in lines:
+            yield read_event(line)[0]

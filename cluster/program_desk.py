@@ -1,0 +1,392 @@
+"""The router's part in programs: carries out what ingresses ask, keeps the graphs, has them written, tells the core.
+
+An ingress keeps what it asked until it is told that it is stored, and asks a new router again. So a router may die at
+any moment: what it answered is in Redis, or comes again. Nothing here waits on the path of a request.
+"""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import structlog
+
+from cluster import wire_pb2 as wire
+from cluster.program_store import ProgramStore, ScriptCall
+from cluster.program_writer import ProgramWriter
+from tempo_router.config import ProgramsConfig
+from tempo_router.errors import ProgramError, StoreUnavailableError
+from tempo_router.events import Event, ProgramFinished, ProgramRelegated
+from tempo_router.graph_outline import ended_stages
+from tempo_router.pattern_history import PatternHistory
+from tempo_router.program_book import Change, ProgramBook
+from tempo_router.program_graph import ProgramGraph, ProgramStatus
+from tempo_router.program_ops import (
+    BeginCall,
+    CancelProgram,
+    CreateProgram,
+    DeliverOutput,
+    EndCall,
+    ExtendProgram,
+    FinishProgram,
+    ProgramOp,
+)
+from tempo_router.program_view import Outlook, program_view, summary
+from tempo_router.request import ProgramId
+
+log = structlog.get_logger()
+
+SWEEP_S = 0.5
+MOST_LISTED = 1000
+
+
+class ViewProgram(msgspec.Struct):
+    """Show one program."""
+
+    program_id: str
+    tenant: str
+
+
+class ListPrograms(msgspec.Struct):
+    """Show the programs of a tenant: in progress first, oldest first; then those that ended, newest first."""
+
+    tenant: str
+    status: ProgramStatus | None = None
+    app: str | None = None
+    name: str | None = None
+    limit: int = 100
+    after: str | None = None
+
+
+class ContinueResponse(msgspec.Struct):
+    """Which program and call gave this answer."""
+
+    tenant: str
+    response_id: str
+
+
+class ExplainRequest(msgspec.Struct):
+    """Why a request was served as it was."""
+
+    name: str
+    tenant: str
+
+
+class ViewConsole(msgspec.Struct):
+    """What the console shows. most: programs."""
+
+    most: int = 24
+
+
+_KINDS: dict[str, Any] = {
+    one.__name__: one
+    for one in (
+        CreateProgram, BeginCall, EndCall, ExtendProgram, FinishProgram, CancelProgram,
+        ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole, DeliverOutput,
+    )
+}  # fmt: skip
+_decoders = {name: msgspec.json.Decoder(kind) for name, kind in _KINDS.items()}
+
+Send = Callable[[str, wire.RouterToIngress], None]
+"""Send to an ingress; nothing if it is away: what it asked it asks again."""
+
+TOOL = "tool: "
+"""So the labels of tools begin."""
+
+
+class ProgramDesk:
+    """Programs of one router life. fence: its number. handle: gives the core an event.
+
+    cancel_calls: ends the requests of a program, wherever they are. outlook: what is foretold of a program.
+    least_left_s: what it still needs even if all goes well. patterns: learns from programs that ended, if anyone does.
+    questions: answers what is asked about more than programs, by the type of what is asked.
+    """
+
+    def __init__(
+        self,
+        config: ProgramsConfig,
+        store: ProgramStore,
+        *,
+        fence: int,
+        handle: Callable[[Event], None],
+        send: Send,
+        cancel_calls: Callable[[str], None],
+        outlook: Callable[[ProgramGraph, float], Outlook | None],
+        least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
+        patterns: PatternHistory | None = None,
+        questions: Mapping[type, Callable[[Any], Any]] | None = None,
+        epoch_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._fence = fence
+        self._handle = handle
+        self._send = send
+        self._cancel_calls = cancel_calls
+        self._outlook = outlook
+        self._least_left_s = least_left_s
+        self._patterns = patterns
+        self._questions = questions or {}
+        self._pattern_age_s = config.pattern_age_s
+        self._epoch_s = epoch_s
+        # Programs that moved since the last sweep; and (when its deadline may come to be out of reach, program) of all,
+        # looked at then, and set anew where there is hope.
+        self._moved: dict[ProgramId, None] = {}
+        self._doubts: list[tuple[float, ProgramId]] = []
+        self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
+        self._lookups: set[asyncio.Task[None]] = set()
+        self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
+        self.writer = ProgramWriter(store, self._whole, most=config.max_unwritten)
+
+    # ---- life ----
+
+    async def restore(self) -> None:
+        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError."""
+        now_s = self._epoch_s()
+        if self._patterns is not None:
+            oldest_s = now_s - self._pattern_age_s
+            outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
+            self._patterns.restore(reversed(outlines))
+        for graph in await self._store.load_live():
+            self.book.restore(graph)
+            self._moved[graph.program_id] = None
+            if self._patterns is not None:
+                last_end_s = time.monotonic() - (now_s - graph.last_s)
+                self._patterns.resume(graph.program_id, ended_stages(graph), last_end_s)
+
+    def settled(self) -> None:
+        """Every ingress had time to say again what was not stored: now what is unknown does not exist."""
+        deferred, self._deferred = self._deferred or [], None
+        for owner, op in deferred:
+            self.asked(owner, op)
+
+    async def sweep(self) -> None:
+        """Relegate what is late and close what nobody will finish, now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = self._epoch_s()
+            self._changed(self.book.overdue(now_s))
+            self._relegate_hopeless(now_s)
+
+    def _relegate_hopeless(self, now_s: float) -> None:
+        moved, self._moved = self._moved, {}
+        while self._doubts and self._doubts[0][0] <= now_s:
+            moved[heapq.heappop(self._doubts)[1]] = None
+        for program_id in moved:
+            graph = self.book.find(program_id)
+            if graph is None or graph.status != "running" or graph.deadline_s is None:
+                continue
+            at_s = graph.deadline_s - self._least_left_s(program_id)
+            if at_s <= now_s and graph.running:
+                self._changed(self.book.relegate(graph, now_s))
+            else:
+                heapq.heappush(self._doubts, (max(at_s, now_s + SWEEP_S), program_id))
+
+    async def stop(self) -> None:
+        """Write what waits. Raises StoreUnavailableError, LeaseLostError."""
+        for task in self._lookups:
+            task.cancel()
+        await self.writer.flush()
+
+    def owners_gone(self, present: Iterable[str]) -> None:
+        """Calls whose ingress is not among these any more have lost their clients."""
+        owners = {call.owner for graph in self.book.live for call in graph.running} - set(present)
+        for owner in owners:
+            self.ingress_gone(owner)
+
+    def ingress_gone(self, owner: str) -> None:
+        """An ingress is gone for good."""
+        self._changed(self.book.owner_gone(owner, self._epoch_s()))
+
+    def answered(self, program_id: str, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """The engine has ended the answer of a call."""
+        graph = self.book.find(program_id)
+        if graph is not None:
+            graph.answered(call_id, prompt_tokens, output_tokens)
+
+    # ---- what is asked ----
+
+    def asked(self, owner: str, message: wire.ProgramOp) -> None:
+        """Carry out one operation of an ingress and answer it."""
+        try:
+            op = _decoders[message.kind].decode(message.body)
+        except (msgspec.DecodeError, KeyError) as error:
+            self._refuse(owner, message, ProgramError("invalid_program", f"{message.kind}: {error}"))
+            return
+        if self._deferred is not None and isinstance(op, FinishProgram | CancelProgram | ExtendProgram):
+            # Calls that an earlier router let in may still be told again: they came before this.
+            self._deferred.append((owner, message))
+            return
+        try:
+            self._carry_out(owner, message, op)
+        except ProgramError as error:
+            if error.code == "unknown_program" and self._deferred is not None:
+                self._deferred.append((owner, message))
+            elif error.code == "unknown_program" and not isinstance(op, BeginCall | CreateProgram):
+                self._look_up(owner, message, op, error)
+            else:
+                self._refuse(owner, message, error)
+
+    def _carry_out(self, owner: str, message: wire.ProgramOp, op: Any) -> None:
+        now_s = self._epoch_s()
+        match op:
+            case ViewProgram():
+                graph = self.book.of_tenant(op.program_id, op.tenant)
+                self._answer(owner, message, self.view(graph))
+            case ListPrograms():
+                self._answer(owner, message, self._listed(op))
+            case ContinueResponse():
+                self._answer(owner, message, self.book.continued(op.tenant, op.response_id))
+            case DeliverOutput():
+                self._deliver(op)
+                self._answer(owner, message, None)
+            case ExplainRequest() | ViewConsole():
+                self._answer(owner, message, self._questions[type(op)](op))
+            case _:
+                self._change(owner, message, op, now_s)
+
+    def _change(self, owner: str, message: wire.ProgramOp, op: ProgramOp, now_s: float) -> None:
+        if self.writer.is_full and self._is_new(op):
+            text = "programs cannot be stored at the moment, and too much waits already; try again later"
+            raise ProgramError("store_unavailable", text)
+        graph, changes = self.book.apply(op, now_s)
+        if isinstance(op, BeginCall):
+            assert graph is not None
+            ticket = self.book.ticket(graph, graph.calls[op.call.call_id], now_s)
+            self._answer(owner, message, ticket, is_stored=False)
+        elif not isinstance(op, EndCall) and self.writer.is_away:
+            # Its client need not wait for Redis: the change is kept here and at the ingress until it is back.
+            self._answer(owner, message, self._view_of(graph), is_stored=False)
+        self._changed(changes)
+
+        def stored() -> None:
+            answer = wire.ProgramAnswer(op_id=message.op_id, is_stored=True)
+            if not isinstance(op, BeginCall | EndCall):
+                answer.result = msgspec.json.encode(self._view_of(graph))
+            self._tell(owner, answer)
+
+        self.writer.put(None, graph, stored)
+
+    def _deliver(self, op: DeliverOutput) -> None:
+        graph = self.book.of_tenant(op.program_id, op.tenant)
+        node = graph.calls.get(op.node)
+        if graph.is_over or node is None or not node.label.startswith(TOOL):
+            raise ProgramError("unknown_call", f"no tool {op.node!r} of {op.program_id!r} was asked for", "node")
+        if node.status != "running":
+            raise ProgramError("call_ended", f"tool {op.node!r} of {op.program_id!r} has its output", "node")
+        self._send(
+            node.owner,
+            wire.RouterToIngress(
+                tool_outputs=[wire.ToolOutput(program_id=op.program_id, node=op.node, output=op.output.encode())]
+            ),
+        )
+
+    def _is_new(self, op: ProgramOp) -> bool:
+        return isinstance(op, CreateProgram | BeginCall) and self.book.find(op.program_id) is None
+
+    def _changed(self, changes: Iterable[Change]) -> None:
+        now_s = self._epoch_s()
+        for change in changes:
+            graph = change.program
+            self.writer.put(self._store.script_for(change, self._fence, now_s), graph)
+            if change.kind == "status":
+                self._status_changed(graph)
+            if not graph.is_over:
+                self._moved[graph.program_id] = None
+
+    def _status_changed(self, graph: ProgramGraph) -> None:
+        if graph.status == "relegated":
+            log.info("program_relegated", program_id=graph.program_id, app=graph.app, calls=len(graph.calls))
+            self._handle(ProgramRelegated(time.monotonic(), graph.program_id))
+        elif graph.is_over:
+            log.info(
+                "program_over", program_id=graph.program_id, app=graph.app, status=graph.status, is_met=graph.is_met,
+                calls=len(graph.calls), reason=graph.reason,
+            )  # fmt: skip
+            if graph.status == "cancelled":
+                self._cancel_calls(graph.program_id)
+                for owner in dict.fromkeys(call.owner for call in graph.calls.values()):
+                    self._send(owner, wire.RouterToIngress(programs_over=[graph.program_id]))
+            is_complete = graph.status == "finished"
+            self._handle(ProgramFinished(time.monotonic(), graph.program_id, is_complete=is_complete))
+            self._store_learnt()
+
+    def _store_learnt(self) -> None:
+        if self._patterns is None:
+            return
+        now_s = self._epoch_s()
+        for outline in self._patterns.drain_learnt():
+            self.writer.put(self._store.script_for_pattern(replace(outline, at_s=now_s), self._fence))
+
+    # ---- answers ----
+
+    def view(self, graph: ProgramGraph) -> dict[str, Any]:
+        """All of a program, with what is foretold of it."""
+        now_s = self._epoch_s()
+        return program_view(graph, now_s, None if graph.is_over else self._outlook(graph, now_s))
+
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """All of the programs in progress that began last, then of those that ended last."""
+        live = list(self.book.live)[: -most - 1 : -1]
+        ended = itertools.islice(self.book.ended, max(0, most - len(live)))
+        return [self.view(graph) for graph in (*live, *ended)]
+
+    def _view_of(self, graph: ProgramGraph | None) -> dict[str, Any] | None:
+        return None if graph is None else self.view(graph)
+
+    def _listed(self, op: ListPrograms) -> dict[str, Any]:
+        found = [
+            graph
+            for graph in (*self.book.live, *self.book.ended)
+            if graph.tenant == op.tenant
+            and op.status in (None, graph.status)
+            and op.app in (None, graph.app)
+            and op.name in (None, graph.name)
+        ]
+        ids = [graph.program_id for graph in found]
+        first = ids.index(ProgramId(op.after)) + 1 if op.after is not None and op.after in ids else 0
+        most = min(max(op.limit, 1), MOST_LISTED)
+        shown = found[first : first + most]
+        return {
+            "object": "list",
+            "data": [summary(graph) for graph in shown],
+            "has_more": len(found) > first + most,
+            "last_id": shown[-1].program_id if shown else None,
+        }
+
+    def _look_up(self, owner: str, message: wire.ProgramOp, op: Any, error: ProgramError) -> None:
+        """One that ended long ago may still be in Redis: whoever asks for it waits."""
+        task = asyncio.create_task(self._looked_up(owner, message, op, error), name="program look-up")
+        self._lookups.add(task)
+        task.add_done_callback(self._lookups.discard)
+
+    async def _looked_up(self, owner: str, message: wire.ProgramOp, op: Any, error: ProgramError) -> None:
+        try:
+            graph = None if self.writer.is_away else await self._store.load(op.program_id)
+        except StoreUnavailableError as problem:
+            log.warning("program_look_up_failed", problem=str(problem))
+            graph = None
+        if graph is None or graph.tenant != op.tenant or self.book.find(op.program_id) is not None:
+            self._refuse(owner, message, error)
+            return
+        self.book.restore(graph)
+        self.asked(owner, message)
+
+    def _tell(self, owner: str, answer: wire.ProgramAnswer) -> None:
+        self._send(owner, wire.RouterToIngress(program_answers=[answer]))
+
+    def _answer(self, owner: str, message: wire.ProgramOp, result: Any, *, is_stored: bool = True) -> None:
+        answer = wire.ProgramAnswer(op_id=message.op_id, result=msgspec.json.encode(result), is_stored=is_stored)
+        self._tell(owner, answer)
+
+    def _refuse(self, owner: str, message: wire.ProgramOp, error: ProgramError) -> None:
+        answer = wire.ProgramAnswer(
+            op_id=message.op_id, error_code=error.code, error=str(error), field=error.field, is_stored=True
+        )
+        self._tell(owner, answer)
+
+    def _whole(self, graph: ProgramGraph) -> ScriptCall:
+        return self._store.script_for_whole(graph, self._fence, self._epoch_s())

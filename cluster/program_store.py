@@ -1,0 +1,306 @@
+"""Programs in Redis: one hash each, changed by scripts that apply a transition once and only for the present router.
+
+Under the application's prefix:
+
+| key | holds |
+| --- | --- |
+| `program:{id}` | `about` (JSON), `status`, `calls`, `done`, `tokens` (counters), and `c:{call}` for each call |
+| `programs` | ids of the programs in progress |
+| `patterns` | outlines of finished programs, newest first |
+
+A call's value is `attempt|status|JSON`. Beginning a call again with an attempt that is there, or ending one that has
+ended, changes nothing; a program that is over stays over. A router with an old fence is refused everything. Where the
+counters are not what the router says (Redis was restarted without its last seconds), it writes the whole program.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from cluster.redis_store import RedisStore
+from tempo_router.errors import LeaseLostError
+from tempo_router.patterns import Outline, StageOutline
+from tempo_router.program_book import Change
+from tempo_router.program_graph import GraphCall, Objective, ProgramGraph, ProgramStatus
+from tempo_router.request import ProgramId
+
+APPLIED, KNOWN, STALE, MISSING = 1, 0, -1, -2
+
+# Every script: KEYS fence, program, programs. ARGV fence, time of expiry in ms, ... Returns one of the codes above.
+_GUARD = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
+if current > tonumber(ARGV[1]) then return -1 end
+"""
+
+# ARGV: fence, expiry, is in progress, id, then field and value of all that it holds. Replaces what is there.
+_WHOLE = (
+    _GUARD
+    + """
+redis.call('DEL', KEYS[2])
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+redis.call('PEXPIREAT', KEYS[2], ARGV[2])
+if ARGV[3] == '1' then redis.call('SADD', KEYS[3], ARGV[4]) else redis.call('SREM', KEYS[3], ARGV[4]) end
+return 1
+"""
+)
+
+# ARGV: fence, expiry, call's field, attempt, value, how many calls there are with it.
+_BEGAN = (
+    _GUARD
+    + """
+if redis.call('EXISTS', KEYS[2]) == 0 then return -2 end
+local known = redis.call('HGET', KEYS[2], ARGV[3])
+if known and tonumber(string.match(known, '^(%d+)|')) >= tonumber(ARGV[4]) then return 0 end
+redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
+local calls = redis.call('HINCRBY', KEYS[2], 'calls', known and 0 or 1)
+if known and string.match(known, '^%d+|(%a+)|') ~= 'running' then
+    -- Another attempt at a call that had ended: it has not ended any more, and its tokens do not count.
+    redis.call('HINCRBY', KEYS[2], 'done', -1)
+    local tokens = cjson.decode(string.match(known, '^%d+|%a+|(.*)$')).output_tokens or 0
+    redis.call('HINCRBY', KEYS[2], 'tokens', -tokens)
+end
+redis.call('PEXPIREAT', KEYS[2], ARGV[2])
+if calls ~= tonumber(ARGV[6]) then return -2 end
+return 1
+"""
+)
+
+# ARGV: fence, expiry, call's field, attempt, value, output tokens.
+_ENDED = (
+    _GUARD
+    + """
+local known = redis.call('HGET', KEYS[2], ARGV[3])
+if not known then return -2 end
+local attempt, status = string.match(known, '^(%d+)|(%a+)|')
+if attempt ~= ARGV[4] or status ~= 'running' then return 0 end
+redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
+redis.call('HINCRBY', KEYS[2], 'done', 1)
+redis.call('HINCRBY', KEYS[2], 'tokens', ARGV[6])
+redis.call('PEXPIREAT', KEYS[2], ARGV[2])
+return 1
+"""
+)
+
+# ARGV: fence, expiry, is in progress, id, status, about, how many calls there are, how many have ended.
+_STATUS = (
+    _GUARD
+    + """
+local status = redis.call('HGET', KEYS[2], 'status')
+if not status then return -2 end
+if status == 'finished' or status == 'cancelled' then return 0 end
+redis.call('HSET', KEYS[2], 'status', ARGV[5], 'about', ARGV[6])
+redis.call('PEXPIREAT', KEYS[2], ARGV[2])
+if ARGV[3] == '0' then redis.call('SREM', KEYS[3], ARGV[4]) end
+if redis.call('HGET', KEYS[2], 'calls') ~= ARGV[7] or redis.call('HGET', KEYS[2], 'done') ~= ARGV[8] then return -2 end
+return 1
+"""
+)
+
+# KEYS: fence, patterns. ARGV: fence, most, pattern.
+_LEARN = (
+    _GUARD
+    + """
+redis.call('LPUSH', KEYS[2], ARGV[3])
+redis.call('LTRIM', KEYS[2], 0, tonumber(ARGV[2]) - 1)
+return 1
+"""
+)
+
+PROGRAMS = "programs"
+PATTERNS = "patterns"
+_CALL = "c:"
+
+
+class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
+    """What is stored of a program beside its calls."""
+
+    program_id: str
+    tenant: str
+    app: str
+    created_s: float
+    deadline_s: float | None
+    objective: Objective
+    name: str = ""
+    reason: str = ""
+    closed_by: str = ""
+    last_s: float = 0.0
+    relegated_s: float | None = None
+    ended_s: float | None = None
+
+
+class _StoredCall(msgspec.Struct, omit_defaults=True):
+    stage: int
+    began_s: float
+    parents: tuple[str, ...] = ()
+    label: str = ""
+    branch: str = ""
+    owner: str = ""
+    ended_s: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _StoredOutline(msgspec.Struct, array_like=True):
+    app: str
+    span_s: float
+    is_complete: bool
+    at_s: float
+    stages: tuple[tuple[int, int, float, int, int, int, float], ...]
+
+
+_outlines = msgspec.msgpack.Decoder(_StoredOutline)
+
+ScriptCall = tuple[str, Sequence[str], Sequence[Any]]
+
+
+def key_of(program_id: str) -> str:
+    """Where a program is, under the application's prefix."""
+    return f"program:{program_id}"
+
+
+class ProgramStore:
+    """One application's programs. keep_s: how long one is kept after its deadline, or its end."""
+
+    def __init__(self, store: RedisStore, *, keep_s: float = 600.0, most_patterns: int = 5000) -> None:
+        self._store = store
+        self._keep_s = keep_s
+        self._most_patterns = most_patterns
+
+    async def write(self, changes: Sequence[ScriptCall]) -> list[int]:
+        """Apply what `script_for` made, in order and in one round trip. The codes; raises LeaseLostError, and more.
+
+        Raises StoreUnavailableError; then any part may have been applied, and all may be told again.
+        """
+        codes = [int(code) for code in await self._store.run(changes)]
+        if STALE in codes:
+            raise LeaseLostError("another router writes this application's programs now")
+        return codes
+
+    def script_for(self, change: Change, fence: int, now_s: float) -> ScriptCall:
+        """A transition as it is now; what its program or call becomes later is another one."""
+        graph = change.program
+        keys = (key_of(graph.program_id), PROGRAMS)
+        until_ms = self._expiry_ms(graph, now_s)
+        match change.kind:
+            case "began" if change.call is not None:
+                call = change.call
+                return (
+                    _BEGAN,
+                    keys,
+                    (fence, until_ms, _CALL + call.call_id, call.attempt, _call_value(call), len(graph.calls)),
+                )
+            case "ended" if change.call is not None:
+                call = change.call
+                value = _call_value(call)
+                return (
+                    _ENDED, keys,
+                    (fence, until_ms, _CALL + call.call_id, call.attempt, value, call.output_tokens),
+                )  # fmt: skip
+            case "status":
+                is_live = "0" if graph.is_over else "1"
+                ended = len(graph.calls) - len(graph.running)
+                return (
+                    _STATUS,
+                    keys,
+                    (fence, until_ms, is_live, graph.program_id, graph.status, _about(graph), len(graph.calls), ended),
+                )
+            case _:
+                return self.script_for_whole(graph, fence, now_s)
+
+    def script_for_whole(self, graph: ProgramGraph, fence: int, now_s: float) -> ScriptCall:
+        """All of a program, in place of whatever is there."""
+        ended = [call for call in graph.calls.values() if call.status != "running"]
+        fields: list[Any] = [
+            "about", _about(graph), "status", graph.status, "calls", len(graph.calls),
+            "done", len(ended), "tokens", sum(call.output_tokens for call in ended),
+        ]  # fmt: skip
+        for call in graph.calls.values():
+            fields += [_CALL + call.call_id, _call_value(call)]
+        is_live = "0" if graph.is_over else "1"
+        arguments = (fence, self._expiry_ms(graph, now_s), is_live, graph.program_id, *fields)
+        return _WHOLE, (key_of(graph.program_id), PROGRAMS), arguments
+
+    def script_for_pattern(self, outline: Outline, fence: int) -> ScriptCall:
+        """One more outline, the oldest beyond the bound forgotten."""
+        stored = _StoredOutline(outline.app, outline.span_s, outline.is_complete, outline.at_s, outline.stages)
+        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored))
+
+    async def load_live(self) -> list[ProgramGraph]:
+        """All programs in progress."""
+        ids = sorted(name.decode() for name in await self._store.members(PROGRAMS))
+        return await self._load(ids)
+
+    async def load(self, program_id: str) -> ProgramGraph | None:
+        """One program, over or not; None if it is not stored."""
+        return next(iter(await self._load([program_id])), None)
+
+    async def load_patterns(self) -> list[Outline]:
+        """Outlines of finished programs, newest first. One that cannot be read (another version's) is passed over."""
+        outlines: list[Outline] = []
+        for stored in await self._store.newest(PATTERNS, self._most_patterns):
+            try:
+                one = _outlines.decode(stored)
+            except msgspec.DecodeError:
+                continue
+            stages = tuple(StageOutline(*stage) for stage in one.stages)
+            outlines.append(Outline(one.app, one.span_s, stages, one.is_complete, one.at_s))
+        return outlines
+
+    async def counters(self, program_id: str) -> dict[str, int]:
+        """calls, done and tokens as the scripts counted them; empty for an unknown program."""
+        [fields] = await self._store.hashes([key_of(program_id)])
+        return {name: int(fields[name.encode()]) for name in ("calls", "done", "tokens") if fields}
+
+    async def _load(self, ids: Sequence[str]) -> list[ProgramGraph]:
+        graphs: list[ProgramGraph] = []
+        for first in range(0, len(ids), 256):
+            found = await self._store.hashes([key_of(one) for one in ids[first : first + 256]])
+            graphs += [_graph(fields) for fields in found if fields]
+        return graphs
+
+    def _expiry_ms(self, graph: ProgramGraph, now_s: float) -> int:
+        until_s = now_s if graph.is_over else max(now_s, graph.deadline_s or 0.0)
+        # Twice: a program in progress must not vanish before its router gives it up.
+        return int((until_s + self._keep_s * (1 if graph.is_over else 2)) * 1000)
+
+
+def _about(graph: ProgramGraph) -> bytes:
+    return msgspec.json.encode(
+        About(
+            graph.program_id, graph.tenant, graph.app, graph.created_s, graph.deadline_s, graph.objective, graph.name,
+            graph.reason, graph.closed_by, graph.last_s, graph.relegated_s, graph.ended_s,
+        )
+    )  # fmt: skip
+
+
+def _call_value(call: GraphCall) -> bytes:
+    stored = _StoredCall(
+        call.stage, call.began_s, call.parents, call.label, call.branch, call.owner, call.ended_s,
+        call.prompt_tokens, call.output_tokens,
+    )  # fmt: skip
+    return f"{call.attempt}|{call.status}|".encode() + msgspec.json.encode(stored)
+
+
+def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:
+    about = msgspec.json.decode(fields[b"about"], type=About)
+    status = msgspec.convert(fields[b"status"].decode(), ProgramStatus)
+    graph = ProgramGraph(
+        ProgramId(about.program_id), about.tenant, about.app, about.created_s, about.deadline_s, about.objective,
+        about.name, status, about.reason, about.closed_by, -1, about.last_s, about.relegated_s, about.ended_s,
+        {call.call_id: call for call in _calls(fields)},
+    )  # fmt: skip
+    graph.last_s = max([graph.last_s, *(call.ended_s or call.began_s for call in graph.calls.values())])
+    return graph
+
+
+def _calls(fields: dict[bytes, bytes]) -> Iterable[GraphCall]:
+    for name, value in fields.items():
+        if not name.startswith(_CALL.encode()):
+            continue
+        attempt, status, rest = value.split(b"|", 2)
+        one = msgspec.json.decode(rest, type=_StoredCall)
+        yield GraphCall(
+            name.decode().removeprefix(_CALL), int(attempt), one.stage, one.parents, one.began_s, one.label, one.branch,
+            one.owner, msgspec.convert(status.decode(), Any), one.ended_s, one.prompt_tokens, one.output_tokens,
+        )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Changes of programs on their way into Redis: in order, many in one round trip, kept while Redis is away.
+
+Bounded: beyond `most` changes only *which* programs changed is remembered, and each is written whole later. That is
+bounded by the programs in progress, of which the desk then takes no new ones.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from cluster.program_store import MISSING, ProgramStore, ScriptCall
+from tempo_router.errors import StoreUnavailableError
+from tempo_router.program_graph import ProgramGraph
+
+log = structlog.get_logger()
+
+BATCH = 512
+FIRST_RETRY_S = 0.05
+LAST_RETRY_S = 1.0
+
+OnStored = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """graph: None for what is not about one program."""
+
+    script: ScriptCall | None
+    graph: ProgramGraph | None
+    on_stored: OnStored | None
+
+
+class ProgramWriter:
+    """Writes with one task; `put` never waits.
+
+    whole: makes the script that writes all of a program as it is now.
+    """
+
+    def __init__(self, store: ProgramStore, whole: Callable[[ProgramGraph], ScriptCall], *, most: int) -> None:
+        self._store = store
+        self._whole = whole
+        self._most = most
+        self._queue: deque[_Entry] = deque()
+        self._changed: dict[str, ProgramGraph] = {}
+        self._then: list[OnStored] = []
+        self._has_some = asyncio.Event()
+        self.is_away = False
+        self.round_trips = 0
+        self.written = 0
+
+    @property
+    def waiting(self) -> int:
+        """Changes and whole programs that are still to be written."""
+        return len(self._queue) + len(self._changed)
+
+    @property
+    def is_full(self) -> bool:
+        """No further change is kept by itself."""
+        return bool(self._changed) or len(self._queue) >= self._most
+
+    def put(
+        self, script: ScriptCall | None, graph: ProgramGraph | None = None, on_stored: OnStored | None = None
+    ) -> None:
+        """Write this after all that was put before. script None: nothing, only tell when that has come so far."""
+        if self.is_full and graph is not None:
+            self._changed[graph.program_id] = graph
+            if on_stored is not None:
+                self._then.append(on_stored)
+        else:
+            self._queue.append(_Entry(script, graph, on_stored))
+        self._has_some.set()
+
+    async def run(self) -> None:
+        """Write until cancelled. Raises LeaseLostError."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            await self._has_some.wait()
+            try:
+                await self.flush()
+            except StoreUnavailableError as error:
+                if not self.is_away:
+                    log.warning("programs_not_stored", problem=str(error), effect="changes wait until Redis is back")
+                self.is_away = True
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            else:
+                if self.is_away:
+                    log.warning("programs_stored_again")
+                self.is_away, retry_s = False, FIRST_RETRY_S
+
+    async def flush(self) -> None:
+        """Write all that waits. Raises StoreUnavailableError, with what was not written kept, or LeaseLostError."""
+        while self._queue or self._changed:
+            if not self._queue:
+                self._gather_changed()
+            batch = [self._queue[number] for number in range(min(BATCH, len(self._queue)))]
+            scripts = [entry.script for entry in batch if entry.script is not None]
+            codes = await self._write(scripts) if scripts else []
+            for _ in batch:
+                self._queue.popleft()
+            self._mend([entry for entry in batch if entry.script is not None], codes)
+            for entry in batch:
+                if entry.on_stored is not None:
+                    entry.on_stored()
+        self._has_some.clear()
+
+    async def _write(self, scripts: Sequence[ScriptCall]) -> list[int]:
+        codes = await self._store.write(scripts)
+        self.round_trips += 1
+        self.written += len(scripts)
+        return codes
+
+    def _gather_changed(self) -> None:
+        """The queue is empty: now whole programs, and then whoever waits for them."""
+        for graph in self._changed.values():
+            self._queue.append(_Entry(self._whole(graph), graph, None))
+        self._queue.extend(_Entry(None, None, then) for then in self._then)
+        self._changed.clear()
+        self._then.clear()
+
+    def _mend(self, entries: Sequence[_Entry], codes: Sequence[int]) -> None:
+        """Redis has lost a program that we know (it was restarted without its data): give it all of it."""
+        lost = {
+            entry.graph.program_id: entry.graph
+            for entry, code in zip(entries, codes, strict=True)
+            if code == MISSING and entry.graph is not None
+        }
+        for graph in lost.values():
+            log.warning("program_stored_anew", program_id=graph.program_id)
+            self._queue.append(_Entry(self._whole(graph), graph, None))

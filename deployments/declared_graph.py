@@ -1,0 +1,234 @@
+"""A graph of calls that a client declares whole, so that the server runs it. Pure: checks it, and fills in prompts.
+
+{"nodes": [
+    {"id": "plan", "prompt": "Plan a report on tides."},
+    {"id": "search", "tool": "web search", "after": ["plan"]},
+    {"id": "write", "messages": [{"role": "user", "content": "Write it. Plan: {{plan}} Found: {{search}}"}],
+     "max_tokens": 400, "sampling": {"temperature": 0}}
+]}
+
+A node waits for those in `after` and for those whose outputs its templates name; `{{name}}` stands for the output of
+that node. A tool is a gap: the client runs it and posts its output, any JSON value; text stands in templates as it is,
+all else as JSON. Everything is checked before anything runs.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from tempo_router.config import unknown_key_message
+from tempo_router.errors import ProgramError
+
+MAX_NODES = 1000
+MAX_TEMPLATE_CHARS = 1_000_000
+MAX_OUTPUT_BYTES = 256 * 1024
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
+_REFERENCE = re.compile(r"\{\{\s*([^{}]{1,80}?)\s*\}\}")
+_KEYS = ("id", "after", "prompt", "messages", "max_tokens", "sampling", "tool", "label")
+_RESERVED = ("model", "stream", "n", "prompt", "messages", "max_tokens", "max_completion_tokens", "program", "slo")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One step. after: all that it waits for. tool: what the client calls it, "" for a call of the model."""
+
+    node_id: str
+    after: tuple[str, ...]
+    prompt: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    max_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    tool: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredGraph:
+    """Nodes in an order in which each comes after what it waits for."""
+
+    nodes: tuple[Node, ...]
+
+    def ready(self, done: Iterable[str], begun: Iterable[str]) -> list[Node]:
+        """Nodes that wait for nothing any more and have not begun."""
+        ended, started = set(done), set(begun)
+        return [node for node in self.nodes if node.node_id not in started and ended.issuperset(node.after)]
+
+
+def parse_graph(value: object) -> DeclaredGraph:
+    """Check a declared graph. Raises ProgramError that says which node and field is wrong."""
+    if not isinstance(value, dict) or set(value) != {"nodes"} or not isinstance(value["nodes"], list):
+        raise _wrong("graph", "must be an object with a list of nodes")
+    declared = value["nodes"]
+    if not 1 <= len(declared) <= MAX_NODES:
+        raise _wrong("graph.nodes", f"{len(declared)} nodes; there may be 1 to {MAX_NODES}")
+    ids: dict[str, int] = {}
+    for number, one in enumerate(declared):
+        node_id = one.get("id") if isinstance(one, dict) else None
+        if not isinstance(node_id, str) or not _ID.fullmatch(node_id):
+            raise _wrong(f"graph.nodes[{number}].id", "must be 1 to 64 letters, digits and _.:-")
+        if node_id in ids:
+            raise _wrong(f"graph.nodes[{number}].id", f"{node_id!r} is also node {ids[node_id]}")
+        ids[node_id] = number
+    nodes = [_node(one, f"graph.nodes[{number}]", ids) for number, one in enumerate(declared)]
+    return DeclaredGraph(tuple(_ordered(nodes, ids)))
+
+
+def filled(template: str, outputs: Mapping[str, Any]) -> str:
+    """A template with the outputs that it names. They are put in as they are: what they hold is not looked at again."""
+    return _REFERENCE.sub(lambda found: as_text(outputs[found.group(1)]), template)
+
+
+def request_body(node: Node, outputs: Mapping[str, Any], model: str) -> tuple[str, dict[str, Any]]:
+    """(path, body) of the OpenAI request that answers a node."""
+    body: dict[str, Any] = {"model": model, **node.sampling}
+    if node.max_tokens is not None:
+        body["max_tokens"] = node.max_tokens
+    if node.messages:
+        body["messages"] = [_filled_deep(message, outputs) for message in node.messages]
+        return "/v1/chat/completions", body
+    body["prompt"] = filled(node.prompt, outputs)
+    return "/v1/completions", body
+
+
+def as_text(output: Any) -> str:
+    """An output as templates hold it."""
+    return output if isinstance(output, str) else msgspec.json.encode(output).decode()
+
+
+def parse_output(body: bytes) -> Any:
+    """The output of a tool from a request's body: {"output": any JSON}. Raises ProgramError."""
+    if len(body) > MAX_OUTPUT_BYTES:
+        raise _wrong("output", f"is larger than {MAX_OUTPUT_BYTES} bytes")
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _wrong("output", f"is not JSON: {error}") from error
+    if not isinstance(value, dict) or set(value) - {"user"} != {"output"}:
+        raise _wrong("output", "the body must be an object with the key 'output'")
+    return value["output"]
+
+
+def _node(one: dict[str, Any], where: str, ids: Mapping[str, int]) -> Node:
+    for key in one:
+        if key not in _KEYS:
+            raise _wrong(f"{where}.{str(key)[:64]}", unknown_key_message(str(key)[:64], _KEYS))
+    tool, prompt, messages = _text(one, "tool", where), _text(one, "prompt", where), _messages(one, where)
+    if sum(map(bool, (tool, prompt, messages))) != 1:
+        raise _wrong(where, "needs exactly one of prompt, messages and tool")
+    if tool and ("max_tokens" in one or "sampling" in one):
+        raise _wrong(where, "a tool has neither max_tokens nor sampling")
+    after = _after(one, where, ids)
+    named = dict.fromkeys((*after, *_references(prompt, messages, where, ids)))
+    if one["id"] in named:
+        raise _wrong(f"{where}.after", f"{one['id']!r} cannot wait for itself")
+    return Node(
+        node_id=one["id"],
+        after=tuple(named),
+        prompt=prompt,
+        messages=messages,
+        max_tokens=_count(one, where),
+        sampling=_sampling(one, where),
+        tool=tool,
+        label=_text(one, "label", where) or (f"tool: {tool}" if tool else one["id"]),
+    )
+
+
+def _after(one: Mapping[str, Any], where: str, ids: Mapping[str, int]) -> list[str]:
+    after = one.get("after", [])
+    if not isinstance(after, list) or not all(isinstance(name, str) for name in after):
+        raise _wrong(f"{where}.after", "must be a list of node ids")
+    for name in after:
+        if name not in ids:
+            raise _wrong(f"{where}.after", f"there is no node {name[:64]!r}")
+    return after
+
+
+def _references(prompt: str, messages: Iterable[object], where: str, ids: Mapping[str, int]) -> list[str]:
+    named = _REFERENCE.findall(prompt)
+    for message in messages:
+        named += [name for text in _texts(message) for name in _REFERENCE.findall(text)]
+    for name in named:
+        if name not in ids:
+            field_name = "prompt" if prompt else "messages"
+            raise _wrong(f"{where}.{field_name}", f"the template names {name!r}, but there is no such node")
+    return named
+
+
+def _messages(one: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    messages = one.get("messages")
+    if messages is None:
+        return ()
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise _wrong(f"{where}.messages", "must be a list of chat messages")
+    return tuple(messages)
+
+
+def _sampling(one: Mapping[str, Any], where: str) -> dict[str, Any]:
+    sampling = one.get("sampling", {})
+    if not isinstance(sampling, dict):
+        raise _wrong(f"{where}.sampling", "must be an object with fields of OpenAI's request")
+    for name in sampling:
+        if name in _RESERVED:
+            raise _wrong(f"{where}.sampling.{name}", "is set by the graph")
+    return sampling
+
+
+def _count(one: Mapping[str, Any], where: str) -> int | None:
+    count = one.get("max_tokens")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise _wrong(f"{where}.max_tokens", "must be a whole number above zero")
+    return count
+
+
+def _text(one: Mapping[str, Any], name: str, where: str) -> str:
+    value = one.get(name, "")
+    if not isinstance(value, str) or len(value) > MAX_TEMPLATE_CHARS:
+        raise _wrong(f"{where}.{name}", f"must be text of at most {MAX_TEMPLATE_CHARS} characters")
+    return value
+
+
+def _ordered(nodes: list[Node], ids: Mapping[str, int]) -> list[Node]:
+    """Each after what it waits for. Raises ProgramError for a cycle, naming a node of it."""
+    missing = {node.node_id: len(node.after) for node in nodes}
+    children: dict[str, list[str]] = {}
+    for node in nodes:
+        for parent in node.after:
+            children.setdefault(parent, []).append(node.node_id)
+    order = [name for name, count in missing.items() if count == 0]
+    for name in order:
+        for child in children.get(name, ()):
+            missing[child] -= 1
+            if missing[child] == 0:
+                order.append(child)
+    if len(order) < len(nodes):
+        stuck = next(node.node_id for node in nodes if missing[node.node_id])
+        raise _wrong(f"graph.nodes[{ids[stuck]}].after", f"node {stuck!r} waits, by way of others, for itself")
+    return [nodes[ids[name]] for name in order]
+
+
+def _texts(value: object) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+
+
+def _filled_deep(value: Any, outputs: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        return filled(value, outputs)
+    if isinstance(value, dict):
+        return {key: _filled_deep(each, outputs) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled_deep(each, outputs) for each in value]
+    return value
+
+
+def _wrong(where: str, problem: str) -> ProgramError:
+    return ProgramError("invalid_program", f"{where}: {problem}", where)

@@ -1,0 +1,113 @@
+"""`POST /v1/programs` with a graph: runs it here and tells what happens, as events or at the end.
+
+A client that leaves cancels its program. The output of a tool may be posted to any ingress: the router passes it on.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from deployments.declared_graph import DeclaredGraph, parse_graph, parse_output
+from deployments.graph_run import Ask, Event, GraphRun, failure_of
+from deployments.handle_api import NewProgram
+from deployments.program_api import ProgramApi
+from deployments.program_client import ProgramClient
+from deployments.program_identity import resolved_id
+from tempo_router.errors import ProgramError
+from tempo_router.program_ops import DeliverOutput
+
+SendEvent = Callable[[bytes], Awaitable[None]]
+
+
+class GraphApi:
+    """All declared graphs that run in this ingress. model: what nodes are answered by."""
+
+    def __init__(self, programs: ProgramApi, client: ProgramClient, ask: Ask, model: str) -> None:
+        self._programs = programs
+        self._client = client
+        self._ask = ask
+        self._model = model
+        self._runs: dict[str, GraphRun] = {}
+        client.run_graphs(self)
+
+    # ---- from the router ----
+
+    def tool_output(self, program_id: str, node: str, output: bytes) -> None:
+        """The client ran a tool."""
+        run = self._runs.get(program_id)
+        if run is not None:
+            run.deliver(node, msgspec.json.decode(output))
+
+    def program_over(self, program_id: str) -> None:
+        """Somebody cancelled the program: its graph ends."""
+        run = self._runs.get(program_id)
+        if run is not None:
+            run.stop()
+
+    # ---- from clients ----
+
+    async def deliver(self, given: str, node: str, body: bytes, tenant: str) -> Any:
+        """The output of a tool. Raises ProgramError."""
+        output = parse_output(body)
+        op = DeliverOutput(resolved_id(tenant, given), tenant, node, msgspec.json.encode(output).decode())
+        await self._client.ask(op)
+        return {"object": "tool.output", "node": node}
+
+    async def run(self, new: NewProgram) -> AsyncIterator[Event]:
+        """Make the program and run its graph. Raises ProgramError before the first event for what makes no sense.
+
+        Ends with the event "program", the whole of it. Leaving early cancels the program.
+        """
+        graph = parse_graph(new.graph)
+        made = await self._programs.create(new)
+        program_id = str(made["id"])
+        if made["calls"] or program_id in self._runs:
+            raise ProgramError("invalid_program", f"program {program_id!r} has begun: its graph runs once", "graph")
+        return self._events(program_id, graph, new.tenant, made)
+
+    async def whole(self, new: NewProgram) -> Any:
+        """Run a graph and wait for its end: the program, and `outputs` by node. Raises ProgramError if a node fails."""
+        outputs: dict[str, Any] = {}
+        last: Event = {}
+        async for event in await self.run(new):
+            last = event
+            if event["event"] == "node.finished":
+                outputs[event["node"]] = event["output"]
+            if event["event"] == "node.failed":
+                raise failure_of(event)
+        return {**last["program"], "outputs": outputs}
+
+    async def _events(
+        self, program_id: str, graph: DeclaredGraph, tenant: str, made: Mapping[str, Any]
+    ) -> AsyncIterator[Event]:
+        run = GraphRun(program_id, graph, model=self._model, tenant=tenant, ask=self._ask, programs=self._client)
+        self._runs[program_id] = run
+        failed: Event | None = None
+        is_whole = False
+        try:
+            yield {"event": "program.created", "program": dict(made)}
+            async for event in run.events():
+                failed = event if event["event"] == "node.failed" else failed
+                yield event
+            is_whole = len(run.outputs) == len(graph.nodes)
+        finally:
+            del self._runs[program_id]
+            if not is_whole:
+                reason = f"node {failed['node']} failed" if failed is not None else "its client left"
+                # The client may be gone, and this task with it: the program must not go on for nobody.
+                ending = asyncio.ensure_future(self._cancel(program_id, reason, tenant))
+                await asyncio.shield(ending)
+        over = self._programs.finish if is_whole else self._programs.view
+        yield {
+            "event": "program.finished" if is_whole else "program.cancelled",
+            "program": await over(program_id, tenant),
+        }
+
+    async def _cancel(self, program_id: str, reason: str, tenant: str) -> None:
+        try:
+            await self._programs.cancel(program_id, reason, tenant)
+        except ProgramError as error:
+            if error.code != "program_ended":
+                raise

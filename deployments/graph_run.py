@@ -1,0 +1,132 @@
+"""Runs a declared graph: each node as a request of its own through this ingress's front door, as soon as it may.
+
+So a node is served as any other call of its program: by the program's deadline, under its tenant, visible in its graph.
+The run lives with the request that declared it; when that leaves, the program is cancelled.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from deployments.declared_graph import DeclaredGraph, Node, request_body
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity
+from tempo_router.errors import ProgramError
+from tempo_router.program_ops import EndCall
+
+Ask = Callable[[str, dict[str, str], bytes], Awaitable[tuple[int, bytes]]]
+"""Sends a request to this ingress: (path, headers, body) -> (status, body)."""
+
+Event = dict[str, Any]
+
+
+class GraphRun:
+    """One graph on its way. program_id: made for it. deliver: puts the output of a tool in, by node."""
+
+    def __init__(
+        self, program_id: str, graph: DeclaredGraph, *, model: str, tenant: str, ask: Ask, programs: ProgramClient
+    ) -> None:
+        self._program_id = program_id
+        self._graph = graph
+        self._model = model
+        self._tenant = tenant
+        self._ask = ask
+        self._programs = programs
+        self.outputs: dict[str, Any] = {}
+        self._begun: set[str] = set()
+        self._tools: set[str] = set()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What happens, as it happens: tools that wait, nodes that ended. Ends after the last node, or a failed one."""
+        try:
+            await self._begin_ready()
+            while len(self.outputs) < len(self._graph.nodes):
+                event = await self._events.get()
+                if event["event"] == "node.finished":
+                    self.outputs[event["node"]] = event["output"]
+                if event["event"] == "stopped":
+                    return
+                yield event
+                if event["event"] == "node.failed":
+                    return
+                await self._begin_ready()
+        finally:
+            # Not waited for: a front end may take its time, and who cancels the program ends its requests anyway.
+            for task in list(self._tasks):
+                task.cancel()
+
+    def deliver(self, node_id: str, output: Any) -> None:
+        """The client ran a tool. Once only; what nobody waits for is dropped (the desk has refused it before)."""
+        if node_id in self._tools:
+            self._tools.discard(node_id)
+            self._programs.end(EndCall(self._program_id, node_id, 0, "completed"))
+            self._events.put_nowait({"event": "node.finished", "node": node_id, "output": output})
+
+    def stop(self) -> None:
+        """The program is over."""
+        self._events.put_nowait({"event": "stopped"})
+
+    async def _begin_ready(self) -> None:
+        for node in self._graph.ready(self.outputs, self._begun):
+            self._begun.add(node.node_id)
+            if node.tool:
+                await self._begin_tool(node)
+            else:
+                task = asyncio.create_task(self._answer(node), name=f"node {node.node_id}")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _begin_tool(self, node: Node) -> None:
+        identity = Identity(
+            "explicit", self._program_id, call_id=node.node_id, label=node.label, parents=node.after, is_tool=True
+        )
+        await self._programs.begin(identity, tenant=self._tenant, app="", now_epoch_s=0.0)
+        self._tools.add(node.node_id)
+        needed = {name: self.outputs[name] for name in node.after}
+        self._events.put_nowait({"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed})
+
+    async def _answer(self, node: Node) -> None:
+        path, body = request_body(node, self.outputs, self._model)
+        headers = {
+            "content-type": "application/json",
+            "x-tempo-program": self._program_id,
+            "x-tempo-call": node.node_id,
+            # A number would be taken for a stage.
+            "x-tempo-stage": "" if node.label.isdigit() else node.label,
+            "x-tempo-parent": ",".join(node.after),
+            "x-tenant-id": self._tenant,
+        }
+        said = {name: value for name, value in headers.items() if value}
+        status, content = await self._ask(path, said, msgspec.json.encode(body))
+        self._events.put_nowait(_ended(node, status, content))
+
+
+def _ended(node: Node, status: int, content: bytes) -> Event:
+    try:
+        answer = msgspec.json.decode(content)
+    except msgspec.DecodeError:
+        answer = None
+    if status == 200 and isinstance(answer, dict) and answer.get("choices"):
+        choice = answer["choices"][0]
+        text = choice["message"].get("content") if "message" in choice else choice.get("text")
+        usage = answer.get("usage") or {}
+        return {
+            "event": "node.finished",
+            "node": node.node_id,
+            "output": text or "",
+            "finish_reason": choice.get("finish_reason"),
+            "output_tokens": usage.get("completion_tokens", 0),
+        }
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return {"event": "node.failed", "node": node.node_id, "status": status, "error": error}
+
+
+def failure_of(event: Event) -> ProgramError:
+    """A failed node as an error for a client that waits for the whole."""
+    error = event["error"] if isinstance(event["error"], dict) else {}
+    message = f"node {event['node']!r} failed with status {event['status']}: {error.get('message', 'no reason given')}"
+    return ProgramError("node_failed", message, f"graph.nodes.{event['node']}")

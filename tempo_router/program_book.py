@@ -1,0 +1,260 @@
+"""All programs of an application that are in progress, and the last ones that ended. Pure: time is passed in.
+
+Every change is also said as a `Change`, which is all that a store needs to make the same change once, however often it
+is told.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar, assert_never
+
+from tempo_router.errors import ProgramError
+from tempo_router.program_graph import CallStatus, GraphCall, Objective, ProgramGraph
+from tempo_router.program_ops import (
+    BeginCall,
+    CallTicket,
+    CancelProgram,
+    CreateProgram,
+    EndCall,
+    ExtendProgram,
+    FinishProgram,
+    ProgramOp,
+)
+from tempo_router.request import ProgramId
+
+LONGEST_S = 366 * 24 * 3600.0
+_ENDED = 1000
+_RESPONSES = 20_000
+_ALIASES = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One transition. call: the one that began or ended. whole: the program is new, or told anew in full."""
+
+    program: ProgramGraph
+    kind: Literal["whole", "began", "ended", "status"]
+    call: GraphCall | None = None
+
+
+class ProgramBook:
+    """Programs by id. `apply` is the only way in; it raises ProgramError with nothing changed.
+
+    most: programs in progress, at most. linger_s: how long after its deadline, or its last call where it has none, an
+    unfinished program is kept.
+    """
+
+    def __init__(self, *, most: int = 100_000, linger_s: float = 600.0) -> None:
+        self._most = most
+        self._linger_s = linger_s
+        self._live: dict[ProgramId, ProgramGraph] = {}
+        self._ended: OrderedDict[ProgramId, ProgramGraph] = OrderedDict()
+        self._responses: OrderedDict[tuple[str, str], tuple[ProgramId, str]] = OrderedDict()
+        self._aliases: OrderedDict[str, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @property
+    def live(self) -> Iterable[ProgramGraph]:
+        """Programs in progress, oldest first."""
+        return self._live.values()
+
+    @property
+    def ended(self) -> Iterator[ProgramGraph]:
+        """The last programs that ended, newest first."""
+        return reversed(self._ended.values())
+
+    def find(self, program_id: str) -> ProgramGraph | None:
+        """A program in progress, or one of the last that ended."""
+        name = ProgramId(program_id)
+        return self._live.get(name) or self._ended.get(name)
+
+    def of_tenant(self, program_id: str, tenant: str) -> ProgramGraph:
+        """Likewise, for who asks. Raises ProgramError: another tenant's program is as good as none."""
+        graph = self.find(program_id)
+        if graph is None or graph.tenant != tenant:
+            raise ProgramError("unknown_program", f"there is no program {program_id!r}", "program")
+        return graph
+
+    def continued(self, tenant: str, response_id: str) -> tuple[ProgramId, str] | None:
+        """(program, call) that gave this answer, if it is remembered."""
+        return self._responses.get((tenant, response_id))
+
+    def restore(self, graph: ProgramGraph) -> None:
+        """A program as it was stored."""
+        (self._ended if graph.is_over else self._live)[graph.program_id] = graph
+
+    # ---- changes ----
+
+    def apply(self, op: ProgramOp, now_s: float) -> tuple[ProgramGraph | None, list[Change]]:
+        """Carry out what a client asked. Returns the program (None: an end that nobody waits for) and what changed."""
+        match op:
+            case CreateProgram():
+                return self._create(op, now_s)
+            case BeginCall():
+                return self._begin(op, now_s)
+            case EndCall():
+                return self._end(op, now_s)
+            case ExtendProgram():
+                graph = self.of_tenant(op.program_id, op.tenant)
+                _check_deadline(op.deadline_s, now_s)
+                graph.move_deadline(op.deadline_s)
+                return graph, [Change(graph, "status")]
+            case FinishProgram():
+                graph = self.of_tenant(op.program_id, op.tenant)
+                return graph, self._changed(graph, is_news=graph.close(op.operation, now_s))
+            case CancelProgram():
+                graph = self.of_tenant(op.program_id, op.tenant)
+                return graph, self._cancelled(graph, op.operation, op.reason, now_s)
+            case _:
+                assert_never(op)
+
+    def ticket(self, graph: ProgramGraph, call: GraphCall, now_s: float) -> CallTicket:
+        """What the call's request needs to know."""
+        is_relegated = graph.status == "relegated"
+        left_s = None if graph.deadline_s is None or is_relegated else graph.deadline_s - now_s
+        return CallTicket(
+            graph.program_id, call.call_id, call.attempt, call.stage, graph.app,
+            left_s if left_s is None or left_s > 0.0 else None,
+            is_relegated or (left_s is not None and left_s <= 0.0),
+        )  # fmt: skip
+
+    def relegate(self, graph: ProgramGraph, now_s: float) -> list[Change]:
+        """It can no longer make its deadline."""
+        return self._changed(graph, is_news=graph.relegate(now_s))
+
+    def owner_gone(self, owner: str, now_s: float) -> list[Change]:
+        """An ingress is gone, and with it the clients of the calls that it served; but those that were answered."""
+        changes: list[Change] = []
+        for graph in list(self._live.values()):
+            for call in [one for one in graph.running if one.owner == owner]:
+                is_answered = call.answered_tokens is not None
+                call.is_presumed = is_answered
+                status: CallStatus = "completed" if is_answered else "cancelled"
+                op = EndCall(
+                    graph.program_id, call.call_id, call.attempt, status, call.prompt_tokens, call.answered_tokens or 0
+                )
+                changes += self._end(op, now_s)[1]
+        return changes
+
+    def overdue(self, now_s: float) -> list[Change]:
+        """Programs whose deadline passed are relegated; what nobody will finish any more is closed."""
+        changes: list[Change] = []
+        for graph in list(self._live.values()):
+            if graph.deadline_s is not None and now_s > graph.deadline_s:
+                changes += self.relegate(graph, now_s)
+            until_s = max(graph.last_s, graph.deadline_s or 0.0) + self._linger_s
+            if now_s > until_s and not graph.running:
+                changes += self._abandoned(graph, now_s)
+        return changes
+
+    # ---- one by one ----
+
+    def _create(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
+        known = self.find(op.program_id)
+        if known is not None:
+            if known.tenant != op.tenant:
+                raise ProgramError("unknown_program", f"there is no program {op.program_id!r}", "program")
+            return known, []
+        if op.objective == "deadline" and op.deadline_s is None:
+            message = "give deadline_s or deadline, or the objective 'best_effort'"
+            raise ProgramError("invalid_program", message, "deadline_s")
+        return self._open(op, now_s)
+
+    def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
+        if op.deadline_s is not None:
+            _check_deadline(op.deadline_s, now_s)
+        if len(self._live) >= self._most:
+            message = f"{self._most} programs are in progress (programs.max_programs); try again later"
+            raise ProgramError("too_many_programs", message)
+        graph = ProgramGraph(ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name)
+        self._live[graph.program_id] = graph
+        return graph, [Change(graph, "whole")]
+
+    def _begin(self, op: BeginCall, now_s: float) -> tuple[ProgramGraph, list[Change]]:
+        program_id = self._generation(op) if op.may_restart else op.program_id
+        if op.alias:
+            _remember(self._aliases, op.alias, program_id, _ALIASES)
+        graph = self.find(program_id)
+        changes: list[Change] = []
+        if graph is None and op.is_new_allowed:
+            objective: Objective = "deadline" if op.deadline_s is not None else "best_effort"
+            new = CreateProgram(program_id, op.tenant, op.app, op.deadline_s, objective, op.name)
+            _, changes = self._open(new, now_s)
+        graph = self.of_tenant(program_id, op.tenant)
+        try:
+            call, is_news = graph.begin(op.call, now_s)
+        except ProgramError:
+            if changes:
+                del self._live[graph.program_id]
+            raise
+        if changes:
+            return graph, changes
+        return graph, [Change(graph, "began", call)] if is_news else []
+
+    def _generation(self, op: BeginCall) -> str:
+        """The name under which a session goes on: its own, or the next one that is not over."""
+        program_id = self._aliases.get(op.program_id, op.program_id)
+        for number in range(2, _ENDED + 2):
+            graph = self.find(program_id)
+            if graph is None or op.call.call_id in graph.calls or not (graph.is_over or graph.closed_by):
+                break
+            program_id = f"{op.program_id}.{number}"
+        return program_id
+
+    def _end(self, op: EndCall, now_s: float) -> tuple[ProgramGraph | None, list[Change]]:
+        graph = self.find(op.program_id)
+        if graph is None:
+            return None, []
+        if op.response_id:
+            name = (graph.tenant, op.response_id)
+            _remember(self._responses, name, (graph.program_id, op.call_id), _RESPONSES)
+        call = graph.end(
+            op.call_id, op.attempt, op.status, now_s, prompt_tokens=op.prompt_tokens, output_tokens=op.output_tokens
+        )
+        if call is None:
+            return graph, []
+        if op.is_last and not graph.closed_by and not graph.is_over:
+            graph.close(f"{op.call_id}@{op.attempt}", now_s)
+        is_status_news = graph.is_over or (op.is_last and bool(graph.closed_by))
+        changes = [Change(graph, "ended", call)]
+        return graph, [*changes, *self._changed(graph, is_news=is_status_news)]
+
+    def _cancelled(self, graph: ProgramGraph, operation: str, reason: str, now_s: float) -> list[Change]:
+        running = graph.running
+        is_news = graph.cancel(operation, reason, now_s)
+        return [*(Change(graph, "ended", call) for call in running), *self._changed(graph, is_news=is_news)]
+
+    def _abandoned(self, graph: ProgramGraph, now_s: float) -> list[Change]:
+        """Without a deadline silence is the usual end; with one nobody knows what was still to come."""
+        if graph.deadline_s is None:
+            return self._changed(graph, is_news=graph.close("silence", now_s))
+        return self._cancelled(graph, "silence", "abandoned: nobody finished it", now_s)
+
+    def _changed(self, graph: ProgramGraph, *, is_news: bool) -> list[Change]:
+        if graph.is_over and self._live.pop(graph.program_id, None) is not None:
+            self._ended[graph.program_id] = graph
+            if len(self._ended) > _ENDED:
+                self._ended.popitem(last=False)
+        return [Change(graph, "status")] if is_news else []
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+def _remember(table: OrderedDict[_K, _V], key: _K, value: _V, most: int) -> None:
+    """The entries that were set last are kept."""
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > most:
+        table.popitem(last=False)
+
+
+def _check_deadline(deadline_s: float, now_s: float) -> None:
+    if deadline_s <= now_s:
+        raise ProgramError("invalid_program", "the deadline lies in the past", "deadline")
+    if deadline_s > now_s + LONGEST_S:
+        raise ProgramError("invalid_program", "the deadline lies more than a year ahead", "deadline")

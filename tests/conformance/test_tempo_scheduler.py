@@ -1,0 +1,281 @@
+"""Tempo's scheduler class inside vLLM's, with made-up tokens and a clock of ours. No model is loaded."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("vllm")
+
+from tempo_router.request import (  # noqa: E402
+    BestEffort,
+    Deadline,
+    DispatchId,
+    GroupId,
+    Latency,
+    RequestId,
+    RequestSpec,
+    Slo,
+)
+from tempo_router.standing import Standing  # noqa: E402
+from tests.vllm_scheduler import Drive, Shape, make_scheduler  # noqa: E402
+from workers import tempo_scheduler  # noqa: E402
+from workers.call_facts import CallFacts, CallUpdate, News  # noqa: E402
+from workers.default_model import ensure_default_model  # noqa: E402
+
+CHAT = Latency(ttft_s=2.0, tbt_s=0.05)
+TOOL = Deadline(ttlt_s=20.0)
+BACKGROUND = BestEffort()
+SLOS: tuple[Slo, ...] = (CHAT, TOOL, BACKGROUND, Latency(0.3, 0.02), Deadline(0.5))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ensure_default_model(tmp_path_factory.mktemp("data"))
+
+
+def facts(
+    number: int, now_s: float, slo: Slo = CHAT, density: float = 1.0, *, is_admitted: bool = True, prompt: int = 10
+) -> CallFacts:
+    spec = RequestSpec(RequestId(f"r{number}"), now_s, slo, prompt, 100, GroupId(f"r{number}"))
+    return CallFacts(DispatchId(number), spec, standing=Standing(density, is_admitted))
+
+
+def drive(model, shape: Shape | None = None, **options) -> Drive:
+    shape = shape or Shape()
+    return Drive(make_scheduler(model, shape, **options), is_async=shape.is_async)
+
+
+def test_this_vllm_is_as_the_adapter_needs_it():
+    assert tempo_scheduler.differences() == []
+
+
+def test_a_changed_vllm_is_named(monkeypatch):
+    monkeypatch.delattr(tempo_scheduler.Scheduler, "_preempt_request")
+    monkeypatch.setattr(tempo_scheduler.Scheduler, "add_request", lambda self, request, extra: None)
+    found = tempo_scheduler.differences()
+    assert "Scheduler._preempt_request does not exist" in found
+    assert "Scheduler.add_request takes (self, request, extra), not (self, request)" in found
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_without_pressure_every_answer_is_whole(model, is_async):
+    run = drive(model, Shape(is_async=is_async))
+    for number in range(6):
+        run.submit(f"r{number}", list(range(20 + number)), 5 + number, facts(number, run.now_s))
+    run.drain()
+    assert {name: len(answer) for name, answer in run.answers.items()} == {f"r{n}": 5 + n for n in range(6)}
+    assert all(run.answers[name] == run.expected(name, len(run.answers[name])) for name in run.answers)
+    run.check_nothing_is_left()
+
+
+def test_the_first_in_the_order_gets_the_prefill_budget(model):
+    run = drive(model, Shape(max_step_tokens=64))
+    run.submit("r0", list(range(100)), 3, facts(0, run.now_s, BACKGROUND))
+    run.submit("r1", list(range(100, 200)), 3, facts(1, run.now_s, TOOL))
+    run.submit("r2", list(range(200, 250)), 3, facts(2, run.now_s, CHAT, density=5.0))
+    assert run.step() == {"r2": 50, "r1": 14}
+    run.drain()
+    run.check_nothing_is_left()
+
+
+def test_a_newcomer_overtakes_a_prompt_that_is_partly_computed(model):
+    """vLLM serves running requests first: the other must sit out."""
+    run = drive(model, Shape(max_step_tokens=64))
+    run.submit("r0", list(range(300)), 3, facts(0, run.now_s, BACKGROUND))
+    assert run.step() == {"r0": 64}
+    run.submit("r1", list(range(1000, 1300)), 3, facts(1, run.now_s, CHAT))
+    assert run.step() == {"r1": 64}
+    run.drain()
+    assert {name: len(answer) for name, answer in run.answers.items()} == {"r0": 3, "r1": 3}
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_is_last_in_the_order_is_held_while_better_calls_have_the_slots(model, is_async):
+    run = drive(model, Shape(slots=2, places=4, is_async=is_async))
+    for number in range(2):
+        run.submit(f"r{number}", list(range(10)), 40, facts(number, run.now_s, BACKGROUND))
+    for _ in range(4):
+        run.step()
+    run.submit("r2", list(range(50, 60)), 5, facts(2, run.now_s, CHAT, density=9.0))
+    # The order of live calls stands for 0.3 s.
+    run.now_s += 0.4
+    seen = [set(run.step()) for _ in range(12)]
+
+    together = [names for names in seen if "r2" in names]
+    assert together
+    assert all(len(names) <= 2 for names in seen), "never more than the slots in one step"
+    assert any(len(names) == 1 or not names >= {"r0", "r1"} for names in together)
+    run.drain()
+    assert run.scheduler.planner.holds > 0
+    assert {name: len(answer) for name, answer in run.answers.items()} == {"r0": 40, "r1": 40, "r2": 5}
+    assert all(run.answers[name] == run.expected(name, len(run.answers[name])) for name in run.answers)
+    run.check_nothing_is_left()
+
+
+def test_blocks_are_taken_from_the_end_of_the_order_and_not_given_back_in_the_same_step(model):
+    run = drive(model, Shape(blocks=20))
+    run.submit("r0", list(range(200)), 50, facts(0, run.now_s, BACKGROUND))
+    run.step()
+    run.step()
+    run.submit("r1", list(range(1000, 1200)), 5, facts(1, run.now_s + 0.0, CHAT, density=9.0))
+    run.now_s += 0.4
+    scheduled = run.step()
+    assert set(scheduled) == {"r1"}
+    assert run.scheduler.planner.evictions == 1
+    run.drain()
+    assert {name: len(answer) for name, answer in run.answers.items()} == {"r0": 50, "r1": 5}
+    assert run.answers["r0"] == run.expected("r0", 50)
+    run.check_nothing_is_left()
+
+
+def test_a_cached_prefix_leaves_the_budget_to_others(model):
+    run = drive(model, Shape(max_step_tokens=64))
+    prompt = list(range(160))
+    run.submit("r0", prompt, 1, facts(0, run.now_s))
+    run.drain()
+    run.submit("r1", [*prompt, 1, 2, 3], 1, facts(1, run.now_s, density=5.0))
+    run.submit("r2", list(range(1000, 1040)), 1, facts(2, run.now_s))
+    assert run.step() == {"r1": 3, "r2": 40}
+    run.drain()
+    run.check_nothing_is_left()
+
+
+def test_news_reach_the_order_within_two_steps(model):
+    """A moved deadline, another tier, another standing: all of them for calls that wait in the engine."""
+    run = drive(model, Shape(max_step_tokens=64))
+    # Larger than any step: the one that is first gets all of it.
+    for number in range(3):
+        prompt = list(range(1000 * number, 1000 * number + 700))
+        run.submit(f"r{number}", prompt, 2, facts(number, run.now_s, TOOL, density=1.0))
+    assert set(run.step()) == {"r0"}
+
+    run.scheduler.tell(News((CallUpdate("r1", slo=Deadline(0.5)),), None))
+    assert "r1" in set(run.step()) | set(run.step()), "its deadline moved"
+    run.scheduler.tell(News((CallUpdate("r1", standing=Standing(1.0, True, 0.0, True)),), None))
+    run.scheduler.tell(News((CallUpdate("r2", slo=Latency(0.2, 0.05)),), None))
+    run.now_s += 0.4
+    assert "r2" in set(run.step()) | set(run.step()), "it became a stream"
+    run.drain()
+    run.check_nothing_is_left()
+
+
+def test_news_that_overtake_their_request_count(model):
+    run = drive(model, Shape(max_step_tokens=64))
+    run.scheduler.tell(News((CallUpdate("r1", standing=Standing(50.0, True)),), None))
+    run.step()
+    run.submit("r0", list(range(300)), 2, facts(0, run.now_s))
+    run.submit("r1", list(range(1000, 1300)), 2, facts(1, run.now_s))
+    assert set(run.step()) == {"r1"}
+    run.drain()
+    run.check_nothing_is_left()
+
+
+def test_the_step_cap_of_the_router_bounds_the_prompts_of_a_step(model):
+    run = drive(model, Shape(max_step_tokens=256))
+    for _ in range(64):
+        run.observe(0.004, 4)
+    run.submit("r0", list(range(10)), 30, facts(0, run.now_s))
+    run.step()
+    run.submit("r1", list(range(1000, 1400)), 2, facts(1, run.now_s))
+    run.scheduler.tell(News((), 0.0005))
+    short = run.step()["r1"]
+    run.scheduler.tell(News((), 0.5))
+    assert run.step()["r1"] > 2 * short
+    run.drain()
+
+
+def test_a_request_that_says_nothing_is_best_effort(model):
+    run = drive(model, Shape(max_step_tokens=64))
+    run.submit("silent", list(range(300)), 2)
+    run.submit("r1", list(range(1000, 1100)), 2, facts(1, run.now_s))
+    assert set(run.step()) == {"r1"}
+    run.drain()
+    assert len(run.answers["silent"]) == 2
+    run.check_nothing_is_left()
+
+
+def test_facts_that_cannot_be_read_make_it_best_effort_aloud(model):
+    run = drive(model)
+    request = run.submit("odd", list(range(20)), 2, facts(0, run.now_s))
+    run.drain()
+    broken = run.submit("broken", list(range(20)), 2)
+    assert request is not broken
+    broken.sampling_params.extra_args = {tempo_scheduler.KEY: {"class": "urgent"}}
+    read = run.scheduler._facts(broken)
+    assert read.spec.slo == BACKGROUND
+    run.drain()
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_in_any_crowd_no_token_is_lost_and_nothing_is_left(model, seed, prefix_cache, is_async):
+    """Small cache, few slots, aborts in the middle, standings that change: the histories that break schedulers."""
+    rng = random.Random(f"{seed}:{prefix_cache}:{is_async}")
+    slots = rng.choice((2, 4, 8))
+    shape = Shape(
+        slots=slots,
+        places=slots + rng.choice((0, 1, slots)),
+        max_step_tokens=rng.choice((32, 100, 256)),
+        blocks=rng.choice((24, 30, 40)),
+        prefix_cache=prefix_cache,
+        is_async=is_async,
+    )
+    run = drive(model, shape)
+    wanted: dict[str, int] = {}
+    for number in range(120):
+        name = f"r{number}"
+        shared = [7] * rng.choice((0, 16, 40))
+        prompt = [*shared, *(rng.randrange(256) for _ in range(rng.choice((1, 15, 16, 17, 90, 250))))]
+        wanted[name] = rng.choice((1, 2, 17, 60))
+        known = facts(number, run.now_s, rng.choice(SLOS), rng.choice((0.0, 0.1, 10.0)), is_admitted=rng.random() < 0.7)
+        run.submit(name, prompt, wanted[name], known if rng.random() < 0.9 else None)
+        for _ in range(rng.choice((0, 1, 4, 9))):
+            run.step()
+            run.scheduler.audit()
+        live = [name for name in wanted if name not in run.ended]
+        if live and rng.random() < 0.15:
+            run.abort(*rng.sample(live, min(len(live), rng.choice((1, 3)))))
+        if live and rng.random() < 0.3:
+            standing = Standing(rng.choice((0.0, 0.01, 99.0)), rng.random() < 0.6, 0.0, rng.random() < 0.2)
+            update = CallUpdate(rng.choice(live), standing, rng.choice((None, *SLOS)))
+            run.scheduler.tell(News((update,), rng.choice((None, 0.01))))
+        run.now_s += rng.choice((0.0, 0.0, 0.4))
+    run.drain()
+
+    planner = run.scheduler.planner
+    assert planner.holds + planner.evictions > 5, "hardly anybody was held or evicted: this history tests nothing"
+    for name, tokens in wanted.items():
+        answer = run.answers[name]
+        assert answer == run.expected(name, len(answer)), f"{name} is garbled"
+        assert run.ended[name] == "abort" or len(answer) == tokens, f"{name} has {len(answer)} of {tokens} tokens"
+    run.check_nothing_is_left()
+
+
+def test_resetting_the_cache_under_running_requests_loses_nothing(model):
+    run = drive(model)
+    for number in range(4):
+        run.submit(f"r{number}", list(range(40)), 20, facts(number, run.now_s))
+    for _ in range(5):
+        run.step()
+    assert run.scheduler.reset_prefix_cache(reset_running_requests=True)
+    run.scheduler.audit()
+    run.drain()
+    assert all(run.answers[f"r{n}"] == run.expected(f"r{n}", 20) for n in range(4))
+    run.check_nothing_is_left()
+
+
+def test_lengths_that_the_router_expects_count(model):
+    """Of two equal deadlines the one with more left to produce is the more urgent."""
+    from tempo_router.prediction import Lengths
+
+    run = drive(model, Shape(max_step_tokens=64))
+    for number, length in ((0, 10.0), (1, 90.0)):
+        known = replace(facts(number, run.now_s, TOOL), lengths=Lengths((length,) * 20))
+        run.submit(f"r{number}", list(range(1000 * number, 1000 * number + 300)), 100, known)
+    assert set(run.step()) == {"r1"}
+    run.drain()

@@ -1,0 +1,153 @@
+"""The console in a real browser, over a real router with simulated engines and a real Redis: opens, lives, draws."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cluster.embedded_redis import start_embedded_redis
+from cluster.redis_store import RedisStore
+from deployments.http_edge import HttpEdge
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity
+from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
+from tempo_router.metrics import Outcome
+from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
+from tempo_router.request import Latency, RequestId
+from tests.browser import HOW_TO, browser, driver_program
+from tests.fleet import Fleet, call, eventually, submit
+from tests.served import free_port
+
+pytestmark = [pytest.mark.redis, pytest.mark.skipif(driver_program() is None, reason=HOW_TO)]
+
+CONFIG = TempoConfig(
+    engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 8, "max_model_len": 4096}),
+    scheduling=SchedulingConfig(settle_s=0.05, tick_s=0.02),
+)
+PICTURES = "TEMPO_TEST_PICTURES"
+"""A folder: the pages that the tests saw are kept there, to be looked at."""
+
+
+async def nothing_else(scope: Any, receive: Any, send: Any) -> None:
+    """No model behind the edge: only its own pages are asked for."""
+    raise AssertionError(scope["path"])
+
+
+class Console:
+    """A fleet, an edge over it, and its page."""
+
+    def __init__(self, fleet: Fleet, url: str) -> None:
+        self.fleet = fleet
+        self.url = url
+        self.programs = ProgramClient(fleet.clients[0].link)
+
+    async def create(self, name: str, deadline_s: float) -> None:
+        await self.programs.ask(CreateProgram(name, "t", "research", time.time() + deadline_s, name=name))
+
+    async def answer(self, program: str, call_id: str, label: str, parents: tuple[str, ...] = (), tokens: int = 80):
+        """A call of a program that is answered at once."""
+        identity = Identity("explicit", program, call_id=call_id, label=label, parents=parents)
+        ticket = await self.programs.begin(identity, tenant="t", app="", now_epoch_s=time.time())
+        self.programs.end(EndCall(program, call_id, 0, "completed", 200, tokens))
+        return ticket
+
+    async def begin(self, program: str, call_id: str, label: str, parents: tuple[str, ...]) -> None:
+        identity = Identity("explicit", program, call_id=call_id, label=label, parents=parents)
+        await self.programs.begin(identity, tenant="t", app="", now_epoch_s=time.time())
+
+
+@pytest.fixture
+async def console(tmp_path: Path) -> AsyncIterator[Console]:
+    redis = start_embedded_redis(tmp_path)
+    store = await RedisStore.connect(redis.url, "console")
+    fleet = Fleet(CONFIG, store)
+    await fleet.start(workers=2)
+    link, port = fleet.clients[0].link, free_port()
+    edge = HttpEdge(
+        nothing_else, CONFIG, not_ready_because=lambda: link.not_ready_because, programs=ProgramClient(link)
+    )
+    server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    await eventually(lambda: server.started, "the page is served")
+    yield Console(fleet, f"http://127.0.0.1:{port}/console")
+    server.should_exit = True
+    await serving
+    await fleet.close()
+    await store.close()
+    redis.stop()
+
+
+async def test_it_opens_lives_and_draws_programs_without_a_complaint(console: Console) -> None:
+    await console.create("night report", 60)
+    await console.answer("night report", "plan", "plan")
+    for number in range(3):
+        await console.answer("night report", f"s{number}", "search", ("plan",), tokens=300)
+    await console.begin("night report", "sum", "write", ("s0", "s1", "s2"))
+    console.fleet.clients[0].link.report_outcome(
+        RequestId("x"), Outcome("latency", 0.2, 1.0, 50, 45, 5, 0.1, is_met=False)
+    )
+    console.fleet.clients[0].link.report_outcome(
+        RequestId("y"), Outcome("latency", 0.1, 1.0, 50, 50, 0, 0.1, is_met=True)
+    )
+    await submit(console.fleet.clients[0], call("running", output_tokens=3000, slo=Latency(5, 1)))
+    await console.create("<b>not markup</b>", 30)
+    await console.answer("<b>not markup</b>", "a", "<img src=x onerror=alert(1)>")
+    await console.programs.ask(FinishProgram("<b>not markup</b>", "t", "op"))
+    await asyncio.to_thread(_look, console.url)
+    await console.create("a later one", 60)
+    await console.answer("a later one", "first", "plan")
+
+
+def _look(url: str) -> None:
+    program = driver_program()
+    assert program is not None
+    with browser(program) as page:
+        page.open(url)
+        page.until("return Number(document.body.dataset.updates) >= 3", "it updates by itself")
+        said = page.run("return document.getElementById('said').textContent")
+        assert said.startswith("live"), said
+        graph = "document.querySelector('[data-program=\"night report\"] svg')"
+        assert page.run(f"return {graph}.querySelectorAll('circle').length") == 5
+        assert page.run(f"return {graph}.querySelectorAll('path').length") == 6
+        assert page.run(f"return {graph}.querySelectorAll('animate').length") == 1
+        widths = page.run(
+            "return [...document.querySelectorAll('[data-program=\"night report\"] .budget span')]"
+            ".map(one => one.getBoundingClientRect().width)"
+        )
+        assert len(widths) == 3
+        assert all(width > 0 for width in widths), widths
+        assert page.run("return document.querySelectorAll('#workers tbody tr').length") == 2
+        assert "50 %" in page.run("return document.getElementById('service').textContent")
+        text = page.run("return document.getElementById('programs').textContent")
+        assert "<b>not markup</b>" in text
+        assert page.run("return document.querySelectorAll('#programs img').length") == 0
+        _keep(page.picture(), "console.png")
+        assert page.complaints() == []
+
+
+async def test_it_follows_what_happens_and_says_when_the_server_is_gone(console: Console) -> None:
+    program = driver_program()
+    assert program is not None
+    with browser(program, scheme="dark") as page:
+        await asyncio.to_thread(page.open, console.url)
+        await asyncio.to_thread(page.until, "return Number(document.body.dataset.updates) >= 1", "it has data")
+        assert "None yet" in await asyncio.to_thread(page.run, "return document.getElementById('programs').textContent")
+        await console.create("new", 60)
+        await console.answer("new", "a", "plan")
+        drawn = "return document.querySelectorAll('[data-program=new] circle').length"
+        await asyncio.to_thread(page.until, f"{drawn} === 1", "the new program is drawn")
+        await console.begin("new", "b", "write", ("a",))
+        await asyncio.to_thread(page.until, f"{drawn} === 2", "its second call is drawn")
+        _keep(await asyncio.to_thread(page.picture), "console-dark.png")
+        assert await asyncio.to_thread(page.complaints) == []
+
+
+def _keep(picture: bytes, name: str) -> None:
+    folder = os.environ.get(PICTURES)
+    if folder:
+        Path(folder, name).write_bytes(picture)

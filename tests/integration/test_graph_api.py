@@ -1,0 +1,102 @@
+"""Declared graphs over HTTP, with a real router and Redis; an application of the test's own stands for the model."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from cluster.embedded_redis import start_embedded_redis
+from cluster.redis_store import RedisStore
+from deployments.http_edge import HttpEdge
+from deployments.program_client import ProgramClient
+from tests.fleet import Fleet, eventually
+from tests.integration.test_transport import CONFIG
+from tests.served import free_port
+
+pytestmark = pytest.mark.redis
+
+
+class Model:
+    """Answers a prompt with itself; one that says "hang" never."""
+
+    def __init__(self) -> None:
+        self.hanging = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        prompt = json.loads((await receive())["body"])["prompt"]
+        if prompt == "hang":
+            self.hanging += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.hanging -= 1
+        body = json.dumps({"choices": [{"text": prompt}], "usage": {"completion_tokens": 1}}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Model]]:
+    redis = start_embedded_redis(tmp_path)
+    store = await RedisStore.connect(redis.url, "graphs")
+    fleet = Fleet(CONFIG, store)
+    await fleet.start()
+    model, port, link = Model(), free_port(), fleet.clients[0].link
+    edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=ProgramClient(link))
+    server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    await eventually(lambda: server.started, "it is served")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        yield http, model
+    server.should_exit = True
+    await serving
+    await fleet.close()
+    await store.close()
+    redis.stop()
+
+
+async def events(http: httpx.AsyncClient, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async with http.stream("POST", "/v1/programs", json={"deadline_s": 60, "stream": True, **fields}) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line[6:])
+
+
+async def status_of(http: httpx.AsyncClient, name: str) -> str:
+    return str((await http.get(f"/v1/programs/{name}")).json()["status"])
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_client_that_leaves_cancels_its_graph(served, is_streaming: bool) -> None:
+    http, model = served
+    fields = {"name": "left", "graph": {"nodes": [{"id": "a", "prompt": "hang"}]}}
+    if is_streaming:
+        async with aclosing(events(http, fields)) as open_events:
+            assert (await anext(open_events))["event"] == "program.created"
+            await eventually(lambda: model.hanging == 1, "the node is asked for")
+    else:
+        asking = asyncio.create_task(http.post("/v1/programs", json={"deadline_s": 60, **fields}))
+        await eventually(lambda: model.hanging == 1, "the node is asked for")
+        asking.cancel()
+    await eventually(lambda: model.hanging == 0, "the node is given up")
+    async with asyncio.timeout(10):
+        # Asked over HTTP, as a client does.
+        while await status_of(http, "left") != "cancelled":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_cancelling_a_program_ends_its_graph(served) -> None:
+    http, _ = served
+    happened = []
+    fields = {"name": "p", "graph": {"nodes": [{"id": "a", "prompt": "A"}, {"id": "t", "tool": "x", "after": ["a"]}]}}
+    async for event in events(http, fields):
+        happened.append(event["event"])
+        if event["event"] == "tool.waiting":
+            assert (await http.post("/v1/programs/p/cancel")).status_code == 200
+    assert happened == ["program.created", "node.finished", "tool.waiting", "program.cancelled"]

@@ -1,0 +1,86 @@
+"""What may be declared, what is refused and where, and how prompts are filled in."""
+
+import pytest
+
+from deployments.declared_graph import MAX_NODES, filled, parse_graph, parse_output, request_body
+from tempo_router.errors import ProgramError
+
+DIAMOND = {
+    "nodes": [
+        {"id": "sum", "prompt": "Join {{left}} and {{ right }}."},
+        {"id": "left", "prompt": "L: {{plan}}"},
+        {"id": "right", "messages": [{"role": "user", "content": [{"type": "text", "text": "R: {{plan}}"}]}]},
+        {"id": "plan", "prompt": "Plan.", "max_tokens": 5},
+    ]
+}
+
+
+def test_a_node_waits_for_what_its_templates_name():
+    graph = parse_graph(DIAMOND)
+    assert [node.node_id for node in graph.ready((), ())] == ["plan"]
+    assert [node.node_id for node in graph.ready(("plan",), ("plan",))] == ["left", "right"]
+    assert graph.ready(("plan", "left"), ("plan", "left", "right")) == []
+    assert [node.node_id for node in graph.nodes] == ["plan", "left", "right", "sum"]
+    assert graph.nodes[-1].after == ("left", "right")
+
+
+def test_prompts_are_filled_with_outputs_as_they_are():
+    graph = parse_graph(DIAMOND)
+    outputs = {"plan": "{{left}}", "left": [1, {"a": None}]}
+    by_id = {node.node_id: node for node in graph.nodes}
+    assert request_body(by_id["left"], outputs, "m") == ("/v1/completions", {"model": "m", "prompt": "L: {{left}}"})
+    path, body = request_body(by_id["right"], outputs, "m")
+    assert (path, body["messages"][0]["content"][0]["text"]) == ("/v1/chat/completions", "R: {{left}}")
+    assert filled("{{left}}", outputs) == '[1,{"a":null}]'
+    assert request_body(by_id["plan"], {}, "m")[1]["max_tokens"] == 5
+
+
+def test_the_largest_graph_is_taken_and_a_larger_one_is_not():
+    nodes = [
+        {"id": str(number), "prompt": "x", "after": [str(number - 1)] if number else []} for number in range(MAX_NODES)
+    ]
+    assert len(parse_graph({"nodes": nodes}).nodes) == MAX_NODES
+    with pytest.raises(ProgramError, match="10000 nodes; there may be 1 to 1000"):
+        parse_graph({"nodes": [{"id": str(number), "prompt": "x"} for number in range(10_000)]})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "field", "problem"),
+    [
+        (5, "graph", "list of nodes"),
+        ([], "graph.nodes", "0 nodes"),
+        ([{"prompt": "x"}], "graph.nodes[0].id", "must be"),
+        ([{"id": "a b", "prompt": "x"}], "graph.nodes[0].id", "must be"),
+        ([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "x"}], "graph.nodes[1].id", "also node 0"),
+        ([{"id": "a", "prompt": "{{nobody}}"}], "graph.nodes[0].prompt", "names 'nobody'"),
+        ([{"id": "a", "prompt": "x", "after": ["nobody"]}], "graph.nodes[0].after", "no node 'nobody'"),
+        ([{"id": "a", "prompt": "{{a}}"}], "graph.nodes[0].after", "wait for itself"),
+        ([{"id": "a", "prompt": "{{b}}"}, {"id": "b", "prompt": "{{a}}"}], "graph.nodes[0].after", "waits"),
+        ([{"id": "a"}], "graph.nodes[0]", "exactly one"),
+        ([{"id": "a", "prompt": "x", "tool": "t"}], "graph.nodes[0]", "exactly one"),
+        ([{"id": "a", "tool": "t", "max_tokens": 5}], "graph.nodes[0]", "neither"),
+        ([{"id": "a", "prompt": "x", "max_tokens": 0}], "graph.nodes[0].max_tokens", "above zero"),
+        ([{"id": "a", "prompt": "x", "promt": "y"}], "graph.nodes[0].promt", "did you mean"),
+        ([{"id": "a", "prompt": "x", "sampling": {"stream": True}}], "graph.nodes[0].sampling.stream", "set by"),
+        ([{"id": "a", "messages": []}], "graph.nodes[0].messages", "list of chat"),
+        ([{"id": "a", "prompt": 5}], "graph.nodes[0].prompt", "must be text"),
+    ],
+)
+def test_what_makes_no_sense_is_named(nodes, field, problem):
+    with pytest.raises(ProgramError, match=problem) as refused:
+        parse_graph({"nodes": nodes} if isinstance(nodes, list) else nodes)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"out": 1}', b'{"output": NaN}', b'{"output": "' + b"x" * 300_000 + b'"}']
+)
+def test_an_output_that_is_none_is_refused(body):
+    with pytest.raises(ProgramError) as refused:
+        parse_output(body)
+    assert refused.value.field == "output"
+
+
+def test_any_json_is_an_output():
+    assert parse_output(b'{"output": {"a": [1, null]}}') == {"a": [1, None]}
+    assert parse_output(b'{"output": null, "user": "me"}') is None

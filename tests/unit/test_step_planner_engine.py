@@ -1,0 +1,119 @@
+"""What the step planner is told by an engine that has its own mind: caches, last tokens in flight, preemptions."""
+
+import pytest
+
+from tempo_router.config import SchedulingConfig
+from tempo_router.events import StepReport
+from tempo_router.kv_blocks import KvBlocks
+from tempo_router.policies import build_policy
+from tempo_router.prediction import LengthHistograms
+from tempo_router.request import DispatchId, Latency, RequestSpec
+from tempo_router.standing import Standing
+from tempo_router.step_planner import LEAST_CHUNK, LiveCall, StepPlan, StepPlanner
+from tempo_router.step_time import StepTimeModel
+from tests.builders import BACKGROUND, CHAT, TOOL, request
+
+BLOCK = 16
+
+
+@pytest.fixture
+def planner():
+    one = StepPlanner(
+        build_policy(SchedulingConfig(policy="tempo")),
+        slots=4,
+        max_step_tokens=2048,
+        kv=KvBlocks(40, BLOCK),
+        steps=StepTimeModel(),
+    )
+    yield one
+    one.audit()
+
+
+def add(planner: StepPlanner, number: int, spec: RequestSpec, density: float = 1.0) -> LiveCall:
+    standing = Standing(density, is_admitted=True)
+    return planner.add(DispatchId(number), spec, LengthHistograms().lookup(spec), standing, spec.arrival_s)
+
+
+def step(planner: StepPlanner, now_s: float, missed: tuple[LiveCall, ...] = ()) -> StepPlan:
+    plan = planner.plan(now_s)
+    assert plan is not None
+    planner.stepped(plan, missed)
+    return plan
+
+
+def test_a_call_that_the_engine_left_out_has_made_no_token(planner):
+    one, other = (add(planner, number, request(f"r{number}", prompt_tokens=10)) for number in (1, 2))
+    step(planner, 0.0)
+    step(planner, 0.1, missed=(one,))
+
+    assert (one.new_tokens, other.new_tokens) == (1, 2)
+    planner.audit()
+    step(planner, 0.2)
+    assert (one.new_tokens, other.new_tokens) == (2, 3)
+
+
+def test_a_cached_prefix_is_not_computed_again(planner):
+    call = add(planner, 1, request("r", prompt_tokens=100))
+    plan = planner.plan(0.0)
+    assert plan.prefill_tokens == 100
+    planner.found(call, 96, 100)
+    planner.stepped(StepPlan(((call, 4),), 0, 0))
+
+    assert (call.is_decoding, call.new_tokens) == (True, 1)
+
+
+def test_what_an_engine_preempts_by_itself_starts_again_behind_its_own_answer(planner):
+    call = add(planner, 1, request("r", prompt_tokens=10))
+    step(planner, 0.0)
+    step(planner, 0.1)
+    planner.lost(call)
+
+    assert (call.is_decoding, call.blocks, call.missing_tokens) == (False, 0, 12)
+    planner.lost(call)
+    assert planner.evictions == 1, "it had nothing left to lose"
+
+
+def test_a_victim_of_the_plan_is_named_until_the_next_plan(planner):
+    last = add(planner, 1, request("last", slo=BACKGROUND, prompt_tokens=480))
+    step(planner, 0.0)
+    add(planner, 2, request("first", slo=CHAT, arrival_s=0.1, prompt_tokens=300), density=5.0)
+    step(planner, 0.5)
+
+    assert list(planner.evicted) == [last]
+    step(planner, 0.6)
+    assert list(planner.evicted) == []
+
+
+def test_a_moved_deadline_changes_the_order_of_the_next_step(planner):
+    # The cap lets one prompt into each step.
+    planner.step_cap_s = 1e-6
+    calls = [add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=200)) for number in (1, 2)]
+    assert [call for call, _ in step(planner, 0.0).prefills] == [calls[0]]
+    planner.retarget(DispatchId(2), Latency(ttft_s=0.1, tbt_s=0.1))
+
+    assert [call for call, _ in step(planner, 0.01).prefills] == [calls[1]]
+
+
+def test_a_stream_that_became_a_deadline_no_longer_bounds_the_step(planner):
+    call = add(planner, 1, request("r", slo=Latency(ttft_s=0.05, tbt_s=0.01), prompt_tokens=10))
+    step(planner, 0.0)
+    assert planner._cap_s(0.5) == pytest.approx(0.005)
+    planner.retarget(DispatchId(1), TOOL)
+
+    assert planner._cap_s(0.5) == pytest.approx(0.05)
+    assert call.spec.slo == TOOL
+
+
+def test_while_the_step_times_are_unsure_steps_keep_a_margin(planner):
+    """Equal steps take one time 0.1 s and the next 0.5 s, for more than a minute: no fit is right about that."""
+    planner.step_cap_s = 0.4
+    steps = planner._steps
+    for number in range(2000):
+        steps.observe(StepReport(0.5 if number % 2 else 0.1, 500, 0, 0, 125_000.0))
+        if steps.is_unsure:
+            break
+    assert steps.is_unsure
+
+    assert steps.upper_ratio > 1.2
+    assert planner._capped_budget(1.0) == steps.budget_tokens(0.4 / steps.upper_ratio, 0, 0)
+    assert LEAST_CHUNK < planner._capped_budget(1.0) < steps.budget_tokens(0.4, 0, 0)

@@ -1,0 +1,447 @@
+"""Tempo's step planner inside vLLM: a scheduler class for the engine argument `scheduler_cls`.
+
+The only module that touches private names of vLLM's scheduler. It never copies the parent's `schedule()`: it asks the
+planner of tempo_router for the step, the same that the simulator runs, arranges the parent's state so that the parent
+comes to that step, and tells the planner what came of it.
+
+    order        `waiting` is a queue that shows only the planned prompts; partly computed ones stand last in `running`
+    budget       `max_num_scheduled_tokens` for one call
+    hold         `next_decode_eligible_step` beyond any step
+    victim       `_preempt_request`, before the call; what vLLM itself preempts is the tail of `running`
+    end          `_free_blocks`
+
+`differences` compares the installed vLLM with `_RELIED_ON` and names what the planner cannot plan for; whoever starts
+an engine asks it first and else leaves the order to vLLM (vllm_engine.py).
+"""
+
+import inspect
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from tempo_router.config import SchedulingConfig
+from tempo_router.events import StepReport
+from tempo_router.policies import build_policy
+from tempo_router.prediction import LengthHistograms
+from tempo_router.request import DispatchId
+from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
+from tempo_router.step_time import Coefficients, StepTimeModel
+from workers.call_facts import CallFacts, CallUpdate, News, facts_from_values
+from workers.engine_blocks import EngineBlocks
+from workers.planned_queue import Funnel, PlannedQueue
+
+log = structlog.get_logger()
+
+SCHEDULER = f"{__name__}.TempoScheduler"
+KEY = "tempo"
+"""Of `additional_config` (settings) and of `SamplingParams.extra_args` (facts of one request)."""
+
+_NEVER = 1 << 60
+_MOST_EARLY = 1024
+_WORST_STANDS_S = 0.1
+"""How long the last of the order is taken for the last, so that a full cache does not mean sorting at every step."""
+_FACTS_OF_A_STRANGER = {"class": "best_effort"}
+
+_RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
+    (Scheduler, "schedule", ("self", "throttle_prefills")),
+    (Scheduler, "add_request", ("self", "request")),
+    (Scheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
+    (Scheduler, "_free_blocks", ("self", "request")),
+    (Scheduler, "finish_requests", ("self", "request_ids", "finished_status")),
+    (Scheduler, "get_request_counts", ("self",)),
+    (KVCacheManager, "get_computed_blocks", ("self", "request")),
+)
+_STATE = (
+    "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
+    "kv_cache_manager", "block_size", "_pause_state",
+)  # fmt: skip
+_QUEUES = ("kv_holding_waiting", "skipped_waiting")
+"""Where the parent keeps those that it passed over: the first since 0.31, the second before."""
+
+
+def differences() -> list[str]:
+    """What of the installed vLLM is not as this module needs it; empty if all is."""
+    found = []
+    for owner, name, expected in _RELIED_ON:
+        method = getattr(owner, name, None)
+        if method is None:
+            found.append(f"{owner.__name__}.{name} does not exist")
+            continue
+        parameters = tuple(inspect.signature(method).parameters)
+        if parameters != expected:
+            found.append(f"{owner.__name__}.{name} takes ({', '.join(parameters)}), not ({', '.join(expected)})")
+    source = inspect.getsource(Scheduler)
+    found += [f"Scheduler has no {name}" for name in _STATE if f"self.{name}" not in source]
+    if not any(f"self.{name} =" in source for name in _QUEUES):
+        found.append(f"Scheduler has none of {', '.join(_QUEUES)}")
+    if "next_decode_eligible_step" not in inspect.getsource(Scheduler.schedule):
+        found.append("Scheduler.schedule does not read next_decode_eligible_step")
+    return found
+
+
+def not_planned(config: Any) -> list[str]:
+    """What of an engine's configuration the planner knows nothing of; empty for what it can plan."""
+    parallel = config.parallel_config
+    reasons = {
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "encoder-decoder models": config.model_config.is_encoder_decoder,
+        "models that do not generate": config.model_config.runner_type != "generate",
+        "prompts that are not cut (enable_chunked_prefill is off)": not config.scheduler_config.enable_chunked_prefill,
+    }
+    return [name for name, is_there in reasons.items() if is_there]
+
+
+class TempoScheduler(AsyncScheduler):
+    """Plans every step with `StepPlanner`. One thread calls it; `tell` may be called from any.
+
+    Settings are in `additional_config["tempo"]`, all optional: `scheduling` (as in the configuration of the router),
+    `slots` (sequences of one step; beyond it calls are held), `coefficients` (of step times, as measured before).
+    """
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        chosen = (self.vllm_config.additional_config or {}).get(KEY, {})
+        scheduling = SchedulingConfig.model_validate(chosen.get("scheduling", {"policy": "tempo"}))
+        self.running: list[Any] = []
+        self.waiting: PlannedQueue[Any] = PlannedQueue()
+        if hasattr(self, "skipped_waiting"):
+            self.skipped_waiting: PlannedQueue[Any] = Funnel(self.waiting)
+        self._most_tokens: int = self.max_num_scheduled_tokens
+        coefficients = chosen.get("coefficients")
+        self.steps = StepTimeModel(Coefficients(*coefficients)) if coefficients else StepTimeModel()
+        self._kv = EngineBlocks(self.cache_config.num_gpu_blocks - 1, self.block_size, self._cached_tokens)
+        self.planner = StepPlanner(
+            build_policy(scheduling),
+            slots=min(chosen.get("slots", self.max_num_running_reqs), self.max_num_running_reqs),
+            max_step_tokens=self._most_tokens,
+            kv=self._kv,
+            steps=self.steps,
+        )
+        self._lengths = LengthHistograms()
+        self._news: deque[News] = deque()
+        self._spare_keys = itertools.count(-1, -1)
+        self._calls: dict[str, LiveCall] = {}
+        self._requests: dict[DispatchId, Any] = {}
+        self._strangers: dict[str, Any] = {}
+        self._not_ready: dict[str, Any] = {}
+        self._begun: dict[DispatchId, LiveCall] = {}
+        self._skipped: list[Any] = []
+        self._worst: Any = None
+        self._worst_until_s = -1.0
+        self._early: dict[str, CallUpdate] = {}
+        self._is_stuck = False
+
+    # ---- what comes in ----
+
+    def tell(self, news: News) -> None:
+        """The next step knows. From any thread."""
+        self._news.append(news)
+
+    def observe(self, report: StepReport) -> None:
+        """How long a step took, for the costs and the budget of later ones."""
+        self.steps.observe(report)
+
+    def add_request(self, request: Any) -> None:
+        """As upstream; the planner learns of it too, once it can run."""
+        is_known = request.request_id in self.requests
+        super().add_request(request)
+        if is_known:
+            return
+        if request.sampling_params is None or request.resumable:
+            self._strangers[request.request_id] = request
+        elif request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+            self._not_ready[request.request_id] = request
+        else:
+            self._enter(request)
+
+    def _enter(self, request: Any) -> None:
+        facts = self._facts(request)
+        lengths = facts.lengths if facts.lengths is not None else self._lengths.lookup(facts.spec)
+        self._requests[facts.key] = request
+        self._calls[request.request_id] = self.planner.add(facts.key, facts.spec, lengths, facts.standing, self.clock())
+        early = self._early.pop(request.request_id, None) if self._early else None
+        if early is not None:
+            self._update(early)
+
+    def _facts(self, request: Any) -> CallFacts:
+        values = (request.sampling_params.extra_args or {}).get(KEY)
+        spare_key = next(self._spare_keys)
+
+        def read(values: Mapping[str, Any]) -> CallFacts:
+            return facts_from_values(
+                values,
+                request_id=request.request_id,
+                prompt_tokens=request.num_prompt_tokens,
+                max_tokens=request.max_tokens,
+                now_s=self.clock(),
+                spare_key=spare_key,
+            )
+
+        try:
+            facts = read(values if values is not None else _FACTS_OF_A_STRANGER)
+        except (ValueError, KeyError, TypeError) as problem:
+            log.warning("slo_unreadable", request_id=request.request_id, problem=repr(problem), effect="best effort")
+            facts = read(_FACTS_OF_A_STRANGER)
+        if facts.key in self._requests:
+            log.warning("call_key_twice", request_id=request.request_id, key=facts.key)
+            facts = CallFacts(DispatchId(spare_key), facts.spec, facts.lengths, facts.standing)
+        return facts
+
+    def _take_news(self) -> None:
+        while self._news:
+            news = self._news.popleft()
+            self.planner.step_cap_s = news.step_cap_s
+            for update in news.updates:
+                self._update(update)
+
+    def _update(self, update: CallUpdate) -> None:
+        call = self._calls.get(update.request_id)
+        if call is None:
+            # It has ended, and the news crossed with its last token; or they overtook the request itself.
+            self._early[update.request_id] = update
+            if len(self._early) > _MOST_EARLY:
+                del self._early[next(iter(self._early))]
+            return
+        if update.standing is not None:
+            self.planner.retune(call.call_id, update.standing)
+        if update.slo is not None:
+            self.planner.retarget(call.call_id, update.slo)
+
+    def _admit_ready(self) -> None:
+        """Those whose grammar is compiled, or cannot be: the parent tells these two apart when it meets them."""
+        ready = [one for one in self._not_ready.values() if one.structured_output_request.grammar is not None]
+        for request in ready:
+            del self._not_ready[request.request_id]
+            self._enter(request)
+
+    def _cached_tokens(self, request_id: str) -> int:
+        request = self.requests.get(request_id)
+        return int(self.kv_cache_manager.get_computed_blocks(request)[1]) if request is not None else 0
+
+    # ---- a step ----
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """The parent's step, as the planner wants it."""
+        if self._news:
+            self._take_news()
+        if self._not_ready:
+            self._admit_ready()
+        plan = self._plan() if self._pause_state == PauseState.UNPAUSED else None
+        offered = self._arrange(plan)
+        self.waiting.offer(offered)
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.waiting.withdraw()
+            self.max_num_scheduled_tokens = self._most_tokens
+        self._follow(plan, output)
+        return output
+
+    def _plan(self) -> StepPlan | None:
+        planner = self.planner
+        self._kv.measure(self.kv_cache_manager.block_pool.get_num_free_blocks() - self._promised())
+        plan = planner.plan(self.clock())
+        if planner.evicted:
+            self._preempt(planner.evicted)
+        if self._is_stuck:
+            self._make_way()
+        return plan
+
+    def _promised(self) -> int:
+        """Blocks that begun prompts will still take."""
+        promised = 0
+        for call_id, call in self._begun.items():
+            request = self._requests[call_id]
+            is_running = request.status == RequestStatus.RUNNING
+            taken = -(-request.num_computed_tokens // self.block_size) if is_running else 0
+            promised += max(0, call.blocks - taken)
+        return promised
+
+    def _preempt(self, calls: Iterable[LiveCall]) -> None:
+        victims = []
+        for call in calls:
+            self._begun.pop(call.call_id, None)
+            request = self._requests.get(call.call_id)
+            if request is not None and request.status == RequestStatus.RUNNING:
+                victims.append(request)
+        if not victims:
+            return
+        gone = {request.request_id for request in victims}
+        self.running = [request for request in self.running if request.request_id not in gone]
+        for request in victims:
+            super()._preempt_request(request, self.clock())
+            request.next_decode_eligible_step = 0
+
+    def _make_way(self) -> None:
+        """Nothing ran in the last step: who is held gives up its place, the last of them first."""
+        planner = self.planner
+        held = [call for call in planner.ordered() if not call.is_decoding and call.blocks]
+        planned = {call.call_id for call in planner.held_calls}
+        last = next((call for call in reversed(held) if call.call_id in planned), None)
+        if last is not None:
+            planner.lost(last)
+            self._preempt([last])
+
+    def _arrange(self, plan: StepPlan | None) -> list[Any]:
+        """Set holds, order and budget. Returns the waiting requests that may come in, in order."""
+        strangers = self._strangers
+        if plan is None:
+            return list(strangers.values()) if strangers else []
+        offered, chunks = self._prompts(plan)
+        self._hold(plan, chunks)
+        if chunks or self._skipped:
+            self._put_prompts_last(chunks)
+        elif self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
+            self._put_worst_last()
+        budget = plan.decodes + plan.prefill_tokens
+        if strangers:
+            budget += sum(max(1, one.num_tokens - one.num_computed_tokens) for one in strangers.values())
+            offered = [*strangers.values(), *offered]
+        self.max_num_scheduled_tokens = max(1, min(budget, self._most_tokens))
+        return offered
+
+    def _prompts(self, plan: StepPlan) -> tuple[list[Any], list[Any]]:
+        """(planned requests that wait, planned requests that are partly computed), each in order.
+
+        The parent serves the second before the first. Who would thereby take what is meant for one ahead of it sits
+        the step out.
+        """
+        offered, chunks = [], []
+        evicted = {call.call_id for call in self.planner.evicted} if self.planner.evicted else ()
+        for call, tokens in plan.prefills:
+            self._begun[call.call_id] = call
+            request = self._requests[call.call_id]
+            if request.status != RequestStatus.RUNNING:
+                if call.call_id not in evicted:
+                    offered.append(request)
+            elif not offered or tokens >= call.missing_tokens:
+                chunks.append(request)
+        return offered, chunks
+
+    def _hold(self, plan: StepPlan, chunks: Sequence[Any]) -> None:
+        """Who has a place in `running` and no part in this step is not eligible; everyone else is."""
+        planner = self.planner
+        if not (planner.held or self._begun or self._skipped or not plan.decodes):
+            return
+        skipped = [self._requests[call.call_id] for call in planner.held_calls]
+        if self._begun:
+            taking_part = {request.request_id for request in chunks}
+            skipped += [
+                request
+                for request in (self._requests[call_id] for call_id in self._begun)
+                if request.status == RequestStatus.RUNNING and request.request_id not in taking_part
+            ]
+        if not plan.decodes:
+            skipped += [self._requests[call.call_id] for call in planner.decoding]
+        kept = {request.request_id for request in skipped}
+        for request in self._skipped:
+            if request.request_id in kept or request.next_decode_eligible_step != _NEVER:
+                continue
+            if request.num_output_placeholders > 0:
+                # Its token of an earlier step is still on its way: the model runner could not continue from it.
+                skipped.append(request)
+            else:
+                request.next_decode_eligible_step = 0
+        for request in skipped:
+            request.next_decode_eligible_step = _NEVER
+        self._skipped = skipped
+
+    def _put_prompts_last(self, chunks: Sequence[Any]) -> None:
+        """Decodes get their token first, then prompts in order; who sits the step out loses its place first."""
+        last = {id(request) for request in chunks}
+        skipped = {id(request) for request in self._skipped}
+        front = [one for one in self.running if id(one) not in last and id(one) not in skipped]
+        self.running = [*front, *chunks, *(one for one in self.running if id(one) in skipped)]
+
+    def _put_worst_last(self) -> None:
+        """Blocks may run out within the step: the parent then preempts the tail."""
+        now_s = self.clock()
+        if now_s < self._worst_until_s and self.running[-1] is self._worst:
+            return
+        self._worst_until_s = now_s + _WORST_STANDS_S
+        for call in reversed(self.planner.ordered()):
+            request = self._requests[call.call_id]
+            if request.status == RequestStatus.RUNNING:
+                self.running.remove(request)
+                self.running.append(request)
+                self._worst = request
+                return
+
+    def _follow(self, plan: StepPlan | None, output: Any) -> None:
+        """Tell the planner what was computed, which need not be what it planned."""
+        scheduled: dict[str, int] = output.num_scheduled_tokens
+        planner = self.planner
+        if not scheduled:
+            self._is_stuck = plan is not None and not any(one.num_in_flight_tokens for one in self.running)
+            return
+        self._is_stuck = False
+        prefills = []
+        for call_id, call in self._begun.items() if self._begun else ():
+            request = self._requests[call_id]
+            tokens = scheduled.get(request.request_id)
+            if tokens is not None:
+                planner.found(call, request.num_computed_tokens - tokens, request.num_tokens)
+                prefills.append((call, tokens))
+        decodes = len(scheduled) - len(prefills)
+        if self._strangers:
+            decodes -= sum(request_id in scheduled for request_id in self._strangers)
+        missed: list[LiveCall] = []
+        if decodes and decodes != planner.decodes:
+            missed = [call for call in planner.decoding if self._requests[call.call_id].request_id not in scheduled]
+        for call in planner.stepped(StepPlan(tuple(prefills), decodes, 0), missed):
+            del self._begun[call.call_id]
+
+    # ---- what goes out ----
+
+    def _preempt_request(self, request: Any, timestamp: float, drop_stale_output: bool = False) -> None:
+        """vLLM takes a place by itself: blocks ran out, or its cache is reset."""
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        request.next_decode_eligible_step = 0
+        call = self._calls.get(request.request_id)
+        if call is not None:
+            self._begun.pop(call.call_id, None)
+            self.planner.lost(call)
+
+    def _free_blocks(self, request: Any) -> None:
+        """A request ended, in whatever way: nothing of it is kept."""
+        super()._free_blocks(request)
+        self._strangers.pop(request.request_id, None)
+        self._not_ready.pop(request.request_id, None)
+        call = self._calls.pop(request.request_id, None)
+        if call is None:
+            return
+        del self._requests[call.call_id]
+        self._begun.pop(call.call_id, None)
+        self.planner.remove(call)
+        if self._skipped:
+            self._skipped = [one for one in self._skipped if one is not request]
+        if call.call_id < 0:
+            # A router learns lengths itself, and sends what it expects.
+            is_complete = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+            self._lengths.observe(call.spec, request.num_output_tokens, is_complete=is_complete)
+
+    def audit(self) -> None:
+        """Check that planner and engine speak of the same requests. Raises AssertionError. O(everything)."""
+        known = {*self._calls, *self._strangers, *self._not_ready}
+        assert known == set(self.requests), f"{known ^ set(self.requests)} are known on one side only"
+        assert len(self.planner) == len(self._calls) == len(self._requests), "calls do not add up"
+        assert set(self._begun) <= set(self._requests), "a prompt of nobody is begun"
+        self.planner.audit()
+        held = {self._requests[call.call_id].request_id for call in self.planner.held_calls}
+        decoding = {self._requests[call.call_id].request_id for call in self.planner.decoding}
+        running = {request.request_id for request in self.running}
+        assert held | decoding <= running, f"{(held | decoding) - running} decode, and have no place"
