@@ -12,6 +12,7 @@ from cluster.ingress_link import Verdict
 from deployments.remote_engine import MAX_FRUITLESS_ATTEMPTS, RemoteEngine
 from deployments.request_context import AdmissionRejected, RequestContext, bound_request
 from tempo_router.errors import RouterUnavailableError
+from tempo_router.metrics import Outcome
 from tempo_router.request import BestEffort, RequestId, RequestSpec
 
 pytestmark = pytest.mark.vllm
@@ -25,6 +26,7 @@ class PlayedLink:
         self.submitted: list[RequestSpec] = []
         self.resubmitted: list[RequestSpec] = []
         self.closed: list[RequestId] = []
+        self.outcomes: dict[RequestId, Outcome] = {}
 
     async def submit(self, spec: RequestSpec, _payload: Any) -> Verdict:
         self.submitted.append(spec)
@@ -40,6 +42,9 @@ class PlayedLink:
 
     def finish(self, request_id: RequestId) -> None:
         self.closed.append(request_id)
+
+    def report_outcome(self, request_id: RequestId, outcome: Outcome) -> None:
+        self.outcomes[request_id] = outcome
 
     def claim(self, _worker_id: str, attempt_id: str) -> RequestId:
         return RequestId(attempt_id.partition("@")[0])
@@ -120,6 +125,7 @@ async def test_a_request_whose_attempts_all_end_without_a_token_is_given_up(
     assert [output.finish_reason for output in outputs.outputs] == [FinishReason.ERROR]
     assert engine.open_calls == 0
     assert "r" in link.closed
+    assert link.outcomes[RequestId("r")].output_tokens == 0
 
 
 async def test_a_request_that_makes_progress_outlives_any_number_of_workers(
