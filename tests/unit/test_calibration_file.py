@@ -2,10 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from tempo_router.config import EngineConfig
+from tempo_router.events import StepReport
 from tempo_router.step_time import Coefficients, StepTimeModel
 from workers.calibration import Calibration, CalibrationFile, measure
 from workers.call_facts import News
@@ -51,7 +54,6 @@ async def test_the_sweep_goes_from_one_short_prompt_to_full_steps_and_leaves_not
     engine = await start_simulated_engine(config, on_step=steps.append, on_death=lambda reason: None)
     assert isinstance(engine, SimulatedEngine)
     engine.tell = told.append  # type: ignore[method-assign]
-    import msgspec
 
     def encode(request_id: str, prompt_tokens: int, answer_tokens: int) -> tuple[bytes, ...]:
         return (msgspec.msgpack.encode([request_id, [1] * prompt_tokens, None, {"ignore_eos": True}]),)
@@ -64,8 +66,15 @@ async def test_the_sweep_goes_from_one_short_prompt_to_full_steps_and_leaves_not
     assert {report.decodes for report in reports} >= {0, 1, 2, 8}
     assert max(report.prefill_tokens for report in reports) > 200
     assert [news.step_cap_s for news in told] == [30.0, None]
-    model = StepTimeModel()
-    for report in reports:
-        model.observe(report)
-    assert model.relative_error < 0.3
     assert Counter(report.prefill_tokens > 0 for report in reports)[True] > 10
+    assert_they_tell(FOUND.coefficients, reports)
+
+
+def assert_they_tell(true: Coefficients, reports: list[StepReport]) -> None:
+    """Had each of these steps taken exactly what `true` says, the fit would know steps of every kind afterwards."""
+    exact, fit = StepTimeModel(true), StepTimeModel()
+    for one in reports:
+        took_s = exact.step_s(one.prefill_tokens, one.decodes, one.context_tokens, one.attention_tokens)
+        fit.observe(replace(one, duration_s=took_s))
+    for asked in ((0, 1, 100, 0.0), (0, 8, 2000, 0.0), (250, 0, 0, 250 * 125.0), (120, 7, 1500, 120 * 60.0)):
+        assert fit.step_s(*asked) == pytest.approx(exact.step_s(*asked), rel=0.15)
