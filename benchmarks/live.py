@@ -16,7 +16,8 @@ with `profile` naming the live engine.
     class_priority  streams, then deadlines, then best effort, in the router and as vLLM's priority
     tempo           Tempo's plan in the router, its step planner inside vLLM
 
---scale multiplies all lengths of the trace, so that a laptop serves what a GPU would; --slo-scale the targets.
+--scale multiplies all lengths of the trace, so that a laptop serves what a GPU would, and the deadlines of whole answers
+and programs with them; --slo-scale all targets.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
 from benchmarks.live_truth import LiveEngine, engine_of, errors, simulated_row
 from benchmarks.servers import tempo_server
+from tempo_router.request import Deadline
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
     OVERLOAD,
@@ -61,7 +63,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 _MOST_TOKENS = 3000
 """Of one call, prompt and answer together; longer ones are left out, since the engines' contexts are short."""
 QUICK = {
-    "duration_s": 400.0,
+    "duration_s": 800.0,
     "rate_per_s": 1.0,
 }
 
@@ -69,7 +71,7 @@ QUICK = {
 def workload(options: argparse.Namespace) -> Trace:
     """The trace, its lengths scaled, what the engines cannot hold left out."""
     trace = read_trace(options.trace) if options.trace else generate(GeneratorConfig.model_validate(QUICK), seed=1)
-    trace = with_lengths(trace, options.scale)
+    trace = with_deadlines(with_lengths(trace, options.scale), options.scale)
     trace = transform.with_slo_scale(trace, options.slo_scale)
     fitting = [unit for unit in trace.units if all(_fits(call) for call in unit.calls)]
     if not fitting:
@@ -94,6 +96,18 @@ def with_lengths(trace: Trace, factor: float) -> Trace:
         )
 
     units = (dataclasses.replace(unit, calls=tuple(map(scaled, unit.calls))) for unit in trace.units)
+    return Trace(trace.name, tuple(units))
+
+
+def with_deadlines(trace: Trace, factor: float) -> Trace:
+    """Whole answers and programs are due `factor` times as soon: shorter answers take less time, streams flow as before.
+
+    Without it a deadline would be ten times the work, at a tenth of the lengths, and nobody could miss one.
+    """
+    units = (
+        dataclasses.replace(unit, slo=Deadline(unit.slo.ttlt_s * factor)) if isinstance(unit.slo, Deadline) else unit
+        for unit in trace.units
+    )
     return Trace(trace.name, tuple(units))
 
 
@@ -345,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--slots", type=int, default=8, help="sequences of one engine step")
     parser.add_argument("--step-tokens", type=int, default=512, help="vLLM's max_num_batched_tokens")
-    parser.add_argument("--scale", type=float, default=0.1, help="of all lengths of the trace")
+    parser.add_argument("--scale", type=float, default=0.1, help="of all lengths and deadlines of the trace")
     parser.add_argument("--slo-scale", type=float, default=1.0, help="of all targets")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each cell")
     parser.add_argument("--limit-s", type=float, default=20.0, help="after the last arrival; what is open then is cut")
