@@ -16,8 +16,8 @@ with `profile` naming the live engine.
     class_priority  streams, then deadlines, then best effort, in the router and as vLLM's priority
     tempo           Tempo's plan in the router, its step planner inside vLLM
 
---scale multiplies all lengths of the trace, so that a laptop serves what a GPU would, and the deadlines of whole answers
-and programs with them; --slo-scale all targets.
+--scale multiplies all lengths of the trace, so that a laptop serves what a GPU would, and with them the deadlines of
+whole answers and programs; --slo-scale multiplies all targets.
 """
 
 import argparse
@@ -100,9 +100,9 @@ def with_lengths(trace: Trace, factor: float) -> Trace:
 
 
 def with_deadlines(trace: Trace, factor: float) -> Trace:
-    """Whole answers and programs are due `factor` times as soon: shorter answers take less time, streams flow as before.
+    """Whole answers and programs are due after `factor` times as long; streams flow as before.
 
-    Without it a deadline would be ten times the work, at a tenth of the lengths, and nobody could miss one.
+    Shorter answers take less time: at a tenth of the lengths nobody could miss the deadlines of the trace.
     """
     units = (
         dataclasses.replace(unit, slo=Deadline(unit.slo.ttlt_s * factor)) if isinstance(unit.slo, Deadline) else unit
