@@ -20,7 +20,7 @@ from cluster.program_store import ProgramStore, ScriptCall
 from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
-from tempo_router.events import Event, ProgramFinished, ProgramRelegated
+from tempo_router.events import Event, ProgramFinished, ProgramRelegated, ProgramRetargeted
 from tempo_router.graph_outline import ended_stages
 from tempo_router.pattern_history import PatternHistory
 from tempo_router.program_book import Change, ProgramBook
@@ -301,6 +301,9 @@ class ProgramDesk:
         if graph.status == "relegated":
             log.info("program_relegated", program_id=graph.program_id, app=graph.app, calls=len(graph.calls))
             self._handle(ProgramRelegated(time.monotonic(), graph.program_id))
+        elif graph.status == "running" and graph.deadline_s is not None:
+            now_s = time.monotonic()
+            self._handle(ProgramRetargeted(now_s, graph.program_id, now_s + graph.deadline_s - self._epoch_s()))
         elif graph.is_over:
             log.info(
                 "program_over", program_id=graph.program_id, app=graph.app, status=graph.status, is_met=graph.is_met,

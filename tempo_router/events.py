@@ -165,6 +165,15 @@ class ProgramRelegated:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramRetargeted:
+    """This program has another deadline, in seconds on the router's clock; it has a chance again if it had none."""
+
+    at_s: float
+    program_id: ProgramId
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed. Deadlines expire and late work is relegated even when nothing else happens."""
 
@@ -191,6 +200,7 @@ Event = (
     | Predicted
     | ProgramFinished
     | ProgramRelegated
+    | ProgramRetargeted
     | ReplicaAttached
     | ReplicaDraining
     | ReplicaLost

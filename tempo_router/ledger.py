@@ -27,6 +27,7 @@ class Program:
     attained_s: summed run time of its ended calls. attained_tokens: output tokens of ended and running calls.
     path_s: by stage, the longest chain of run times that ends before it. waited_s: summed waiting of started calls.
     home: replica of its last started call. is_lost: it can no longer make its deadline.
+    is_retargeted: its deadline was moved, and counts whatever its calls say.
     bucket: its deadline, counted from its arrival, in half octaves of a second.
     """
 
@@ -41,6 +42,7 @@ class Program:
         "done_tokens",
         "home",
         "is_lost",
+        "is_retargeted",
         "live",
         "path_s",
         "program_id",
@@ -67,6 +69,7 @@ class Program:
         self.waited_s = 0.0
         self.home: ReplicaId | None = None
         self.is_lost = False
+        self.is_retargeted = False
 
     def move_deadline(self, deadline_s: float) -> None:
         """When its last call must have ended."""

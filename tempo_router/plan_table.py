@@ -78,6 +78,13 @@ class PlanTable:
             self._measure(np.array(sorted(stale), dtype=np.int64))
         return rows
 
+    def retarget(self, job: PlannedJob) -> None:
+        """The job has another target."""
+        row = self._row_of.get(id(job))
+        if row is not None:
+            facts = job.facts
+            self._numbers[: len(facts), row] = facts
+
     def numbers(self, rows: Ints) -> Floats:
         """(numbers, jobs)."""
         numbers: Floats = self._numbers.take(rows, axis=1)

@@ -8,6 +8,7 @@ Who waits is in `waiting_line`, who runs in `fleet`; `dispatcher` moves requests
 """
 
 from collections import Counter, deque
+from dataclasses import replace
 from typing import assert_never
 
 from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retarget, Retune
@@ -24,6 +25,7 @@ from tempo_router.events import (
     Predicted,
     ProgramFinished,
     ProgramRelegated,
+    ProgramRetargeted,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -167,6 +169,8 @@ class RouterCore:
                 self._on_program_finished(program_id, is_complete)
             case ProgramRelegated(program_id=program_id):
                 self._on_program_relegated(program_id, actions)
+            case ProgramRetargeted(program_id=program_id, deadline_s=deadline_s):
+                self._on_program_retargeted(program_id, deadline_s, actions)
             case Settled():
                 self._is_settled = True
             case DrainStarted():
@@ -267,6 +271,7 @@ class RouterCore:
             # A resubmission after a router's restart crossed with what the replica told; or late news.
             actions.append(Admit(spec.request_id, spec.attempt, 0.0, 1.0))
             return
+        spec = self._retargeted(spec)
         request = self._new_waiting(spec)
         if spec.attempt == 0:
             refusal = self._refusal(request)
@@ -417,6 +422,48 @@ class RouterCore:
                 # A plan may have put it last already; its client has not been told.
                 self._take_back(job, actions)
 
+    def _on_program_retargeted(self, program_id: ProgramId, deadline_s: float, actions: list[Action]) -> None:
+        program = self._ledger.programs.get(program_id)
+        if program is None or (abs(program.deadline_s - deadline_s) <= _MOVED_S and not program.is_lost):
+            return
+        program.move_deadline(deadline_s)
+        program.is_retargeted, program.is_lost = True, False
+        self._retarget(program, actions)
+        for job in program.live.values():
+            assert isinstance(job, WaitingRequest | Call)
+            job.spec = self._retargeted(job.spec)
+            if self._plan is not None:
+                self._plan.retarget(job)
+            if isinstance(job, Call):
+                self._forgive_call(job, actions)
+            else:
+                self._forgive(job)
+        self._plan_at_s = self._now_s
+
+    def _forgive(self, request: WaitingRequest) -> None:
+        """It has time again."""
+        request.is_relegated = False
+        request.standing = request.standing._replace(is_relegated=False)
+        request.hopeless_at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
+        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        if request.is_queued:
+            self._line.queue.rekey(request, self._context())
+
+    def _forgive_call(self, call: Call, actions: list[Action]) -> None:
+        if call.is_aborted or not call.is_relegated:
+            return
+        call.standing = call.standing._replace(is_relegated=False)
+        if call.replica.capacity.has_step_planner:
+            actions.append(Retune(call.replica.replica_id, ((call.dispatch_id, call.standing),), self._step_cap_s()))
+
+    def _retargeted(self, spec: RequestSpec) -> RequestSpec:
+        """The spec with its program's deadline, if that moved: those who send it may not have heard."""
+        program = self._ledger.program(spec)
+        if program is None or not program.is_retargeted:
+            return spec
+        left_s = max(program.deadline_s - spec.arrival_s, _MOVED_S)
+        return replace(spec, slo=ProgramCall(program.program_id, left_s))
+
     # ---- replicas ----
 
     def _on_attached(self, event: ReplicaAttached, actions: list[Action]) -> None:
@@ -441,7 +488,7 @@ class RouterCore:
             if call.is_aborted:
                 self._abort(call, actions)  # The first word may have been lost with the link.
             return
-        spec = reported.spec
+        spec = self._retargeted(reported.spec)
         call = Call(reported.dispatch_id, spec, replica, self._lengths.lookup(spec), reported.new_tokens)
         self._fleet.add(call)
         if not self._is_wanted(call):

@@ -133,6 +133,10 @@ class TempoPlan:
         if is_new:
             self._new.append(job)
 
+    def retarget(self, job: PlannedJob) -> None:
+        """The job has another target."""
+        self._table.retarget(job)
+
     def make(
         self,
         waiting: Sequence[WaitingRequest],

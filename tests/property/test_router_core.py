@@ -21,6 +21,8 @@ from tempo_router.events import (
     Cancelled,
     DrainStarted,
     Event,
+    ProgramRelegated,
+    ProgramRetargeted,
     Progressed,
     ReplicaAttached,
     ReplicaCapacity,
@@ -167,6 +169,20 @@ class RouterMachine(RuleBasedStateMachine):
         assert isinstance(actions[0], Admit)
         if old is not None:
             assert Abort(old.dispatch_id, old.replica_id) in actions
+
+    @rule(left_s=st.sampled_from((0.5, 20.0, 600.0)))
+    def program_deadline_moves(self, left_s: float) -> None:
+        program = AGENT.program_id
+        deadline_s = self.now_s + left_s
+        is_known = program in self.core.ledger.programs
+        self.tell(ProgramRetargeted(self.now_s, program, deadline_s))
+        if is_known:
+            assert abs(self.core.ledger.programs[program].deadline_s - deadline_s) < 1e-2
+
+    @rule()
+    def program_is_relegated(self) -> None:
+        program = AGENT.program_id
+        self.tell(ProgramRelegated(self.now_s, program))
 
     @rule(data=st.data(), is_complete=st.booleans())
     def cancel(self, data: st.DataObject, is_complete: bool) -> None:
@@ -435,7 +451,7 @@ class RouterMachine(RuleBasedStateMachine):
                 assert lost.spec.attempt == attempt
                 self.evicted[request_id] = lost.spec
             case Retune():
-                self.note_standings(action)
+                self.note_standings(action, event)
 
     def start_call(self, dispatch: Dispatch) -> None:
         assert self.is_settled, "dispatched before the router had settled"
@@ -462,14 +478,15 @@ class RouterMachine(RuleBasedStateMachine):
         assert held <= replica.capacity.kv_tokens, "more context than the KV cache holds"
         self.running[dispatch.request_id] = Place(dispatch.replica_id, dispatch.dispatch_id, spec)
 
-    def note_standings(self, retune: Retune) -> None:
+    def note_standings(self, retune: Retune, event: Event) -> None:
         """Plans go to replicas with a step planner, about calls that these run, and hold only sane numbers."""
         replica = self.replicas[retune.replica_id]
         assert replica.capacity.has_step_planner
         assert retune.step_cap_s is None or 0 < retune.step_cap_s < 10
         for dispatch_id, standing in retune.standings:
             assert not replica.calls[dispatch_id].is_aborted, "a plan over a call that nobody wants"
-            assert self.config.policy == "tempo" or standing.is_relegated
+            is_forgiven = isinstance(event, ProgramRetargeted) and not standing.is_relegated
+            assert self.config.policy == "tempo" or standing.is_relegated or is_forgiven
             assert 0 <= standing.density < inf
             assert 0 <= standing.later_s < inf
 

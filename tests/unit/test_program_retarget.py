@@ -1,0 +1,81 @@
+"""A program's deadline moves while its calls wait and run: all of them have the new one at once."""
+
+from dataclasses import replace
+
+import pytest
+
+from tempo_router.actions import Dispatch, Retarget, Retune
+from tempo_router.events import Arrived, ProgramRelegated, ProgramRetargeted, ReplicaLost
+from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId
+from tests.builders import CHAT, arrived, attached, capacity, progressed, router
+
+PROGRAM = ProgramId("p")
+
+
+def started(policy: str = "tempo"):
+    """One call of the program runs, one waits, and so does somebody else's."""
+    core = router(policy=policy)
+    planned = replace(attached("gpu0", max_running=1), capacity=replace(capacity(1), has_step_planner=True))
+    core.handle(planned)
+    core.handle(arrived("running", slo=ProgramCall(PROGRAM, 600.0)))
+    core.handle(progressed("gpu0", 1.0, {1: 1}))
+    core.handle(arrived("waiting", at_s=1.0, slo=ProgramCall(PROGRAM, 599.0)))
+    core.handle(arrived("other", at_s=1.0, slo=CHAT))
+    return core
+
+
+def deadline_of(core, name: str) -> float:
+    spec = core.spec_of(RequestId(name))
+    return spec.arrival_s + spec.slo.ttlt_s
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "edf", "tempo"])
+def test_what_waits_and_what_runs_has_the_new_deadline(policy):
+    core = started(policy)
+    actions = core.handle(ProgramRetargeted(2.0, PROGRAM, 60.0))
+    told = [one.slo for one in actions if isinstance(one, Retarget)]
+    assert told == [ProgramCall(PROGRAM, 60.0)], "counted from the running call's own arrival"
+    assert deadline_of(core, "running") == deadline_of(core, "waiting") == pytest.approx(60.0)
+    assert core.spec_of(RequestId("other")).slo == CHAT
+    core.audit()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "tempo"])
+def test_a_relegated_program_has_another_chance(policy):
+    core = started(policy)
+    relegated = core.handle(ProgramRelegated(2.0, PROGRAM))
+    assert any(standing.is_relegated for one in relegated if isinstance(one, Retune) for _, standing in one.standings)
+    actions = core.handle(ProgramRetargeted(3.0, PROGRAM, 1200.0))
+    forgiven = [standing for one in actions if isinstance(one, Retune) for _, standing in one.standings]
+    assert forgiven
+    assert not any(standing.is_relegated for standing in forgiven)
+    core.audit()
+
+
+def test_the_order_follows_the_new_deadline():
+    core = router("gpu0", policy="edf", max_running=1)
+    core.handle(arrived("busy", slo=CHAT))
+    core.handle(progressed("gpu0", 0.1, {1: 1}))
+    core.handle(arrived("late", slo=ProgramCall(PROGRAM, 600.0)))
+    core.handle(arrived("early", slo=ProgramCall(ProgramId("q"), 300.0)))
+    core.handle(ProgramRetargeted(0.2, PROGRAM, 100.0))
+    actions = core.handle(progressed("gpu0", 0.3, {}, finished={1: "completed"}))
+    assert [one.request_id for one in actions if isinstance(one, Dispatch)][:1] == ["late"]
+
+
+def test_a_call_that_comes_again_with_the_old_deadline_gets_the_new_one():
+    core = started()
+    old = core.spec_of(RequestId("running"))
+    core.handle(ProgramRetargeted(2.0, PROGRAM, 60.0))
+    core.handle(ReplicaLost(3.0, ReplicaId("gpu0")))
+    core.handle(Arrived(3.0, replace(old, attempt=1, generated_tokens=1)))
+    assert deadline_of(core, "running") == pytest.approx(60.0)
+    assert core.ledger.programs[PROGRAM].deadline_s == pytest.approx(60.0)
+    core.audit()
+
+
+def test_a_program_that_is_not_known_and_a_deadline_that_stays_change_nothing():
+    assert router("gpu0").handle(ProgramRetargeted(1.0, PROGRAM, 9.0)) == []
+    core = started()
+    core.handle(ProgramRetargeted(2.0, PROGRAM, 600.0))
+    assert not core.ledger.programs[PROGRAM].is_retargeted
