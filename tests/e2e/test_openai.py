@@ -193,3 +193,19 @@ async def test_a_header_cannot_be_smuggled_into_the_response(server: Served) -> 
         )
     assert response.status_code == 400
     assert "set-cookie" not in response.headers
+
+
+async def test_a_programs_moved_deadline_reaches_the_engine_that_runs_its_call(server: Served) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        program = (await http.post("/v1/programs", json={"deadline_s": 300, "app": "moved"})).json()["id"]
+        headers = {"x-tempo-program": program, "x-tempo-call": "moved"}
+        async with http.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
+            lines = stream.aiter_lines()
+            while not (await anext(lines)).startswith("data: {"):
+                pass
+            extended = await http.post(f"/v1/programs/{program}/extend", json={"deadline_s": 200})
+            assert extended.status_code == 200, extended.text
+            [record] = (await http.get("/v1/requests/moved/explain")).json()["requests"]
+        await http.post(f"/v1/programs/{program}/cancel")
+    assert [one["what"] for one in record["decisions"]] == ["arrived", "queued", "dispatched", "retargeted"]

@@ -139,19 +139,6 @@ async def test_a_late_program_is_relegated_at_once_and_its_client_hears_of_it(ht
     assert (await call(http, program["id"])).headers["x-tempo-class"] == "program"
 
 
-async def test_a_moved_deadline_reaches_a_call_that_runs(http: httpx.AsyncClient) -> None:
-    program = await create(http, deadline_s=300)
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    headers = {"x-tempo-program": program["id"], "x-tempo-call": "moved"}
-    async with http.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
-        async for line in stream.aiter_lines():
-            if line.startswith("data: {"):
-                break
-        await http.post(f"/v1/programs/{program['id']}/extend", json={"deadline_s": 200})
-        [record] = (await http.get("/v1/requests/moved/explain")).json()["requests"]
-    assert [one["what"] for one in record["decisions"]] == ["arrived", "queued", "dispatched", "retargeted"]
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
