@@ -138,8 +138,10 @@ class ProgramDesk:
         self._doubts: list[tuple[float, ProgramId]] = []
         self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
         self._lookups: set[asyncio.Task[None]] = set()
+        # How to answer those who wait for what they asked to be stored, by operation.
+        self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
-        self.writer = ProgramWriter(store, self._whole, most=config.max_unwritten)
+        self.writer = ProgramWriter(store, self._whole, most=config.max_unwritten, on_away=self._answer_unstored)
 
     # ---- life ----
 
@@ -257,18 +259,28 @@ class ProgramDesk:
             assert graph is not None
             ticket = self.book.ticket(graph, graph.calls[op.call.call_id], now_s)
             self._answer(owner, message, ticket, is_stored=False)
-        elif not isinstance(op, EndCall) and self.writer.is_away:
-            # Its client need not wait for Redis: the change is kept here and at the ingress until it is back.
-            self._answer(owner, message, self._view_of(graph), is_stored=False)
+        elif not isinstance(op, EndCall):
+            self._unanswered[message.op_id] = lambda: self._answer(
+                owner, message, self._view_of(graph), is_stored=False
+            )
+            if self.writer.is_away:
+                self._answer_unstored()
         self._changed(changes)
 
         def stored() -> None:
+            self._unanswered.pop(message.op_id, None)
             answer = wire.ProgramAnswer(op_id=message.op_id, is_stored=True)
             if not isinstance(op, BeginCall | EndCall):
                 answer.result = msgspec.json.encode(self._view_of(graph))
             self._tell(owner, answer)
 
         self.writer.put(None, graph, stored)
+
+    def _answer_unstored(self) -> None:
+        """Clients need not wait for Redis: changes are kept here and at the ingress until it is back."""
+        unanswered, self._unanswered = self._unanswered, {}
+        for answer in unanswered.values():
+            answer()
 
     def _deliver(self, op: DeliverOutput) -> None:
         graph = self.book.of_tenant(op.program_id, op.tenant)

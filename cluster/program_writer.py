@@ -36,13 +36,21 @@ class _Entry:
 class ProgramWriter:
     """Writes with one task; `put` never waits.
 
-    whole: makes the script that writes all of a program as it is now.
+    whole: makes the script that writes all of a program as it is now. on_away: told when Redis is found to be away.
     """
 
-    def __init__(self, store: ProgramStore, whole: Callable[[ProgramGraph], ScriptCall], *, most: int) -> None:
+    def __init__(
+        self,
+        store: ProgramStore,
+        whole: Callable[[ProgramGraph], ScriptCall],
+        *,
+        most: int,
+        on_away: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._whole = whole
         self._most = most
+        self._on_away = on_away
         self._queue: deque[_Entry] = deque()
         self._changed: dict[str, ProgramGraph] = {}
         self._then: list[OnStored] = []
@@ -83,7 +91,8 @@ class ProgramWriter:
             except StoreUnavailableError as error:
                 if not self.is_away:
                     log.warning("programs_not_stored", problem=str(error), effect="changes wait until Redis is back")
-                self.is_away = True
+                    self.is_away = True
+                    self._on_away()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
             else:
