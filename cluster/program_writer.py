@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import structlog
 
-from cluster.program_store import MISSING, ProgramStore, ScriptCall
+from cluster.program_store import MISSING, MOST_AT_ONCE, ProgramStore, ScriptCall
 from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_graph import ProgramGraph
 
 log = structlog.get_logger()
 
-BATCH = 512
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 
@@ -105,7 +104,7 @@ class ProgramWriter:
         while self._queue or self._changed:
             if not self._queue:
                 self._gather_changed()
-            batch = [self._queue[number] for number in range(min(BATCH, len(self._queue)))]
+            batch = [self._queue[number] for number in range(min(MOST_AT_ONCE, len(self._queue)))]
             scripts = [entry.script for entry in batch if entry.script is not None]
             codes = await self._write(scripts) if scripts else []
             for _ in batch:

@@ -19,6 +19,7 @@ from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, ProgramsConfig, SchedulingConfig, TempoConfig, TransportConfig
+from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
 from tests.fleet import Fleet, call, eventually, submit
@@ -187,3 +188,23 @@ async def test_beyond_the_bound_new_programs_are_refused_until_redis_is_back(out
     await eventually(lambda: not outage.writer.waiting, "all is written")
     stored = await ProgramStore(outage.store).load_live()
     assert sorted(graph.name for graph in stored) == ["first-to-notice", "in-time"]
+
+
+async def test_an_answer_of_redis_that_was_lost_leaves_nothing_twice(outage: Outage) -> None:
+    """It carried out what waits, and its answer never came: all of it is told again."""
+    run, losses = outage.store.run, iter([True])
+
+    async def losing(calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
+        answers = await run(calls)
+        if any(keys[0] == "patterns" for _, keys, _ in calls) and next(losses, False):
+            raise StoreUnavailableError("the connection broke")
+        return answers
+
+    outage.store.run = losing  # type: ignore[method-assign]
+    await outage.create("p")
+    await outage.call("p", "only")
+    await outage.finish("p")
+    await eventually(lambda: not outage.writer.waiting and not outage.writer.is_away, "all is written")
+    await outage.assert_stored("p", ("only",), "finished")
+    assert outage.store.history("p").count("finished") == 2
+    assert len(await ProgramStore(outage.store).load_patterns()) == 1
