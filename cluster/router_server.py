@@ -663,6 +663,8 @@ class RouterServer:
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
         for progress in message.progress:
+            for dispatch_id in progress.preempted:
+                self._decisions.preempted(DispatchId(dispatch_id), worker.worker_id, now_s)
             self._progressed(worker, _progressed(progress, worker.worker_id, now_s))
         if message.is_draining:
             log.info("worker_draining", worker_id=worker.worker_id)
