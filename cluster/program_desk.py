@@ -22,7 +22,8 @@ from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramRelegated
 from tempo_router.graph_outline import ended_stages
-from tempo_router.pattern_history import PatternHistory
+from tempo_router.pattern_history import KnownPrograms, PatternHistory
+from tempo_router.patterns import Outline
 from tempo_router.program_book import Change, ProgramBook
 from tempo_router.program_graph import ProgramGraph, ProgramStatus
 from tempo_router.program_ops import (
@@ -145,19 +146,29 @@ class ProgramDesk:
 
     # ---- life ----
 
-    async def restore(self) -> None:
-        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError."""
+    async def restore(self) -> KnownPrograms:
+        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError.
+
+        Returns what `patterns` was told of them.
+        """
         now_s = self._epoch_s()
+        outlines: list[Outline] = []
         if self._patterns is not None:
             oldest_s = now_s - self._pattern_age_s
             outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
-            self._patterns.restore(reversed(outlines))
-        for graph in await self._store.load_live():
+        graphs = await self._store.load_live()
+        for graph in graphs:
             self.book.restore(graph)
             self._moved[graph.program_id] = None
-            if self._patterns is not None:
-                last_end_s = time.monotonic() - (now_s - graph.last_s)
-                self._patterns.resume(graph.program_id, ended_stages(graph), last_end_s)
+        if self._patterns is None:
+            return KnownPrograms()
+        now_here_s = time.monotonic()
+        unfolding = tuple(
+            (graph.program_id, tuple(ended_stages(graph)), now_here_s - (now_s - graph.last_s)) for graph in graphs
+        )
+        known = KnownPrograms(tuple(reversed(outlines)), unfolding)
+        self._patterns.begin(known)
+        return known
 
     def settled(self) -> None:
         """Every ingress had time to say again what was not stored: now what is unknown does not exist."""
