@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempo_router.event_log import read_event
+from tempo_router.event_log import Asked, read_line
 from tempo_router.events import Progressed, ReplicaAttached, ReplicaCapacity, StepReport
 from tempo_router.simulation.rows import measures
 from tempo_router.simulation.simulator import Setup, simulate
@@ -112,4 +112,6 @@ def _events(log: Path) -> Iterator[Any]:
     with log.open(encoding="utf-8") as lines:
         next(lines)
         for line in lines:
-            yield read_event(line)[0]
+            read = read_line(line)
+            if not isinstance(read, Asked):
+                yield read[0]

@@ -22,7 +22,8 @@ from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramRelegated, ProgramRetargeted
 from tempo_router.graph_outline import ended_stages
-from tempo_router.pattern_history import PatternHistory
+from tempo_router.pattern_history import KnownPrograms, PatternHistory
+from tempo_router.patterns import Outline
 from tempo_router.program_book import Change, ProgramBook
 from tempo_router.program_graph import ProgramGraph, ProgramStatus
 from tempo_router.program_ops import (
@@ -138,24 +139,36 @@ class ProgramDesk:
         self._doubts: list[tuple[float, ProgramId]] = []
         self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
         self._lookups: set[asyncio.Task[None]] = set()
+        # How to answer those who wait for what they asked to be stored, by operation.
+        self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
-        self.writer = ProgramWriter(store, self._whole, most=config.max_unwritten)
+        self.writer = ProgramWriter(store, self._whole, most=config.max_unwritten, on_away=self._answer_unstored)
 
     # ---- life ----
 
-    async def restore(self) -> None:
-        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError."""
+    async def restore(self) -> KnownPrograms:
+        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError.
+
+        Returns what `patterns` was told of them.
+        """
         now_s = self._epoch_s()
+        outlines: list[Outline] = []
         if self._patterns is not None:
             oldest_s = now_s - self._pattern_age_s
             outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
-            self._patterns.restore(reversed(outlines))
-        for graph in await self._store.load_live():
+        graphs = await self._store.load_live()
+        for graph in graphs:
             self.book.restore(graph)
             self._moved[graph.program_id] = None
-            if self._patterns is not None:
-                last_end_s = time.monotonic() - (now_s - graph.last_s)
-                self._patterns.resume(graph.program_id, ended_stages(graph), last_end_s)
+        if self._patterns is None:
+            return KnownPrograms()
+        now_here_s = time.monotonic()
+        unfolding = tuple(
+            (graph.program_id, tuple(ended_stages(graph)), now_here_s - (now_s - graph.last_s)) for graph in graphs
+        )
+        known = KnownPrograms(tuple(reversed(outlines)), unfolding)
+        self._patterns.begin(known)
+        return known
 
     def settled(self) -> None:
         """Every ingress had time to say again what was not stored: now what is unknown does not exist."""
@@ -257,18 +270,28 @@ class ProgramDesk:
             assert graph is not None
             ticket = self.book.ticket(graph, graph.calls[op.call.call_id], now_s)
             self._answer(owner, message, ticket, is_stored=False)
-        elif not isinstance(op, EndCall) and self.writer.is_away:
-            # Its client need not wait for Redis: the change is kept here and at the ingress until it is back.
-            self._answer(owner, message, self._view_of(graph), is_stored=False)
+        elif not isinstance(op, EndCall):
+            self._unanswered[message.op_id] = lambda: self._answer(
+                owner, message, self._view_of(graph), is_stored=False
+            )
+            if self.writer.is_away:
+                self._answer_unstored()
         self._changed(changes)
 
         def stored() -> None:
+            self._unanswered.pop(message.op_id, None)
             answer = wire.ProgramAnswer(op_id=message.op_id, is_stored=True)
             if not isinstance(op, BeginCall | EndCall):
                 answer.result = msgspec.json.encode(self._view_of(graph))
             self._tell(owner, answer)
 
         self.writer.put(None, graph, stored)
+
+    def _answer_unstored(self) -> None:
+        """Clients need not wait for Redis: changes are kept here and at the ingress until it is back."""
+        unanswered, self._unanswered = self._unanswered, {}
+        for answer in unanswered.values():
+            answer()
 
     def _deliver(self, op: DeliverOutput) -> None:
         graph = self.book.of_tenant(op.program_id, op.tenant)

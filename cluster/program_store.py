@@ -27,6 +27,9 @@ from tempo_router.request import ProgramId
 
 APPLIED, KNOWN, STALE, MISSING = 1, 0, -1, -2
 
+MOST_AT_ONCE = 512
+"""Changes in one round trip."""
+
 # Every script: KEYS fence, program, programs. ARGV fence, time of expiry in ms, ... Returns one of the codes above.
 _GUARD = """
 local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
@@ -97,10 +100,12 @@ return 1
 """
 )
 
-# KEYS: fence, patterns. ARGV: fence, most, pattern.
+# KEYS: fence, patterns. ARGV: fence, most, pattern, how many of the newest may be of a write whose answer was lost.
+# An outline holds the moment at which its program ended, so equal ones are one.
 _LEARN = (
     _GUARD
     + """
+if redis.call('LPOS', KEYS[2], ARGV[3], 'MAXLEN', ARGV[4]) then return 0 end
 redis.call('LPUSH', KEYS[2], ARGV[3])
 redis.call('LTRIM', KEYS[2], 0, tonumber(ARGV[2]) - 1)
 return 1
@@ -224,7 +229,7 @@ class ProgramStore:
     def script_for_pattern(self, outline: Outline, fence: int) -> ScriptCall:
         """One more outline, the oldest beyond the bound forgotten."""
         stored = _StoredOutline(outline.app, outline.span_s, outline.is_complete, outline.at_s, outline.stages)
-        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored))
+        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored), MOST_AT_ONCE)
 
     async def load_live(self) -> list[ProgramGraph]:
         """All programs in progress."""

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import structlog
 
-from cluster.program_store import MISSING, ProgramStore, ScriptCall
+from cluster.program_store import MISSING, MOST_AT_ONCE, ProgramStore, ScriptCall
 from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_graph import ProgramGraph
 
 log = structlog.get_logger()
 
-BATCH = 512
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 
@@ -36,13 +35,21 @@ class _Entry:
 class ProgramWriter:
     """Writes with one task; `put` never waits.
 
-    whole: makes the script that writes all of a program as it is now.
+    whole: makes the script that writes all of a program as it is now. on_away: told when Redis is found to be away.
     """
 
-    def __init__(self, store: ProgramStore, whole: Callable[[ProgramGraph], ScriptCall], *, most: int) -> None:
+    def __init__(
+        self,
+        store: ProgramStore,
+        whole: Callable[[ProgramGraph], ScriptCall],
+        *,
+        most: int,
+        on_away: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._whole = whole
         self._most = most
+        self._on_away = on_away
         self._queue: deque[_Entry] = deque()
         self._changed: dict[str, ProgramGraph] = {}
         self._then: list[OnStored] = []
@@ -83,7 +90,8 @@ class ProgramWriter:
             except StoreUnavailableError as error:
                 if not self.is_away:
                     log.warning("programs_not_stored", problem=str(error), effect="changes wait until Redis is back")
-                self.is_away = True
+                    self.is_away = True
+                    self._on_away()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
             else:
@@ -96,7 +104,7 @@ class ProgramWriter:
         while self._queue or self._changed:
             if not self._queue:
                 self._gather_changed()
-            batch = [self._queue[number] for number in range(min(BATCH, len(self._queue)))]
+            batch = [self._queue[number] for number in range(min(MOST_AT_ONCE, len(self._queue)))]
             scripts = [entry.script for entry in batch if entry.script is not None]
             codes = await self._write(scripts) if scripts else []
             for _ in batch:

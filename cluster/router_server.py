@@ -41,7 +41,7 @@ from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, 
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
-from tempo_router.event_log import Beginning, beginning_line, event_line
+from tempo_router.event_log import Asked, Beginning, asked_line, beginning_line, event_line
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -64,7 +64,7 @@ from tempo_router.prediction import LengthHistograms
 from tempo_router.program_graph import ProgramGraph
 from tempo_router.program_history import ProgramHistory
 from tempo_router.program_view import Outlook
-from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
+from tempo_router.request import DispatchId, ProgramId, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
@@ -138,11 +138,16 @@ class RouterServer:
         self._patterns = history if isinstance(history, PatternHistory) else None
         lengths, beginning = await self._restore_lengths()
         self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
-        if self._config.record_events is not None:
-            self._record(Path(self._config.record_events), beginning)
         if self._config.scheduling.length_model == "auto":
             self._estimates = await self._start_estimates()
-        self._programs = await self._open_desk()
+        self._programs = self._open_desk()
+        known = await self._programs.restore()
+        if self._config.record_events is not None:
+            most = self._config.programs.max_patterns
+            self._record(
+                Path(self._config.record_events),
+                Beginning(self._config.scheduling, self.epoch, beginning, most_patterns=most, programs=known),
+            )
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
@@ -426,27 +431,34 @@ class RouterServer:
             return LengthHistograms(), None
         return lengths, snapshot
 
-    def _record(self, path: Path, lengths: Any) -> None:
+    def _record(self, path: Path, beginning: Beginning) -> None:
         """Write every event and what was decided to a file of this epoch, for `tempo_router.event_log.replay`."""
         path = path.with_name(f"{path.stem}-{self.epoch}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._events_log = path.open("w", encoding="utf-8")
-        self._events_log.write(beginning_line(Beginning(self._config.scheduling, self.epoch, lengths)) + "\n")
+        self._events_log.write(beginning_line(beginning) + "\n")
         log.info("events_recorded", path=str(path))
 
-    async def _open_desk(self) -> ProgramDesk:
+    def _open_desk(self) -> ProgramDesk:
         config = self._config.programs
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
-        desk = ProgramDesk(
+        return ProgramDesk(
             config, store, fence=self.epoch, handle=self.handle, send=self._tell_ingress,
-            cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._core.least_left_s,
+            cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._least_left_s,
             patterns=self._patterns,
             questions={ExplainRequest: self._explain, ViewConsole: self._console},
         )  # fmt: skip
-        await desk.restore()
-        return desk
+
+    def _least_left_s(self, program_id: ProgramId) -> float:
+        self._record_question(Asked("least_left_s", program_id))
+        return self._core.least_left_s(program_id)
+
+    def _record_question(self, asked: Asked) -> None:
+        if self._events_log is not None:
+            self._events_log.write(asked_line(asked) + "\n")
 
     def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
+        self._record_question(Asked("outlook", graph.program_id))
         return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
 
     def _tell_ingress(self, ingress_id: str, message: wire.RouterToIngress) -> None:
@@ -663,6 +675,8 @@ class RouterServer:
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
         for progress in message.progress:
+            for dispatch_id in progress.preempted:
+                self._decisions.preempted(DispatchId(dispatch_id), worker.worker_id, now_s)
             self._progressed(worker, _progressed(progress, worker.worker_id, now_s))
         if message.is_draining:
             log.info("worker_draining", worker_id=worker.worker_id)

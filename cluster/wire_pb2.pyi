@@ -880,6 +880,7 @@ class Progress(_message.Message):
     TOKEN_DISPATCH_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     free_kv_tokens: _builtins.int
@@ -899,6 +900,10 @@ class Progress(_message.Message):
 
     @_builtins.property
     def finished(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallFinished]: ...
+    @_builtins.property
+    def preempted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """dispatch ids of calls whose cache the engine has taken since the last report"""
+
     def __init__(
         self,
         *,
@@ -912,10 +917,11 @@ class Progress(_message.Message):
         token_dispatch_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_counts: _abc.Iterable[_builtins.int] | None = ...,
         finished: _abc.Iterable[Global___CallFinished] | None = ...,
+        preempted: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "free_kv_tokens", b"free_kv_tokens", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "running", b"running", "step", b"step", "token_counts", b"token_counts", "token_dispatch_ids", b"token_dispatch_ids", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "free_kv_tokens", b"free_kv_tokens", "preempted", b"preempted", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "running", b"running", "step", b"step", "token_counts", b"token_counts", "token_dispatch_ids", b"token_dispatch_ids", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from tempo_router.errors import TempoError
 from tempo_router.metrics import Outcome
@@ -39,6 +40,10 @@ class AdmissionRejected(TempoError):  # noqa: N818 - an answer, not an error; it
     def __init__(self, verdict: AdmissionVerdict) -> None:
         super().__init__(f"request not admitted: {verdict.reject_reason}")
         self.verdict = verdict
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Callers of the Python handle are in other processes, and need none of vLLM's terms.
+        return AdmissionRejected, (self.verdict,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ TempoError
 Refusing a request is not an error: it is a Reject action.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 ProgramProblem = Literal[
     "invalid_program",
@@ -56,6 +56,11 @@ class InvalidSloError(TempoError):
         super().__init__(f"{field}={value!r}: {problem}")
         self.field = field
         self.value = value
+        self._problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Callers of the Python handle are in other processes.
+        return InvalidSloError, (self.field, self.value, self._problem)
 
 
 class ProgramError(TempoError):
@@ -68,6 +73,10 @@ class ProgramError(TempoError):
         super().__init__(message)
         self.code: ProgramProblem = code
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Callers of the Python handle are in other processes.
+        return ProgramError, (self.code, str(self), self.field)
 
 
 class InvalidEventError(TempoError):

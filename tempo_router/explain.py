@@ -1,7 +1,7 @@
 """Why a request was served as it was: the last few thousand requests with every decision about them.
 
-A record begins with the arrival and what was estimated then, collects what the core decided, and ends with what the
-client saw. Ring buffer: the oldest are forgotten. Times are seconds since the request's arrival.
+A record begins with the arrival and what was estimated then, collects what the core and the engines decided, and ends
+with what the client saw. Ring buffer: the oldest are forgotten. Times are seconds since the request's arrival.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,17 @@ from typing import Any, assert_never
 from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
 from tempo_router.metrics import Outcome
 from tempo_router.prediction import Lengths
-from tempo_router.request import BestEffort, Deadline, DispatchId, Latency, ProgramCall, RequestId, RequestSpec, Slo
+from tempo_router.request import (
+    BestEffort,
+    Deadline,
+    DispatchId,
+    Latency,
+    ProgramCall,
+    ReplicaId,
+    RequestId,
+    RequestSpec,
+    Slo,
+)
 from tempo_router.request import slo_class as class_of
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -115,6 +125,14 @@ class DecisionLog:
                 record.add(at_s, "retargeted", replica=action.replica_id, reason="its program's deadline moved")
             case _:
                 assert_never(action)
+
+    def preempted(self, dispatch_id: DispatchId, replica_id: ReplicaId, at_s: float) -> None:
+        """An engine took the cache of a call that it was computing."""
+        request_id = self._dispatched.get(dispatch_id)
+        record = self._known.get(request_id) if request_id is not None else None
+        if record is not None:
+            why = "its engine had no room in the KV cache for it and for what comes first; it is computed again"
+            record.add(at_s, "preempted", replica=replica_id, reason=why)
 
     def _record_of(
         self, action: Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retarget

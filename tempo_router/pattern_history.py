@@ -4,6 +4,7 @@ The same questions and answers as `ProgramHistory`, which is asked where too few
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from tempo_router.ledger import Program
 from tempo_router.patterns import (
@@ -21,6 +22,17 @@ from tempo_router.program_history import NOTHING, Forecast, ProgramHistory
 from tempo_router.request import ProgramId
 
 _MAX_LEARNT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPrograms:
+    """What a router knows of programs when it begins.
+
+    outlines: of those that ended, oldest first. unfolding: of those in progress, what `PatternHistory.resume` takes.
+    """
+
+    outlines: tuple[Outline, ...] = ()
+    unfolding: tuple[tuple[ProgramId, tuple[tuple[int, StageOutline], ...], float | None], ...] = ()
 
 
 class _Stage:
@@ -74,6 +86,12 @@ class PatternHistory(ProgramHistory):
         self._book = PatternBook(most)
         self._unfolding: dict[ProgramId, _Unfolding] = {}
         self._learnt: list[Outline] = []
+
+    def begin(self, known: KnownPrograms) -> None:
+        """All that earlier lives of the router have left."""
+        self.restore(known.outlines)
+        for program_id, stages, last_end_s in known.unfolding:
+            self.resume(program_id, stages, last_end_s)
 
     def restore(self, outlines: Iterable[Outline]) -> None:
         """What was learnt earlier, oldest first."""

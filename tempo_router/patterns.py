@@ -11,8 +11,8 @@ but never that none did. Counting only complete ones would make programs look sh
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import log1p
 from typing import NamedTuple
 
@@ -172,6 +172,7 @@ class PatternTable:
     def _write(self, row: int, outline: Outline) -> None:
         count = min(len(outline.stages), MAX_STAGES)
         self._stages[row, :count] = outline.stages[:count]
+        self._stages[row, count:] = 0.0
         self._counts[row] = count
         self._spans[row] = outline.span_s
         self._complete[row] = outline.is_complete and count == len(outline.stages)
@@ -193,11 +194,10 @@ class PatternTable:
         if measured.rows.size < _LEAST:
             return None
         rows, weights = measured.nearest(_features_of(seen[-_LOOK_BACK:], span_s, is_between=is_between))
-        forecast, tokens = self._forecast(rows, weights, stage)
         whole = self._complete[rows]
         rests = self._rests[rows[whole], stage]
         rests[:, 0] = weights[whole]
-        forecast = replace(forecast, chain_atoms=_atoms(rests, forecast.chain_tokens))
+        forecast, tokens = self._forecast(rows, weights, stage, lambda mean: _atoms(rests, mean))
         alike = float(weights.sum() ** 2 / (weights @ weights))
         return Match(forecast, measured.rows.size, alike, rests, tokens)
 
@@ -215,7 +215,9 @@ class PatternTable:
         first = max(0, stage + 1 - _LOOK_BACK)
         table = _features(self._stages[rows, first : stage + 1], self._spans[rows], is_between=is_between)
         if not rows.size:
-            return _Measured(rows, table, np.zeros(table.shape[1]), np.arange(table.shape[1]), self._fresh)
+            return _Measured(
+                rows, table.T, np.zeros(0), np.zeros(table.shape[1]), np.arange(table.shape[1]), self._fresh
+            )
         scale = np.maximum(table.std(axis=0), 1e-6)
         whole = self._complete[rows]
         precision = np.zeros(scale.size)
@@ -229,43 +231,51 @@ class PatternTable:
             precision = np.minimum(told / (1.0 - told + _RIDGE), _PRECISION_CAP)
         unit = np.sqrt(precision) / scale
         telling = np.nonzero(unit)[0]
-        return _Measured(rows, table[:, telling] * unit[telling], unit[telling], telling, self._fresh)
+        points = np.ascontiguousarray((table[:, telling] * unit[telling]).T)
+        squares = np.einsum("ij,ij->j", points, points)
+        return _Measured(rows, points, squares, unit[telling], telling, self._fresh)
 
     # ---- the rest ----
 
-    def _forecast(self, rows: Ints, weights: Floats, stage: int) -> tuple[Forecast, tuple[float, ...]]:
-        counts, complete = self._counts[rows], self._complete[rows]
-        total = np.zeros(7)
-        stages = unknown = 0.0
+    def _forecast(
+        self, rows: Ints, weights: Floats, stage: int, atoms: Callable[[float], tuple[float, ...]]
+    ) -> tuple[Forecast, tuple[float, ...]]:
+        """atoms: of the longest answers of later stages, summed, by their mean."""
+        counts = self._counts[rows]
+        by_count = np.bincount(counts, weights, minlength=MAX_STAGES + 1)
+        going_on = (by_count[::-1].cumsum()[::-1] - by_count).tolist()
+        ending = np.bincount(counts, weights * self._complete[rows], minlength=MAX_STAGES + 1).tolist()
+        unknown = 0.0
         reached = 1.0
-        tokens: list[float] = []
-        for number in range(stage, MAX_STAGES - 1):
-            goes_on = float(weights[counts > number + 1].sum())
-            ends = float(weights[(counts == number + 1) & complete].sum())
+        reach: list[float] = []
+        for number in range(stage + 1, MAX_STAGES):
+            goes_on, ends = going_on[number], ending[number]
             if goes_on + ends <= _LEAST_KNOWN:
                 unknown += reached
                 break
             reached *= goes_on / (goes_on + ends)
             if reached < 1e-3:
                 break
-            here = counts > number + 1
-            mean = (weights[here] @ self._stages[rows[here], number + 1]) / goes_on
-            total += reached * mean
-            stages += reached
-            if reached > 0.5:
-                tokens.append(float(mean[CHAIN]))
+            reach.append(reached)
+        # Past its end an outline holds zeros, so all count in the sums, and only those that go on in the means.
+        later = self._stages[rows, stage + 1 : stage + 1 + len(reach)]
+        sums = (weights[:, None, None] * later).sum(axis=0)
+        means = sums / np.array(going_on[stage + 1 : stage + 1 + len(reach)])[:, None]
+        total = (np.array(reach)[:, None] * means).sum(axis=0).tolist()
         forecast = Forecast(
-            calls=float(total[CALLS]),
-            prompt_tokens=float(total[PROMPT]),
-            squared_prompts=float(total[SQUARED]),
-            output_tokens=float(total[OUTPUT]),
-            chain_tokens=float(total[CHAIN]),
-            chain_prompt_tokens=float(total[CHAIN_PROMPT]),
-            gaps_s=float(total[GAP]),
-            stages=stages,
+            calls=total[CALLS],
+            prompt_tokens=total[PROMPT],
+            squared_prompts=total[SQUARED],
+            output_tokens=total[OUTPUT],
+            chain_tokens=total[CHAIN],
+            chain_prompt_tokens=total[CHAIN_PROMPT],
+            gaps_s=total[GAP],
+            stages=sum(reach),
             unknown=unknown,
+            chain_atoms=atoms(total[CHAIN]),
         )
-        return forecast, tuple(tokens)
+        likely = sum(share > 0.5 for share in reach)
+        return forecast, tuple(means[:likely, CHAIN].tolist())
 
 
 def _atoms(rests: Floats, mean: float) -> tuple[float, ...]:
@@ -276,35 +286,41 @@ def _atoms(rests: Floats, mean: float) -> tuple[float, ...]:
     total = rests[:, 0].sum()
     if not rests.size or total <= 0.0:
         return ()
-    order = np.argsort(rests[:, REST_CHAIN], kind="stable")
-    reached = np.cumsum(rests[order, 0]) / total
-    places = np.minimum(np.searchsorted(reached, _ATOM_SHARES), order.size - 1)
-    values = rests[order[places], REST_CHAIN]
-    own = values.mean()
+    chains = rests[:, REST_CHAIN]
+    order = chains.argsort(kind="stable")
+    reached = rests[order, 0].cumsum() / total
+    places = np.minimum(reached.searchsorted(_ATOM_SHARES), order.size - 1)
+    values = chains[order[places]]
+    own = values.sum() / values.size
     return tuple((values * (mean / own)).tolist()) if own > 0.0 else (mean,) * _ATOM_SHARES.size
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Outlines as points: `rows` of the table, (rows, features), of those features that tell something.
+    """Outlines as points: `rows` of the table, (features, rows), of those features that tell something.
 
-    unit: scale of each. telling: which of all they are. fresh: changes of the table before this was measured.
+    squares: of each point's length. unit: scale of each feature. telling: which of all they are. fresh: changes of the
+    table before this was measured.
     """
 
     rows: Ints
     points: Floats
+    squares: Floats
     unit: Floats
     telling: Ints
     fresh: int
 
     def nearest(self, features: Floats) -> tuple[Ints, Floats]:
         """Rows of the outlines that are most alike, and what each counts."""
-        away = self.points - features[self.telling] * self.unit
-        distance = np.einsum("ij,ij->i", away, away)
-        rows = self.rows
-        if distance.size > _MOST_NEAR:
-            near = np.argpartition(distance, _MOST_NEAR)[:_MOST_NEAR]
-            rows, distance = rows[near], distance[near]
+        here = features[self.telling] * self.unit
+        rows, points = self.rows, self.points
+        if rows.size > _MOST_NEAR:
+            # |p - q|² without what is the same for all, |q|²: no table of differences is written.
+            order = self.squares - np.einsum("ij,i->j", points, 2.0 * here)
+            near = order.argpartition(_MOST_NEAR)[:_MOST_NEAR]
+            rows, points = rows[near], points[:, near]
+        away = points - here[:, None]
+        distance = np.einsum("ij,ij->j", away, away)
         weights: Floats = np.exp(-0.5 * (distance - distance.min()))
         # A few outlines that happen to be near do not outweigh what all the others say.
         weights += _STEADY / weights.size

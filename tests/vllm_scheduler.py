@@ -102,6 +102,7 @@ class Drive:
     answers: dict[str, list[int]] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     scheduled: list[dict[str, int]] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
     first_token_s: dict[str, float] = field(default_factory=dict)
     token_times_s: dict[str, list[float]] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)
@@ -150,6 +151,7 @@ class Drive:
                 produced[request_id] = token_of(self._numbers[request_id], index)
         self._in_flight.append((output, produced))
         self.scheduled.append(dict(output.num_scheduled_tokens))
+        self.preempted += sorted(output.preempted_req_ids or ())
         tokens = output.total_num_scheduled_tokens
         self.now_s += self.fixed_s + self.token_s * tokens if tokens else 1e-4
         while len(self._in_flight) > (1 if self.is_async and tokens else 0):

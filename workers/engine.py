@@ -83,6 +83,7 @@ class EngineStep:
     """All news of one engine step.
 
     tokens: (request_id, new tokens) of every request that produced any.
+    preempted: requests whose KV cache the engine has taken since the last report; they compute it again, in their turn.
     outputs: what to send to whom; already contains the finishing output of each request in `finished`.
     """
 
@@ -91,6 +92,7 @@ class EngineStep:
     tokens: tuple[tuple[str, int], ...] = ()
     finished: tuple[EngineFinished, ...] = ()
     outputs: dict[str, ClientOutputs] = field(default_factory=dict)
+    preempted: tuple[str, ...] = ()
 
 
 OnStep = Callable[[EngineStep], None]

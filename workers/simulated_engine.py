@@ -139,6 +139,7 @@ class SimulatedEngine:
         self._blocks = self._shape.kv_tokens // self._shape.block_size
         self._free_blocks = self._blocks
         self._preemptions = 0
+        self._preempted: list[str] = []
         self._step: _Step | None = None
         self._timer: asyncio.Handle | None = None
         self._ready_s = 0.0
@@ -368,6 +369,7 @@ class SimulatedEngine:
     def _preempt(self, victim: _Sequence) -> None:
         """Back to the queue; all that it had is computed again."""
         self._preemptions += 1
+        self._preempted.append(victim.request_id)
         self._running.remove(victim)
         self._release(victim)
         victim.to_compute = victim.prompt_tokens + victim.produced
@@ -404,7 +406,8 @@ class SimulatedEngine:
         )
         # Planned before anyone hears of this step, as in an engine that does not wait for its listeners.
         self._begin_step()
-        self._on_step(EngineStep(self._load(), report, tokens, finished, outputs))
+        preempted, self._preempted = tuple(self._preempted), []
+        self._on_step(EngineStep(self._load(), report, tokens, finished, outputs, preempted))
 
     def _produce(
         self, answering: Iterable[_Sequence]

@@ -171,6 +171,7 @@ class _StepDone:
     outputs: Mapping[int, Any]
     report: StepReport | None
     load: ReplicaLoad
+    preempted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,7 @@ class _Core(EngineCoreProc):
         self._report: StepReport | None = None
         self._last_outputs_at_s = 0.0
         self._preemptions = 0
+        self._preempted: list[str] = []
         self._prefix_hit_tokens = 0
         self._prefix_query_tokens = 0
         super().__init__(
@@ -353,7 +355,8 @@ class _Core(EngineCoreProc):
             report, self._report = self._report, None
             if outputs or report is not None or load != self._last_load:
                 self._last_load = load
-                self.output_queue.put_nowait(_StepDone(outputs or {}, report, load))
+                preempted, self._preempted = tuple(self._preempted), []
+                self.output_queue.put_nowait(_StepDone(outputs or {}, report, load, preempted))
             # The caller would queue the outputs of each client apart.
             return {}, executed
 
@@ -378,6 +381,7 @@ class _Core(EngineCoreProc):
                 decodes += 1
                 context_tokens += request.num_computed_tokens
         self._preemptions += len(scheduled.preempted_req_ids or ())
+        self._preempted += sorted(scheduled.preempted_req_ids or ())
         if self.request_block_hasher is not None:
             self._count_prefix_hits(scheduled.scheduled_new_reqs)
         return _Scheduled(at_s, prefill_tokens, decodes, context_tokens, attention_tokens)
@@ -623,9 +627,10 @@ class VllmEngine:
 
     def _publish(self, item: Any) -> None:
         match item:
-            case _StepDone(outputs, report, load):
+            case _StepDone(outputs, report, load, preempted):
                 self._load = load
-                self._call_on_loop(self._deliver, self._step_of(outputs, load, report))
+                step = replace(self._step_of(outputs, load, report), preempted=preempted)
+                self._call_on_loop(self._deliver, step)
             case _Aborted(request_ids, load):
                 self._load = load
                 finished = tuple(EngineFinished(request_id, "cancelled") for request_id in request_ids)

@@ -307,6 +307,9 @@ class Worker:
         if step.step is not None:
             progress.step.CopyFrom(message_from_step(step.step))
         self._count_tokens(step, progress)
+        progress.preempted.extend(
+            self._calls[attempt_id].dispatch_id for attempt_id in step.preempted if attempt_id in self._calls
+        )
         self._count_finished(step, progress)
         if self._router.is_live:
             self._router.send(wire.WorkerToRouter(progress=[progress]))

@@ -125,6 +125,7 @@ def test_blocks_are_taken_from_the_end_of_the_order_and_not_given_back_in_the_sa
     scheduled = run.step()
     assert set(scheduled) == {"r1"}
     assert run.scheduler.planner.evictions == 1
+    assert run.preempted == ["r0"], "vLLM names whom the planner evicted, too"
     run.drain()
     assert {name: len(answer) for name, answer in run.answers.items()} == {"r0": 50, "r1": 5}
     assert run.answers["r0"] == run.expected("r0", 50)

@@ -390,6 +390,9 @@ async def test_when_the_cache_is_full_someone_yields_and_nobody_loses_a_token(ri
     await rig.until_empty()
 
     assert rig.listener.steps[-1].load.preemptions > 0
+    preempted = [request_id for step in rig.listener.steps for request_id in step.preempted]
+    assert len(preempted) == rig.listener.steps[-1].load.preemptions
+    assert set(preempted) <= set(requests[1:])
     assert rig.listener.tokens() == dict.fromkeys(requests, 600)
     first_to_end = rig.listener.finished()[0][0]
     assert first_to_end == requests[0], "the best priority is never the one that yields"

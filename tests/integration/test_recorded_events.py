@@ -2,18 +2,26 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.embedded_redis import start_embedded_redis
+from cluster.program_desk import ViewProgram
 from cluster.redis_store import RedisStore
+from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity
+from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.errors import InvalidSnapshotError
-from tempo_router.event_log import read_beginning, read_event, replay
-from tempo_router.request import BestEffort, Deadline, Latency
-from tests.fleet import Fleet, call, eventually, submit
+from tempo_router.event_log import Asked, beginning_line, read_beginning, read_line, replay
+from tempo_router.pattern_history import KnownPrograms
+from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId
+from tests.fleet import Client, Fleet, call, eventually, submit
 
 
 @pytest.mark.parametrize("policy", ["tempo", "density"])
@@ -54,14 +62,78 @@ async def test_a_recorded_life_of_a_router_replays_with_the_same_actions(tmp_pat
 
     lines = recorded(tmp_path)
     assert list(replay(lines)) == []
-    decided = Counter(type(action).__name__ for line in lines[1:] for action in read_event(line)[1])
+    decided = Counter(type(action).__name__ for line in lines[1:] for action in actions_of(line))
     assert {"Admit", "Dispatch", "Relegate", "Evict"} <= set(decided), decided
     assert read_beginning(lines[0]).scheduling.policy == policy
 
 
-def recorded(folder: Path) -> list[str]:
-    (path,) = folder.glob("events-*.jsonl")
-    return path.read_text().splitlines()
+async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path: Path):
+    """A router is killed in the midst of programs: the next one's record tells what it was left."""
+    config = TempoConfig(
+        engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 8, "max_model_len": 4096}, time_scale=0.1),
+        scheduling=SchedulingConfig(
+            policy="tempo", program_model="patterns", settle_s=0.1, tick_s=0.02, length_model="histogram"
+        ),
+        record_events=str(tmp_path / "events.jsonl"),
+    )
+    redis = start_embedded_redis(tmp_path)
+    store = await RedisStore.connect(redis.url, "test")
+    fleet = Fleet(config, store)
+    await fleet.start()
+    client = fleet.clients[0]
+    await asyncio.gather(*(run_stages(client, f"early-{number}", range(3)) for number in range(20)))
+    await asyncio.gather(*(run_stages(client, f"long-{number}", range(1)) for number in range(6)))
+    await eventually(lambda: not client.link.unstored_operations, "all is stored")
+    first = fleet.router
+    await fleet.replace_router()
+    assert first._events_log is not None
+    first._events_log.close()
+    await eventually(lambda: client.link.not_ready_because is None, "another router is there")
+    late = (run_stages(client, f"late-{number}", range(3)) for number in range(20))
+    await asyncio.gather(*late, *(run_stages(client, f"long-{number}", range(1, 3)) for number in range(6)))
+    await fleet.close()
+    await store.close()
+    redis.stop()
+
+    for epoch in (1, 2):
+        assert list(replay(recorded(tmp_path, epoch))) == []
+    lines = recorded(tmp_path, 2)
+    beginning = read_beginning(lines[0])
+    assert len(beginning.programs.outlines) == 20
+    assert len(beginning.programs.unfolding) == 6
+    assert any(isinstance(read_line(line), Asked) for line in lines[1:])
+    lines[0] = beginning_line(replace(beginning, programs=KnownPrograms()))
+    assert next(replay(lines), None) is not None, "what was learnt earlier has made a difference"
+
+
+async def run_stages(client: Client, program_id: str, stages: range) -> None:
+    """Some of a program's three stages, one call after another, and what is foretold of it after each."""
+    programs, rng = ProgramClient(client.link), random.Random(program_id)
+    if not stages.start:
+        await programs.ask(CreateProgram(program_id, "", "app", time.time() + 30))
+    for stage in stages:
+        call_id, tokens = f"call-{stage}", rng.randint(5, 60)
+        identity = Identity("explicit", program_id, call_id=call_id)
+        ticket = await programs.begin(identity, tenant="", app="", now_epoch_s=time.time())
+        assert ticket.left_s is not None
+        slo = ProgramCall(ProgramId(program_id), ticket.left_s)
+        spec = call(f"{program_id}-{call_id}", output_tokens=tokens, prompt_tokens=rng.randint(1, 200), slo=slo)
+        spec = replace(spec, app="app", program_id=program_id, call_id=call_id, stage=ticket.stage)
+        assert (await submit(client, spec)).is_admitted
+        await eventually(lambda spec=spec: spec.request_id in client.ended, f"{spec.request_id} is answered")
+        programs.end(EndCall(program_id, call_id, ticket.attempt, "completed", spec.prompt_tokens, tokens))
+        assert (await programs.ask(ViewProgram(program_id, "")))["id"] == program_id
+    if stages.stop == 3:
+        await programs.ask(FinishProgram(program_id, "", f"finish-{program_id}"))
+
+
+def recorded(folder: Path, epoch: int = 1) -> list[str]:
+    return (folder / f"events-{epoch}.jsonl").read_text().splitlines()
+
+
+def actions_of(line: str) -> tuple[Action, ...]:
+    read = read_line(line)
+    return () if isinstance(read, Asked) else read[1]
 
 
 async def test_a_replay_says_where_it_went_another_way(tmp_path: Path):
@@ -86,4 +158,4 @@ def test_what_is_no_log_is_refused(line: str):
     with pytest.raises(InvalidSnapshotError):
         read_beginning(line)
     with pytest.raises(InvalidSnapshotError):
-        read_event(line)
+        read_line(line)

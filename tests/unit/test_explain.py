@@ -53,6 +53,17 @@ def test_a_record_tells_the_life_of_a_request():
     assert list(shown["estimated_output_tokens"]) == ["0.1", "0.5", "0.9"]
 
 
+def test_what_an_engine_preempts_is_told_with_the_reason():
+    log = DecisionLog(10)
+    name = arrived(log, "r")
+    log.decided(Dispatch(DispatchId(1), name, 0, GPU, -5), 11.0)
+    log.preempted(DispatchId(1), GPU, 12.5)
+    log.preempted(DispatchId(2), GPU, 12.5)
+    assert told(log, "r") == [(0.0, "arrived"), (1.0, "dispatched"), (2.5, "preempted")]
+    [shown] = [one.shown() for one in log.find("r", "")]
+    assert (shown["decisions"][-1]["replica"], "KV cache" in shown["decisions"][-1]["reason"]) == ("gpu0", True)
+
+
 def test_refusals_are_told_with_their_reasons():
     log = DecisionLog(10)
     log.decided(Reject(arrived(log, "full"), 0, "queue_full", 2.0), 10.0)

@@ -1,14 +1,15 @@
 """What the ingress makes of the targets that a caller of the Python handle gives."""
 
 import math
+import pickle
 
 import pytest
 
 from deployments.handle_api import GenerateRequest
 from deployments.ingress import _raise_failure, chosen_targets
-from deployments.request_context import RequestContext, RequestFailure
+from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, RequestFailure
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidSloError, RequestFailedError
+from tempo_router.errors import InvalidSloError, ProgramError, RequestFailedError, TempoError
 from tempo_router.request import BestEffort, Deadline, Latency, Slo
 
 CONFIG = TempoConfig()
@@ -40,6 +41,20 @@ def test_an_unknown_tier_and_both_at_once_are_refused() -> None:
         chosen_targets(GenerateRequest(prompt="x", tier="platinum"), CONFIG)
     with pytest.raises(InvalidSloError, match="not both"):
         chosen_targets(GenerateRequest(prompt="x", tier="chat", slo=Deadline(5)), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidSloError("slo.ttft_s", -1, "must be a number of seconds"),
+        ProgramError("unknown_program", "there is no such program", "program"),
+        AdmissionRejected(AdmissionVerdict(False, reject_reason="queue_full", retry_after_s=2.0)),
+        RequestFailedError("too late"),
+    ],
+)
+def test_what_is_raised_crosses_processes(error: TempoError) -> None:
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled right here
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
 def test_a_request_that_failed_on_the_way_raises_its_reason() -> None:

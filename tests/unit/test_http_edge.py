@@ -18,7 +18,7 @@ from deployments.request_context import (
     current_request,
 )
 from tempo_router.config import IngressConfig, TempoConfig
-from tempo_router.errors import RouterUnavailableError
+from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.metrics import Outcome
 from tempo_router.request import BestEffort, Deadline, Latency
 
@@ -627,3 +627,23 @@ class Silent(NoRouter):
 
     def tell_programs(self, kind: str, body: bytes) -> None:
         assert kind == "EndCall"
+
+
+class StoreAway(NoRouter):
+    """Redis is away and too much waits for it."""
+
+    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+        raise ProgramError("store_unavailable", "programs cannot be stored at the moment")
+
+
+async def test_a_new_program_that_cannot_be_stored_is_to_be_tried_again():
+    vllm = Vllm(answer_whole)
+    edge = HttpEdge(vllm, TempoConfig(), not_ready_because=lambda: None, programs=ProgramClient(StoreAway()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://test") as http:
+        for answer in (
+            await http.post("/v1/programs", json={"deadline_s": 60}),
+            await http.post(CHAT, json={}, headers={"x-tempo-program": "p"}),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+            assert answer.headers["retry-after"] == "1"
+    assert vllm.bodies == []

@@ -7,7 +7,15 @@ from dataclasses import asdict
 import pytest
 
 from tempo_router.pattern_history import PatternHistory
-from tempo_router.patterns import REST_CHAIN, REST_STAGES, Outline, PatternBook, PatternTable, StageOutline
+from tempo_router.patterns import (
+    REST_CHAIN,
+    REST_STAGES,
+    Outline,
+    PatternBook,
+    PatternTable,
+    StageOutline,
+    _features_of,
+)
 from tempo_router.program_history import ATOMS, ProgramHistory
 from tempo_router.request import ProgramId
 from tests.unit.test_program_history import RESEARCH, program, runs, truth
@@ -54,6 +62,34 @@ def test_where_nothing_tells_anything_the_mean_of_the_class_comes_out():
     match = table_of(programs).match((stage(20),), 60.0, is_between=True)
     assert match is not None
     assert match.forecast.chain_tokens == pytest.approx(sum(one[1].chain_tokens for one in programs) / 200, rel=0.1)
+
+
+def test_of_many_outlines_the_most_alike_count():
+    """More came as far than are looked at: those who are looked at are nearer than all others."""
+    rng = random.Random(5)
+    lengths = [rng.randint(10, 2000) for _ in range(2000)]
+    measured = table_of((stage(length), stage(2 * length)) for length in lengths)._measured(0, is_between=True)
+    for length in (20, 500, 1800):
+        features = _features_of((stage(length),), 60.0, is_between=True)
+        rows, weights = measured.nearest(features)
+        away = measured.points - (features[measured.telling] * measured.unit)[:, None]
+        distance = dict(zip(measured.rows.tolist(), (away**2).sum(axis=0).tolist(), strict=True))
+        near = {row: distance.pop(row) for row in rows.tolist()}
+        assert len(near) == 256
+        assert max(near.values()) <= min(distance.values()) + 1e-9
+        assert weights.argmax() == min(range(256), key=lambda place: near[int(rows[place])])
+
+
+def test_a_forgotten_outline_says_nothing_of_those_that_take_its_place():
+    table = PatternTable(100)
+    for _ in range(100):
+        table.add(Outline("app", 60.0, (stage(10), stage(5000), stage(5000), stage(5000))))
+    for number in range(100):
+        table.add(Outline("app", 60.0, (stage(10), stage(20), stage(30))[: 2 + number % 2]))
+    match = table.match((stage(10),), 60.0, is_between=True)
+    assert match is not None
+    assert match.forecast.stages == pytest.approx(1.5)
+    assert match.forecast.chain_tokens == pytest.approx(20 + 30 / 2)
 
 
 def test_what_is_foretold_as_a_distribution_has_the_foretold_mean():
