@@ -619,3 +619,7 @@ def _bound(options: argparse.Namespace) -> int:
     for assumption in results[0]["assumptions"]:
         _say(f"  - {assumption}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
