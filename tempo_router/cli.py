@@ -387,7 +387,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
     parser.add_argument(
-        "--knowledge", default="learned", help="of lengths and programs: learned, regressor, none or true"
+        "--knowledge",
+        default="learned",
+        help="of lengths and programs: learned (default), regressor, none, graphs or true",
     )
     parser.add_argument(
         "--patience",
