@@ -31,6 +31,7 @@ try:
     from tempo_router.simulation import transform
     from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
     from tempo_router.simulation.generate import GeneratorConfig, generate, generator_config
+    from tempo_router.simulation.step_profiles import load_profile, preset_profiles
     from tempo_router.simulation.trace import Trace
     from tempo_router.simulation.trace_file import read_trace, write_trace
     from tempo_router.simulation.trace_statistics import TraceStatistics, trace_statistics
@@ -308,7 +309,12 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         help="targets of FACTOR times the unloaded time of each unit",
     )
     parser.add_argument(
-        "--profile", dest="profiles", action="append", required=True, help="step times; repeat for unlike replicas"
+        "--profile",
+        dest="profiles",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help=f"step times: {', '.join(preset_profiles())}, or one of --profile-path; repeat for unlike replicas",
     )
     parser.add_argument("--profile-path", type=Path, help="a file with more profiles")
     parser.add_argument("--replicas", type=_count, help="that many of one profile; default: one of each --profile")
@@ -316,8 +322,6 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> list[Trace]:
-    from tempo_router.simulation.step_profiles import load_profile
-
     if options.generate is not None and options.traces:
         raise ConfigError("give --trace or --generate, not both")
     if options.generate is not None:
@@ -587,7 +591,6 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
 def _bound(options: argparse.Namespace) -> int:
     from tempo_router.simulation.bound import token_goodput_bound
     from tempo_router.simulation.experiment import recorded_tokens_per_s
-    from tempo_router.simulation.step_profiles import load_profile
 
     _check_outputs([options.out], [*options.traces, options.profile_path])
     names = _profile_names(options)
