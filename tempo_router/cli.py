@@ -26,7 +26,7 @@ try:
 
     from tqdm import tqdm
 
-    from tempo_router.config import SchedulingConfig
+    from tempo_router.config import PolicyName, SchedulingConfig
     from tempo_router.errors import ConfigError, TempoError
     from tempo_router.simulation import transform
     from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
@@ -383,7 +383,11 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     default_policy = SchedulingConfig.model_fields["policy"].default
     parser.add_argument(
-        "--policy", dest="policies", action="append", help=f"may be repeated (default: {default_policy})"
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="NAME",
+        help=f"may be repeated (default: {default_policy}); of {', '.join(get_args(PolicyName))}",
     )
     parser.add_argument("--objective", default="token", help="token, balanced, request or gain (default: token)")
     parser.add_argument(
@@ -405,7 +409,12 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--retries", type=_whole, default=0, metavar="N", help="how often a refused unit is sent again (default: 0)"
     )
     parser.add_argument(
-        "--switch", dest="switches", action="append", default=[], metavar="KEY=VALUE", help="a scheduling setting"
+        "--switch",
+        dest="switches",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of `scheduling` or its `switches` in docs/configuration.md; may be repeated",
     )
     parser.add_argument("--out", type=Path, help="all rows as JSON")
     parser.add_argument("--csv", type=Path, help="all rows as CSV")

@@ -227,7 +227,7 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
         missing = [name for name in columns if name not in header]
         if missing:
             raise TraceError(
-                f"the header lacks {', '.join(missing)}; this source has {', '.join(columns)}", str(path), 1
+                f"the header lacks {', '.join(missing)}; files of this format have {', '.join(columns)}", str(path), 1
             )
         for fields in reader:
             if not fields:
