@@ -110,7 +110,6 @@ class BatchRule:
 
 
 CHUNKED = BatchRule()
-CAPPED = BatchRule(kind="capped")
 
 
 class Policy(Protocol):
