@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.figures_file import add_json_option, write_figures
 from tempo_router.calibration import QUANTILES, Calibration, RunningCalibration
 from tempo_router.errors import TempoError
-from tempo_router.length_regressor import MIN_ENDED, LengthRegressor, TrainingWindow
+from tempo_router.length_regressor import MIN_ENDED, MIN_FRESH, LengthRegressor, TrainingWindow
 from tempo_router.option_values import above_zero
 from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
 from tempo_router.request import Deadline, GroupId, ProgramCall, ProgramId, RequestId, RequestSpec, Slo
@@ -38,7 +38,6 @@ MODELS = ("global", "no stages", "histograms", "forest", "auto")
 ALL_APPS = "all"
 FIRST_TOKEN_S = 0.5
 TOKEN_S = 0.03
-MIN_FRESH = 50
 ENDLESS = 1e12
 """A window, in answers, in which nothing is forgotten."""
 LONGEST_ANSWER = 16_384

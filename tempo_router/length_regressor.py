@@ -32,6 +32,8 @@ from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, Req
 SNAPSHOT_VERSION = 1
 MIN_ENDED = 100
 """Ended answers below which no forest is fitted. Guessed."""
+MIN_FRESH = 50
+"""New answers since the last fit that make another one worth it. Guessed."""
 MAX_APPS = 256
 """Apps that a window tells apart; a client may invent as many names as it likes."""
 
