@@ -67,7 +67,8 @@ def from_azure(path: Path, labels: Labels | None = None) -> Converted:
     other is chat of class latency, like the two files of 2023.
     """
     is_code = "code" in path.name.lower()
-    app, row_class = ("code", "throughput") if is_code else ("chat", "latency")
+    app = "code" if is_code else "chat"
+    row_class: LabelClass = "throughput" if is_code else "latency"
     requests = []
     has_zone: bool | None = None
     for line, fields in _csv(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
@@ -84,7 +85,7 @@ def from_azure(path: Path, labels: Labels | None = None) -> Converted:
                 _tokens(fields["ContextTokens"], path, line, "ContextTokens"),
                 _tokens(fields["GeneratedTokens"], path, line, "GeneratedTokens"),
                 app,
-                "throughput" if row_class == "throughput" else "latency",
+                row_class,
                 "azure",
             )
         )
