@@ -16,7 +16,6 @@ Without --traces a workload is generated.
 
 import argparse
 import heapq
-import json
 import platform
 import random
 import time
@@ -24,8 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.figures_file import add_json_option, write_figures
 from tempo_router.calibration import QUANTILES, Calibration, RunningCalibration
-from tempo_router.length_regressor import MIN_ENDED, LengthRegressor, TrainingWindow
+from tempo_router.errors import TempoError
+from tempo_router.length_regressor import MIN_ENDED, MIN_FRESH, LengthRegressor, TrainingWindow
+from tempo_router.option_values import above_zero
 from tempo_router.prediction import LengthHistograms, Lengths, LengthSample
 from tempo_router.request import Deadline, GroupId, ProgramCall, ProgramId, RequestId, RequestSpec, Slo
 from tempo_router.simulation.generate import GeneratorConfig, generate
@@ -36,7 +38,6 @@ MODELS = ("global", "no stages", "histograms", "forest", "auto")
 ALL_APPS = "all"
 FIRST_TOKEN_S = 0.5
 TOKEN_S = 0.03
-MIN_FRESH = 50
 ENDLESS = 1e12
 """A window, in answers, in which nothing is forgotten."""
 LONGEST_ANSWER = 16_384
@@ -234,23 +235,25 @@ def show(rows: Sequence[Row], cost: Cost) -> None:
 def main() -> None:
     """Replay every trace and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    add_json_option(parser)
     parser.add_argument("--traces", type=Path, nargs="+", default=[], help="CSV files as in docs/workloads.md")
     parser.add_argument("--censored", type=float, nargs="+", default=[0.0, 0.3], help="shares of answers to cut off")
-    parser.add_argument("--training-s", type=float, default=30.0, help="least time between two fits")
+    parser.add_argument("--training-s", type=above_zero, default=30.0, help="least time between two fits")
     options = parser.parse_args()
     if not all(0 <= share < 1 for share in options.censored):
         parser.error(f"--censored {options.censored}: shares are at least 0 and below 1")
+    try:
+        traces = [read_trace(path) for path in options.traces] or [generate(GeneratorConfig(), seed=0)]
+    except TempoError as e:
+        parser.error(str(e))
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    traces = [read_trace(path) for path in options.traces] or [generate(GeneratorConfig(), seed=0)]
     results = []
     for trace in traces:
         for censored in options.censored:
             rows, cost = replay(trace, censored, options.training_s)
             show(rows, cost)
             results.append({"cost": asdict(cost), "rows": [asdict(row) for row in rows]})
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much useful work each policy gets out of the same engines: goodput and attainment over the load, side by side.
+r"""How much useful work each policy gets out of the same engines: goodput and attainment over the load, side by side.
 
     python -m benchmarks.goodput --quick
     python -m benchmarks.goodput --traces a.csv.gz b.csv.gz --profile llama-3-8b:a100-80g:1 \
@@ -39,6 +39,7 @@ from benchmarks.goodput_tables import OURS, comparison_markdown, policies_markdo
 from benchmarks.goodput_tuning import Choice, Part, Tuning, choice_key, chosen, tried, tunings_of, with_choice
 from tempo_router.config import PolicyName, SwitchesConfig
 from tempo_router.errors import ConfigError, TempoError
+from tempo_router.option_values import above_zero, at_least_one, whole
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
     OBJECTIVES,
@@ -601,37 +602,42 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--traces", type=Path, nargs="+", default=[], metavar="FILE", help="workloads; default: a generated one, short")
     add("--profile", action="append", metavar="NAME", help=f"engine; may be repeated; default {QUICK_PROFILE}")
     add("--profile-path", type=Path, metavar="FILE", help="a file with more profiles")
-    add("--replicas", type=_positive, default=1, help="engines of the profile (default 1)")
+    add("--replicas", type=at_least_one, default=1, help="engines of the profile (default 1)")
     add("--loads", type=_loads, default=None, help="comma-separated; default 0.75,0.9,1.0,1.25,1.5,2.0")
     add("--policies", type=_names, default=None, help="comma-separated, or all (the default)")
     add("--objectives", type=_names, default=["token", "balanced"], help=f"some of {', '.join(OBJECTIVES)}")
-    add("--seeds", type=_positive, default=None, help="number of seeds (default 3; 0 is the trace as recorded)")
-    add("--slots", type=_positive, default=REFERENCE_SLOTS, help="calls that a replica runs at once (default 128)")
+    add("--seeds", type=at_least_one, default=None, help="number of seeds (default 3; 0 is the trace as recorded)")
+    add("--slots", type=at_least_one, default=REFERENCE_SLOTS, help="calls that a replica runs at once (default 128)")
     add("--sheds", choices=("on", "off"), default="on", help="whether hopeless work is dropped (default on)")
     add("--tune", action="store_true", help="choose slots and shedding for every policy but ours, on a part of its own")
     add("--tune-slots", type=_counts, default=TUNE_SLOTS, metavar="N,N", help="to choose from (default 32,48,64,128)")
     add("--tune-also", type=_names, default=[], metavar="NAMES", help=f"choose for these, too: {OURS}")
-    add("--tune-seed", type=_seed, default=TUNE_SEED, help="order of units to choose on (default %(default)s)")
-    add("--tune-load", type=_factor, default=TUNE_LOAD, help="load to choose at (default %(default)s)")
-    add("--tune-window-s", type=_factor, default=None, help="choose on the first seconds of each trace only")
+    add("--tune-seed", type=whole, default=TUNE_SEED, help="order of units to choose on (default %(default)s)")
+    add("--tune-load", type=above_zero, default=TUNE_LOAD, help="load to choose at (default %(default)s)")
+    add("--tune-window-s", type=above_zero, default=None, help="choose on the first seconds of each trace only")
     add("--tune-from", type=Path, metavar="FILE", help="take what these results chose, whatever code; try the rest")
-    add("--time-scale", type=_factor, default=1.0, help="factor on step times")
-    add("--kv-scale", type=_factor, default=1.0, help="factor on KV memory")
-    add("--slo-scale", type=_factor, default=1.0, help="factor on all targets; below 1 is tighter")
+    add("--time-scale", type=above_zero, default=1.0, help="factor on step times")
+    add("--kv-scale", type=above_zero, default=1.0, help="factor on KV memory")
+    add("--slo-scale", type=above_zero, default=1.0, help="factor on all targets; below 1 is tighter")
     add("--slo-unloaded", type=_loads, default=(), metavar="F,F",
         help="instead of the traces' own targets: F times what each unit takes alone on an idle replica")  # fmt: skip
-    add("--window-s", type=_factor, default=None, help="only the first seconds of each trace")
+    add("--window-s", type=above_zero, default=None, help="only the first seconds of each trace")
     add("--ablation", action="store_true", help="also our policy with each part left out, blind, and clairvoyant")
     add("--bound", action="store_true", help="also the upper bound for any scheduler (minutes per load and seed)")
     add("--replicas-needed", action="store_true", help="also the replicas needed for 95 %% attainment, by policy")
     add("--rates", type=_loads, default=REPLICA_RATES, help="rates for --replicas-needed, in replicas' capacities")
     add("--quick", action="store_true", help="a generated workload, few policies, two loads, one seed")
-    add("--jobs", type=_positive, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    add("--jobs", type=at_least_one, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     add("--out", "--json", type=Path, default=Path("bench-results/goodput.json"), help="rows (default %(default)s)")
     add("--resume", action="store_true", help="keep the rows that --out has and run the missing ones")
     add("--report", type=Path, default=None, help="Markdown with tables and pictures; default: beside --out")
     add("--render", type=Path, nargs="+", metavar="FILE", help="run nothing; write --report from these results")
-    add("--detail-load", type=_factor, default=1.5, help="load of the tables and pictures that show one (default 1.5)")
+    add(
+        "--detail-load",
+        type=above_zero,
+        default=1.5,
+        help="load of the tables and pictures that show one (default 1.5)",
+    )
     options = parser.parse_args(arguments)
     if options.quick and options.traces:
         parser.error("--quick has a workload of its own: leave --traces out")
@@ -656,33 +662,11 @@ def _names(text: str) -> list[str]:
 
 
 def _loads(text: str) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(_factor(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(above_zero(part) for part in text.split(",")))
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
+    return tuple(dict.fromkeys(at_least_one(part) for part in text.split(",")))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ those of tempo_router.metrics. The policies of one seed run at the same time, ea
 
 import argparse
 import asyncio
-import json
 import logging
 import math
 import multiprocessing
@@ -25,12 +24,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from benchmarks.figures_file import add_json_option, write_figures
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.ingress_link import IngressLink
@@ -38,6 +37,7 @@ from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.config import SchedulingConfig, TempoConfig
 from tempo_router.metrics import DeliveryTracker, Outcome, refused_outcome, summarise
+from tempo_router.option_values import above_zero
 from tempo_router.request import BestEffort, Deadline, GroupId, Latency, RequestId, RequestSpec, Slo
 from tempo_router.simulation.step_profiles import load_profile
 from workers.engine import EngineCall, OnDeath, OnStep
@@ -336,17 +336,15 @@ def print_summary(table: dict[str, dict[str, dict[str, float]]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    add_json_option(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--overload", type=float, default=1.5, help="arrivals as a multiple of the capacity")
-    parser.add_argument("--counted", type=float, default=25.0, help="seconds of arrivals that are counted")
+    parser.add_argument("--overload", type=above_zero, default=1.5, help="arrivals as a multiple of the capacity")
+    parser.add_argument("--counted", type=above_zero, default=25.0, help="seconds of arrivals that are counted")
     options = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     figures = compare(options.seeds, options.overload, options.counted)
     print_summary(figures["summary"])
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=1))
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

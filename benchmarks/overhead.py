@@ -13,7 +13,6 @@ The load generator shares the machine with the servers.
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -26,8 +25,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.figures_file import add_json_option, write_figures
 from benchmarks.http_load import Load, Result, cpu_seconds, drive
 from benchmarks.servers import Server, plain_vllm, tempo_server
+from tempo_router.option_values import above_zero, at_least_one
 from workers.default_model import resolve_model
 
 MODEL = "tempo-tiny"
@@ -175,11 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--streams", type=int, nargs="+", help="default: 1 16 64, or 1000 with the simulated engine")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="length of each load against vLLM")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of the load on the simulated engine")
+    add_json_option(parser)
+    parser.add_argument(
+        "--streams", type=at_least_one, nargs="+", help="default: 1 16 64, or 1000 with the simulated engine"
+    )
+    parser.add_argument("--repetitions", type=at_least_one, default=5)
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="length of each load against vLLM")
+    parser.add_argument("--seconds", type=above_zero, default=20.0, help="length of the load on the simulated engine")
     parser.add_argument("--folder", type=Path, default=Path("bench-results"), help="for logs and the model")
     options = parser.parse_args(arguments)
     folder = options.folder.absolute()
@@ -194,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = with_simulated_engine(folder, (options.streams or [1000])[0], options.seconds)
         print_simulated(figures)
     print(f"took {time.monotonic() - began_s:.0f} s")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=1))
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ of the thread, per decision: median and 95th percentile.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.figures_file import add_json_option, write_figures
 from tempo_router.config import SchedulingConfig
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.metrics import percentile
+from tempo_router.option_values import at_least_one
 from tempo_router.policies import Context, build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.program_history import ProgramHistory
@@ -100,12 +100,14 @@ def row(name: str, costs: Sequence[float]) -> dict[str, Any]:
 def main() -> int:
     """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--live", type=int, default=256)
-    parser.add_argument("--waiting", type=int, default=1000)
-    parser.add_argument("--programs", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--live", type=at_least_one, default=256)
+    parser.add_argument("--waiting", type=at_least_one, default=1000)
+    parser.add_argument("--programs", type=at_least_one, default=1000)
+    parser.add_argument("--rounds", type=at_least_one, default=200)
+    add_json_option(parser)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: give at least 2; an order is looked at in one and kept in the next")
     rows = []
     for name in POLICIES:
         anew, kept = step_costs(name, args.live, args.waiting, args.rounds)
@@ -113,8 +115,7 @@ def main() -> int:
     rows.append(row(f"plan over {args.programs} programs", plan_costs(args.programs, args.rounds)))
     for one in rows:
         print(f"{one['decision']:40s} p50 {one['p50_us']:8.0f} us   p95 {one['p95_us']:8.0f} us")
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1))
+    write_figures(args.json, rows)
     return 0
 
 

@@ -9,7 +9,6 @@ in them.
 """
 
 import argparse
-import json
 import platform
 import random
 import sys
@@ -17,9 +16,9 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import get_args
 
+from benchmarks.figures_file import add_json_option, write_figures
 from tempo_router.actions import Action, Dispatch
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import (
@@ -34,6 +33,7 @@ from tempo_router.events import (
     StepReport,
     Ticked,
 )
+from tempo_router.option_values import at_least_one
 from tempo_router.request import (
     BestEffort,
     Deadline,
@@ -187,11 +187,13 @@ def measure(policy: str, waiting: int, events: int) -> Measurement:
 def main() -> None:
     """Measure every policy at every length and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--waiting", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--events", type=int, default=20_000)
+    add_json_option(parser)
+    parser.add_argument("--waiting", type=at_least_one, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--events", type=at_least_one, default=20_000)
     parser.add_argument("--policy", nargs="+", default=list(POLICIES), choices=POLICIES)
     options = parser.parse_args()
+    if options.events < 2:
+        parser.error(f"--events {options.events}: give at least 2, progress and an arrival")
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     print(f"{'policy':<15}{'waiting':>9}{'events/s':>10}{'p50 us':>8}{'p99 us':>8}{'max us':>9}", end="")
     print(f"{'arrival us':>12}{'progress us':>13}{'B/waiting':>11}")
@@ -205,8 +207,7 @@ def main() -> None:
             )
             print(f"{one.max_us:>9.0f}{one.arrival_us:>12.1f}{one.progress_us:>13.1f}{one.bytes_per_waiting:>11.0f}")
             sys.stdout.flush()
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+    write_figures(options.json, [asdict(one) for one in results])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ request" the tokens'. Load generation is in the ingress process: a counter per t
 import argparse
 import asyncio
 import itertools
-import json
 import logging
 import multiprocessing
 import resource
@@ -27,12 +26,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from benchmarks.figures_file import add_json_option, write_figures
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.ingress_link import IngressLink
@@ -40,6 +39,7 @@ from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.config import TempoConfig
 from tempo_router.metrics import percentile
+from tempo_router.option_values import above_zero
 from tempo_router.request import GroupId, Latency, RequestId, RequestSpec
 from tempo_router.simulation.step_profiles import EngineShape, LinearStepTime, StepProfile
 from workers.engine import EngineStep
@@ -399,8 +399,8 @@ def table(results: Sequence[Result]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
+    add_json_option(parser)
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="length of each measurement")
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenario", nargs="+", default=names, choices=names)
     options = parser.parse_args(arguments)
@@ -408,9 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [scenario for scenario in SCENARIOS if scenario.name in options.scenario]
     results = [measure(scenario, options.seconds) for scenario in chosen]
     print(table(results))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+    write_figures(options.json, [asdict(one) for one in results])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ UNITS = {
     "_depth": "requests",
     "replicas": "processes",
     "_scale": "factor",
-    "_weight": "share",
+    "request_weight": "share",
+    "dag_weight": "requests",
+    "_share": "share",
+    "_programs": "programs",
+    "_patterns": "programs",
     "_window": "answers",
 }
 
@@ -57,6 +61,11 @@ _ENVIRONMENT = """\
 | `RAY_SERVE_ENABLE_HA_PROXY` | `tempo serve` sets it to 1; it has to be set before Ray starts |
 | `RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD` | likewise, to 0: less CPU time per token |
 | `RAY_worker_niceness` | likewise, to 0; Ray's own choice of 15 lets every other program go before the streams |
+| `RAY_memory_monitor_refresh_ms` | likewise, to 0: Ray would kill an engine for another program's use of memory |
+| `RAY_AUTH_MODE` | likewise, to `disabled`: another Ray's token file would switch authentication on |
+| `RAY_USAGE_STATS_ENABLED`, `VLLM_NO_USAGE_STATS`, `DO_NOT_TRACK` | likewise, so that nobody is told what you run |
+
+What you have set yourself stays as it is.
 """
 
 
@@ -68,10 +77,13 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def _sections(model: type[StrictModel]) -> Iterator[tuple[str, type[StrictModel]]]:
+def _sections(model: type[StrictModel], path: str = "") -> Iterator[tuple[str, type[StrictModel]]]:
+    """All sections below a model, each with its dotted path, a section before those inside it."""
     for name, field in model.model_fields.items():
         if _is_section(field):
-            yield name, typing.cast(type[StrictModel], field.annotation)
+            section = typing.cast(type[StrictModel], field.annotation)
+            yield f"{path}{name}", section
+            yield from _sections(section, f"{path}{name}.")
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -105,6 +117,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(each) for each in inner)
     if origin is dict:
         return "mapping"
+    if origin is tuple:
+        return f"list of {_type_name(inner[0])}"
     return "null" if annotation is type(None) else f"{annotation.__name__}"
 
 

@@ -64,7 +64,7 @@ INFERENCE_PATHS = frozenset(
         "/v2/rerank",
     }
 )
-# Spelled as various clients and probes spell them (conventions.md §3.3).
+# Spelled as various clients and probes spell them.
 _READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
 _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
 _DONE = b"data: [DONE]\n\n"

@@ -4,7 +4,8 @@ Forms accepted (header names match without regard to case, and `_` counts as `-`
 
 | meaning | body | headers |
 | --- | --- | --- |
-| tier by name | `slo.tier`, `service_tier` | `x-slo-tier`; `x-llm-d-inference-objective` where it names a tier |
+| tier by name | `slo.tier`, `service_tier` | `x-slo-tier`, `x-llm-d-slo-tier` |
+| the same, where it is one of ours | | `x-llm-d-inference-objective`, `x-gateway-inference-objective` |
 | time to first token | `slo.ttft_ms` | `x-slo-ttft-ms`, `x-llm-d-slo-ttft-ms` |
 | time between tokens | `slo.tbt_ms` | `x-slo-tbt-ms`, `x-slo-tpot-ms`, `x-llm-d-slo-tbt-ms`, `x-llm-d-slo-tpot-ms` |
 | time to last token | `slo.ttlt_ms` | `x-slo-ttlt-ms`, `x-llm-d-slo-ttlt-ms` |

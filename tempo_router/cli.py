@@ -15,7 +15,6 @@ try:
     import io
     import itertools
     import json
-    import math
     import time
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import suppress
@@ -26,11 +25,13 @@ try:
 
     from tqdm import tqdm
 
-    from tempo_router.config import SchedulingConfig
+    from tempo_router.config import PolicyName, SchedulingConfig
     from tempo_router.errors import ConfigError, TempoError
+    from tempo_router.option_values import above_zero, at_least_one, whole
     from tempo_router.simulation import transform
     from tempo_router.simulation.convert import CONVERTERS, LabelClass, Labels, from_vllm_bench
     from tempo_router.simulation.generate import GeneratorConfig, generate, generator_config
+    from tempo_router.simulation.step_profiles import load_profile, preset_profiles
     from tempo_router.simulation.trace import Trace
     from tempo_router.simulation.trace_file import read_trace, write_trace
     from tempo_router.simulation.trace_statistics import TraceStatistics, trace_statistics
@@ -112,31 +113,6 @@ def _fail(message: str) -> int:
     return EXIT_USAGE
 
 
-# ---- values of options
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above zero")
-    return number
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above zero")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, not below zero")
-    return int(text)
-
-
 def _settings(pairs: Iterable[str]) -> dict[str, Any]:
     """KEY=VALUE pairs; a value that is JSON is read as such, any other is text."""
     settings: dict[str, Any] = {}
@@ -158,7 +134,7 @@ def _settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as rate_per_s=2 or agent.share=0.1")
-    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--out", type=Path, help="file.csv or file.csv.gz")
     parser.add_argument("--list", action="store_true", help="print all settings with their defaults and end")
     parser.set_defaults(command=_generate)
@@ -205,9 +181,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class", dest="row_class", choices=get_args(LabelClass), help="class of all requests")
     parser.add_argument("--tenant", help="tenant of all requests")
     parser.add_argument(
-        "--rate", type=_positive, help="vllm-bench: Poisson arrivals per second, for files without times"
+        "--rate", type=above_zero, help="vllm-bench: Poisson arrivals per second, for files without times"
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="of these arrivals")
+    parser.add_argument("--seed", type=whole, default=0, help="of these arrivals")
     parser.set_defaults(command=_convert)
 
 
@@ -296,28 +272,35 @@ def _statistics_text(found: TraceStatistics) -> str:
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", dest="traces", action="append", type=Path, default=[], help="may be repeated")
     parser.add_argument("--generate", nargs="*", metavar="KEY=VALUE", help="generate the trace instead of reading it")
-    parser.add_argument("--generate-seed", type=_whole, default=0)
-    parser.add_argument("--first-s", type=_positive, help="only what arrives in the first seconds of a trace")
+    parser.add_argument("--generate-seed", type=whole, default=0)
+    parser.add_argument("--first-s", type=above_zero, help="only what arrives in the first seconds of a trace")
     parser.add_argument("--without-app", action="append", default=[], help="leave out this application; repeatable")
-    parser.add_argument("--max-call-tokens", type=_count, help="leave out units with a larger call")
-    parser.add_argument("--slo-factor", type=_positive, help="multiply all targets; below 1 is tighter")
+    parser.add_argument("--max-call-tokens", type=at_least_one, help="leave out units with a larger call")
+    parser.add_argument("--slo-factor", type=above_zero, help="multiply all targets; below 1 is tighter")
     parser.add_argument(
         "--slo-unloaded",
-        type=_positive,
+        type=above_zero,
         metavar="FACTOR",
         help="targets of FACTOR times the unloaded time of each unit",
     )
     parser.add_argument(
-        "--profile", dest="profiles", action="append", required=True, help="step times; repeat for unlike replicas"
+        "--profile",
+        dest="profiles",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help=f"step times: {', '.join(preset_profiles())}, or one of --profile-path; repeat for unlike replicas",
     )
     parser.add_argument("--profile-path", type=Path, help="a file with more profiles")
-    parser.add_argument("--replicas", type=_count, help="that many of one profile; default: one of each --profile")
-    parser.add_argument("--slots", type=_count, default=128, help="calls that a replica runs at once (default: 128)")
+    parser.add_argument(
+        "--replicas", type=at_least_one, help="that many of one profile; default: one of each --profile"
+    )
+    parser.add_argument(
+        "--slots", type=at_least_one, default=128, help="calls that a replica runs at once (default: 128)"
+    )
 
 
 def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> list[Trace]:
-    from tempo_router.simulation.step_profiles import load_profile
-
     if options.generate is not None and options.traces:
         raise ConfigError("give --trace or --generate, not both")
     if options.generate is not None:
@@ -374,32 +357,43 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--load",
         dest="loads",
         action="append",
-        type=_positive,
+        type=above_zero,
         help="offered tokens over what the replicas can just deliver (default: 1.0); may be repeated",
     )
     default_policy = SchedulingConfig.model_fields["policy"].default
     parser.add_argument(
-        "--policy", dest="policies", action="append", help=f"may be repeated (default: {default_policy})"
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="NAME",
+        help=f"may be repeated (default: {default_policy}); of {', '.join(get_args(PolicyName))}",
     )
     parser.add_argument("--objective", default="token", help="token, balanced, request or gain (default: token)")
     parser.add_argument(
-        "--seed", dest="seeds", action="append", type=_whole, help="0 (default): the trace as it is; else permuted"
+        "--seed", dest="seeds", action="append", type=whole, help="0 (default): the trace as it is; else permuted"
     )
     parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
     parser.add_argument(
-        "--knowledge", default="learned", help="of lengths and programs: learned, regressor, none or true"
+        "--knowledge",
+        default="learned",
+        help="of lengths and programs: learned (default), regressor, none, graphs or true",
     )
     parser.add_argument(
         "--patience",
-        type=_positive,
+        type=above_zero,
         metavar="F",
         help="clients leave after F times their TTFT, or time to last token (default: they stay)",
     )
     parser.add_argument(
-        "--retries", type=_whole, default=0, metavar="N", help="how often a refused unit is sent again (default: 0)"
+        "--retries", type=whole, default=0, metavar="N", help="how often a refused unit is sent again (default: 0)"
     )
     parser.add_argument(
-        "--switch", dest="switches", action="append", default=[], metavar="KEY=VALUE", help="a scheduling setting"
+        "--switch",
+        dest="switches",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of `scheduling` or its `switches` in docs/configuration.md; may be repeated",
     )
     parser.add_argument("--out", type=Path, help="all rows as JSON")
     parser.add_argument("--csv", type=Path, help="all rows as CSV")
@@ -569,12 +563,12 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
     _add_workload(parser)
     parser.add_argument(
         "--load",
-        type=_positive,
+        type=above_zero,
         help="offered tokens over what the replicas can just deliver; default: the trace's own",
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="0: the trace as it is; else units permuted")
-    parser.add_argument("--bucket-s", type=_positive, default=4.0, help="width of a time bucket (default: 4)")
-    parser.add_argument("--time-limit-s", type=_positive, default=300.0, help="of the solver, for each trace")
+    parser.add_argument("--seed", type=whole, default=0, help="0: the trace as it is; else units permuted")
+    parser.add_argument("--bucket-s", type=above_zero, default=4.0, help="width of a time bucket (default: 4)")
+    parser.add_argument("--time-limit-s", type=above_zero, default=300.0, help="of the solver, for each trace")
     parser.add_argument(
         "--loose", action="store_true", help="leave out that tokens in a row need as many steps: half the time"
     )
@@ -585,7 +579,6 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
 def _bound(options: argparse.Namespace) -> int:
     from tempo_router.simulation.bound import token_goodput_bound
     from tempo_router.simulation.experiment import recorded_tokens_per_s
-    from tempo_router.simulation.step_profiles import load_profile
 
     _check_outputs([options.out], [*options.traces, options.profile_path])
     names = _profile_names(options)
@@ -619,3 +612,7 @@ def _bound(options: argparse.Namespace) -> int:
     for assumption in results[0]["assumptions"]:
         _say(f"  - {assumption}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,9 +21,10 @@ class StrictModel(BaseModel):
     @classmethod
     def _propose_nearest_key(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            names = [field.alias or name for name, field in cls.model_fields.items()]
             for key in values:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_key_message(str(key), cls.model_fields))
+                if key not in names and key not in cls.model_fields:
+                    raise ValueError(unknown_key_message(str(key), names))
         return values
 
 
@@ -47,16 +48,6 @@ class TierConfig(StrictModel):
     ttlt_ms: float | None = Field(None, gt=0, description="time to last token, class deadline")
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _propose_nearest_key(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            valid = ("class", "ttft_ms", "tbt_ms", "ttlt_ms")
-            for key in values:
-                if key not in valid and key != "slo_class":
-                    raise ValueError(unknown_key_message(str(key), valid))
-        return values
 
     @model_validator(mode="after")
     def _targets_fit_the_class(self) -> Self:

@@ -2,7 +2,7 @@
 
 The histograms (prediction.py) split answers by model, app, stage and size of the prompt, in this order. The forest
 finds by itself what tells answers apart: the tenant, the exact prompt, the bound that the client set, its targets.
-It is fitted to a window of recent answers, in a process of its own (cluster/length_trainer.py), and used for an app
+It is fitted to a window of recent answers, in a process of its own (cluster/length_process.py), and used for an app
 only while its recent loss is the smaller one (calibration.py).
 
 A random forest and not boosted quantiles, by measurement (benchmarks/calibration.py; docs/benchmarks.md, "Length
@@ -32,6 +32,8 @@ from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, Req
 SNAPSHOT_VERSION = 1
 MIN_ENDED = 100
 """Ended answers below which no forest is fitted. Guessed."""
+MIN_FRESH = 50
+"""New answers since the last fit that make another one worth it. Guessed."""
 MAX_APPS = 256
 """Apps that a window tells apart; a client may invent as many names as it likes."""
 

@@ -27,6 +27,7 @@ from tempo_router.facts import (
     TBT_S,
 )
 from tempo_router.ledger import Program
+from tempo_router.metrics import INPUT_WEIGHT, OUTPUT_WEIGHT
 from tempo_router.plan_table import ABOVE, MEAN, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
 from tempo_router.policies.base import Context, Job
 from tempo_router.program_history import ATOMS, Forecast, ProgramHistory
@@ -45,6 +46,8 @@ Ints = npt.NDArray[np.int64]
 
 _SPREAD = 0.25
 _SPREAD_S = 0.3
+"""Standard deviation of the time that a program needs: this share of it, and so many seconds."""
+
 _UNSEEN_SHARE = 0.5
 """Of the time left that a program is believed to take where nobody went before it: a client that sets a deadline leaves
 about as much slack as work. Without it the first programs look short, and twice as many are begun as can be ended."""
@@ -68,9 +71,6 @@ _MEANS = attrgetter(
     "chain_tokens", "chain_prompt_tokens", "gaps_s", "stages", "unknown",
 )  # fmt: skip
 """Of a forecast, all in one tuple."""
-
-INPUT_WEIGHT = 1.0
-OUTPUT_WEIGHT = 8.0
 
 
 class _Left:

@@ -1,6 +1,6 @@
 """What a request is worth, what it still costs, and when it is beyond help (docs/scheduling.md).
 
-A program's call is valued here like a deadline request; the look-ahead over its program is the seam for later.
+A program's call is valued here by itself, like a deadline request; `tempo_plan` values whole programs.
 """
 
 from typing import assert_never

@@ -110,7 +110,6 @@ class BatchRule:
 
 
 CHUNKED = BatchRule()
-CAPPED = BatchRule(kind="capped")
 
 
 class Policy(Protocol):
@@ -228,11 +227,11 @@ def prefill_left_s(job: Job, pace: Pace) -> float:
 
 def remaining_s(job: Job, pace: Pace) -> float:
     """GPU seconds still needed: prefill of what is missing, then the expected rest of the answer. Above zero."""
-    generated, missing = job.generated_tokens, job.missing_tokens
+    generated = job.generated_tokens
     held = job.spec.prompt_tokens + generated
     left = job.lengths.mean_left(generated, job.spec.max_output_tokens)
     per_token_s = pace.share_s + pace.decode_s + pace.context_token_s * (held + left / 2)
-    return pace.prefill_s(missing, max(0, held - missing)) + left * per_token_s
+    return prefill_left_s(job, pace) + left * per_token_s
 
 
 def as_engine_priority(key: float, steps_per_unit: float) -> int:

@@ -14,8 +14,8 @@ from tempo_router.policies.base import (
     bounded_s,
     class_rank,
     due_s,
+    goes_last,
 )
-from tempo_router.request import BestEffort
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,6 @@ class ClassPriority(Policy):
     def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
         """Its class, then when it falls due."""
         spec = request.spec
-        if request.is_relegated or isinstance(spec.slo, BestEffort):
+        if goes_last(request):
             return best_effort_key(spec)
         return bounded_s(due_s(request)) - (3 - class_rank(spec)) * BEST_EFFORT_KEY

@@ -13,8 +13,8 @@ from tempo_router.policies.base import (
     Policy,
     as_engine_priority,
     best_effort_key,
+    goes_last,
 )
-from tempo_router.request import BestEffort
 from tempo_router.value import cost_s, expected_good
 
 BINS_PER_OCTAVE = 16
@@ -39,7 +39,7 @@ class ValueDensity(Policy):
     def key(self, request: Job, context: Context) -> float:
         """Minus the bin of its density."""
         spec = request.spec
-        if request.is_relegated or isinstance(spec.slo, BestEffort):
+        if goes_last(request):
             return best_effort_key(spec)
         tokens, probability = expected_good(spec, request.lengths, context.pace, context.now_s)
         weight = self.request_weight

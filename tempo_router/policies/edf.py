@@ -3,8 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tempo_router.policies.base import CHUNKED, BatchRule, Context, Job, Policy, best_effort_key, bounded_s, due_s
-from tempo_router.request import BestEffort
+from tempo_router.policies.base import (
+    CHUNKED,
+    BatchRule,
+    Context,
+    Job,
+    Policy,
+    best_effort_key,
+    bounded_s,
+    due_s,
+    goes_last,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,6 @@ class EarliestDeadline(Policy):
     def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it
         """When it falls due."""
         spec = request.spec
-        if request.is_relegated or isinstance(spec.slo, BestEffort):
+        if goes_last(request):
             return best_effort_key(spec)
         return bounded_s(due_s(request))

@@ -11,10 +11,9 @@ from tempo_router.request import Latency
 class OnlineFirst(Policy):
     """Streams by arrival; then everything else, by arrival less a credit for the prompt tokens that are cached.
 
-    Online work preempts
-    offline work, offline work never preempts offline work: what has started stands before what has not. Ties by ticket.
-    Starves offline work, deadlines included, which it does not know: they are served in order of arrival. Relegation
-    changes nothing.
+    Online work preempts offline work, offline work never preempts offline work: what has started stands before what
+    has not. Ties by ticket. Starves offline work, deadlines included, which it does not know: they are served in order
+    of arrival. Relegation changes nothing.
     Source: HyGen (arXiv 2501.14808). There offline prompts are walked in the order of a prefix tree, and the oldest
     goes first when the walk's choice gains too little; the trade of seconds of age against cached tokens is the same in
     one number; between no credit and 20 ms a token the goodput moved by 3 %. There a step has a latency budget, found

@@ -67,7 +67,8 @@ def from_azure(path: Path, labels: Labels | None = None) -> Converted:
     other is chat of class latency, like the two files of 2023.
     """
     is_code = "code" in path.name.lower()
-    app, row_class = ("code", "throughput") if is_code else ("chat", "latency")
+    app = "code" if is_code else "chat"
+    row_class: LabelClass = "throughput" if is_code else "latency"
     requests = []
     has_zone: bool | None = None
     for line, fields in _csv(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
@@ -84,7 +85,7 @@ def from_azure(path: Path, labels: Labels | None = None) -> Converted:
                 _tokens(fields["ContextTokens"], path, line, "ContextTokens"),
                 _tokens(fields["GeneratedTokens"], path, line, "GeneratedTokens"),
                 app,
-                "throughput" if row_class == "throughput" else "latency",
+                row_class,
                 "azure",
             )
         )
@@ -227,7 +228,7 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
         missing = [name for name in columns if name not in header]
         if missing:
             raise TraceError(
-                f"the header lacks {', '.join(missing)}; this source has {', '.join(columns)}", str(path), 1
+                f"the header lacks {', '.join(missing)}; files of this format have {', '.join(columns)}", str(path), 1
             )
         for fields in reader:
             if not fields:

@@ -7,15 +7,12 @@ no time, and a prediction always comes after FORETOLD_S; neither is ever dropped
 from collections.abc import Iterable
 
 from tempo_router.calibration import Calibration
-from tempo_router.length_regressor import MIN_ENDED, LengthRegressor, TrainingWindow
+from tempo_router.length_regressor import MIN_ENDED, MIN_FRESH, LengthRegressor, TrainingWindow
 from tempo_router.prediction import Lengths, LengthSample
 from tempo_router.request import RequestId, RequestSpec
 
 FORETOLD_S = 0.005
 """From an arrival to the forest's estimate of it; the service needs some milliseconds."""
-
-_MIN_FRESH = 50
-"""New answers that make another fit worth it, as in the service."""
 
 
 class Foretelling:
@@ -60,7 +57,7 @@ class Foretelling:
                     histogram=histogram,
                     regressor=own,
                 )
-        if self._fresh >= _MIN_FRESH and self._window.ended >= MIN_ENDED and now_s >= self._next_fit_s:
+        if self._fresh >= MIN_FRESH and self._window.ended >= MIN_ENDED and now_s >= self._next_fit_s:
             self._forest = LengthRegressor.fit(self._window.rows(), seed=self._seed)
             self._fresh = 0
             self._next_fit_s = now_s + self._training_s

@@ -58,8 +58,6 @@ class SimulatedReplica:
         )
         self.step_count = 0
         self.produced_tokens = 0
-        self.recomputed_tokens = 0
-        self.prefix_hit_tokens = 0
         self._answers: dict[DispatchId, Answer] = {}
         self._step: tuple[StepPlan, float] | None = None
         self._step_ends = array("d")

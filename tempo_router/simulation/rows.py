@@ -36,7 +36,7 @@ class Column:
 IDENTITY: tuple[Column, ...] = (
     Column("trace", "", "name of the trace"),
     Column("trace_digest", "", "hash of the trace's content before its arrivals were moved"),
-    Column("profile", "", "step-time profile; several replicas: `name x count`, joined by `+`"),
+    Column("profile", "", "step-time profile; of several equal replicas `2 x name`, of unlike ones joined by ` + `"),
     Column("replicas", "", "number of replicas"),
     Column("load", "", "offered output tokens per second over `saturated_tokens_per_s`"),
     Column("policy", "", "policy of router and engines"),
@@ -45,7 +45,7 @@ IDENTITY: tuple[Column, ...] = (
     Column("slots", "", "calls that one replica runs at once"),
     Column("sheds", "", "whether hopeless work is dropped; else it goes on as best effort"),
     Column("tuned", "", "whether slots and sheds were chosen for this policy, in runs that are not among the rows"),
-    Column("knowledge", "", "what is known of lengths and programs: learned, regressor, none or true"),
+    Column("knowledge", "", "what is known of lengths and programs: learned, regressor, none, graphs or true"),
     Column("time_scale", "", "factor on the profile's step times"),
     Column("kv_scale", "", "factor on the profile's KV memory"),
     Column("switches", "", "other settings of the scheduler that differ from the defaults"),

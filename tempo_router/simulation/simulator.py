@@ -30,7 +30,7 @@ from tempo_router.events import (
 )
 from tempo_router.pattern_history import PatternHistory
 from tempo_router.policies import build_policy
-from tempo_router.prediction import LengthHistograms, Lengths
+from tempo_router.prediction import ATOMS, LengthHistograms, Lengths
 from tempo_router.program_history import KnownGraphs, ProgramHistory
 from tempo_router.request import (
     Deadline,
@@ -68,6 +68,7 @@ class Setup:
         are known. seed: of the forest.
     patience: clients leave after so many times their TTFT, or time to last token; None: they stay.
     retries: how often a refused unit is sent again. max_output_tokens: the bound that clients state.
+    backlog: all units come at once at the start, whatever their arrivals; deadlines count from there.
     """
 
     policy: str
@@ -106,10 +107,10 @@ class TrueLengths(LengthHistograms):
 
     def __init__(self, lengths: dict[RequestId, int]) -> None:
         super().__init__()
-        self._true = {request_id: Lengths((float(tokens),) * 20) for request_id, tokens in lengths.items()}
+        self._true = {request_id: Lengths((float(tokens),) * ATOMS) for request_id, tokens in lengths.items()}
 
     def lookup(self, spec: RequestSpec) -> Lengths:
-        """Its length, twenty times."""
+        """Its length, at every quantile."""
         return self._true[spec.request_id]
 
     def observe(self, spec: RequestSpec, output_tokens: int, *, is_complete: bool) -> None:

@@ -192,9 +192,7 @@ def load_profile(name: str, path: Path | None = None) -> StepProfile:
     """
     profiles = preset_profiles() | (file_profiles(path) if path is not None else {})
     if name not in profiles:
-        raise ConfigError(
-            f"engine.profile={name!r}: no such step-time profile; there are: {', '.join(sorted(profiles))}"
-        )
+        raise ConfigError(f"profile {name!r}: no such step-time profile; there are: {', '.join(sorted(profiles))}")
     return profiles[name]
 
 
@@ -209,13 +207,13 @@ def file_profiles(path: Path) -> dict[str, StepProfile]:
     try:
         content = json.loads(path.expanduser().read_text(encoding="utf-8"))
         if content["version"] != 1 or content["unit"] != "ms":
-            raise ConfigError(f"engine.profile_path={str(path)!r}: expected version 1 in ms")
+            raise ConfigError(f"{path}: expected a step-time file of version 1 in ms")
         host_ms = float(content["cpu_overhead_ms_default"])
         profiles = [_layered_profile(entry, host_ms) for entry in content["profiles"]]
     except OSError as e:
-        raise ConfigError(f"engine.profile_path={str(path)!r}: {e}") from e
+        raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError, IndexError) as e:
-        raise ConfigError(f"engine.profile_path={str(path)!r}: not a step-time file: {type(e).__name__}: {e}") from e
+        raise ConfigError(f"{path}: not a step-time file: {type(e).__name__}: {e}") from e
     return {profile.name: profile for profile in profiles}
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.calibration import ALL_APPS, MODELS, patience_mean, releases, replay, service_s
+from benchmarks.calibration import ALL_APPS, MODELS, main, patience_mean, releases, replay, service_s
 from tempo_router.request import Deadline, Latency, ProgramCall
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
@@ -59,3 +59,10 @@ def test_a_replay_judges_every_model_on_the_same_calls_and_repeats(censored):
     by_model = {row.model: row.pinball for row in overall}
     assert by_model["histograms"] < by_model["no stages"] < by_model["global"]
     assert replay(trace, censored, training_s=100.0)[0] == rows
+
+
+def test_a_missing_trace_is_one_line_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["calibration", "--traces", "absent.csv"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "absent.csv: cannot be read: No such file or directory" in capsys.readouterr().err

@@ -220,3 +220,9 @@ def test_every_key_is_described() -> None:
 
 def test_the_configuration_page_is_current() -> None:
     assert config_docs.PATH.read_text() == config_docs.render(), "run `make docs`"
+
+
+def test_the_page_has_the_sections_inside_sections_and_the_values_of_lists():
+    page = config_docs.render()
+    assert "## `scheduling.switches`" in page
+    assert "list of `session`, `openai`, `trace`, `prefix`" in page

@@ -700,7 +700,7 @@ def test_numbers_out_of_range_are_refused(arguments, capsys):
     [
         (["--tune", "--tune-seed", "2"], "--tune-seed 2 is among the 3 seeds that are compared"),
         (["--slo-unloaded", "2", "--slo-scale", "0.5"], "leave --slo-scale out"),
-        (["--tune-slots", "32,0"], "'0' is not a whole number above zero"),
+        (["--tune-slots", "32,0"], "'0': must be a whole number above zero"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(arguments, message, trace_path, capsys):

@@ -440,3 +440,18 @@ def test_targets_can_be_changed_for_a_simulation(trace, tmp_path):
         (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
         found.append({name: value for name, value in row.items() if name != "wall_s"})
     assert found[0] == found[1]
+
+
+def test_the_module_runs_as_the_command_does():
+    """It once imported, did nothing and ended with status 0."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tempo_router.cli", "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert ended.returncode == 0
+    assert "simulate" in ended.stdout
+
+
+def test_a_profile_file_that_is_not_there_is_named_once(capsys):
+    options = ["simulate", "--generate", "duration_s=20", "--profile", "mine", "--profile-path", "absent.json"]
+    assert main(options) == 2
+    assert capsys.readouterr().err == "tempo-router: absent.json: cannot be read: No such file or directory\n"
