@@ -332,10 +332,6 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"saturated_tokens_per_s": rate, "load": options.load, "rows": rows, "met": met, "programs": offered}
 
 
-def _scaled_unit(unit: Unit, scale: float) -> Unit:
-    return replace(unit, calls=tuple(_scaled(call, scale) for call in unit.calls))
-
-
 def _scaled(call: TraceCall, scale: float) -> TraceCall:
     return replace(
         call,

@@ -22,7 +22,7 @@ from tempo_router.calibration import AppCalibration, Calibration
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import InvalidSnapshotError, LengthModelError
 from tempo_router.events import Predicted
-from tempo_router.length_regressor import MIN_ENDED, CallFeatures, TrainingRow, TrainingWindow, features_of
+from tempo_router.length_regressor import MIN_ENDED, MIN_FRESH, CallFeatures, TrainingRow, TrainingWindow, features_of
 from tempo_router.prediction import Lengths, LengthSample
 from tempo_router.request import RequestId, RequestSpec
 
@@ -34,8 +34,6 @@ MAX_QUEUED = 1024
 """Requests that wait for a prediction; more go without."""
 MAX_OPEN = 16_384
 """Requests whose estimates are kept until they end, to be judged; the oldest is forgotten first."""
-MIN_FRESH = 50
-"""New answers that make another fit worth it. Guessed."""
 _BATCH = 64
 """Predictions, or answers, that are dealt with before other work of the router gets its turn: 3 ms at most."""
 _BATCHES = 8

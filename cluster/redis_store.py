@@ -203,12 +203,6 @@ class RedisStore:
             found = await self._redis.lrange(self._key(suffix), 0, most - 1)
         return [one for one in found if isinstance(one, bytes)]
 
-    async def seconds_left(self, suffix: str) -> float | None:
-        """Until a key expires; None if it never does, or does not exist."""
-        async with self._translated_errors():
-            left_ms = int(await self._redis.pttl(self._key(suffix)))
-        return left_ms / 1000 if left_ms >= 0 else None
-
     def _sha(self, text: str) -> str:
         known = self._shas.get(text)
         if known is None:

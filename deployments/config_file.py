@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)  # noqa: S506 - a SafeLoader
     except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise ConfigError(f"{path} cannot be read: {e.strerror or e}; name the file as in: tempo serve PATH") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not YAML: {e}") from e
     if not isinstance(content, dict):

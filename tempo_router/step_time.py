@@ -4,7 +4,7 @@
 
 n: all tokens of the step. D: decodes. C: their summed context. A: over the pieces of prompts, tokens times the context
 before their middle. f is convex and piecewise linear with fixed knots: nearly flat while the GPU waits for its memory,
-then rising in proportion to the work. That is scheduler.md's ovh + max(a0, a1 + b·n) with a rounded knee, in a form
+then rising in proportion to the work. That is ovh + max(a0, a1 + b·n) with a rounded knee, in a form
 that least squares can fit, since only the slopes are unknown. The row term is for machines whose cost per sequence is
 above that per token (CPUs). Everyone else reads a `Pace` or asks for a step's duration, and none knows the form.
 """

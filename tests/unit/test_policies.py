@@ -347,7 +347,7 @@ def test_request_weight_decides_between_tokens_and_requests():
 
 
 def test_scaling_all_values_by_a_power_of_two_changes_no_order():
-    """Invariant 11 of scheduler.md: with twice the bonus per request at weight 1 every key moves by the same bins."""
+    """With twice the bonus per request at weight 1 every key moves by the same bins."""
     density = ValueDensity(request_weight=1.0)
     requests = [waiting(request(f"r{n}", slo=TOOL, prompt_tokens=37 * n + 1), n) for n in range(40)]
     once = [density.key(one, context(1.0, mean_length=100.0)) for one in requests]

@@ -1,4 +1,4 @@
-"""What is said about lengths follows scheduler.md section 2, and answers cut off do not read as short ones."""
+"""What is said about lengths follows from the answers that ended, and those cut off do not read as short ones."""
 
 import json
 import random

@@ -88,7 +88,6 @@ def test_stream_that_has_not_begun_is_beyond_help_a_quarter_of_its_target_after_
 
 @given(now_s=st.floats(0, 100), later_s=st.floats(0, 100), slo=st.sampled_from([STREAM, WHOLE]))
 def test_worth_does_not_rise_with_lateness(now_s, later_s, slo):
-    """Invariant 7 of scheduler.md."""
     now = expected_good(slo, ALWAYS_100, PACE, now_s)
     later = expected_good(slo, ALWAYS_100, PACE, now_s + later_s)
     assert later[0] <= now[0] + 1e-9
