@@ -541,19 +541,15 @@ class StepPlanner:
             self._evict(self._sorted(holders, now_s)[-1])
 
     def _unblock(self) -> list[tuple[LiveCall, int]]:
-        """Nothing runs: resume what is held, or start the first that fits after the last holder gave way."""
+        """Nothing runs: resume what is held; or go on with a prompt that has its blocks; or start one that fits."""
         if self._held:
             self._resume_all()
             self._make_room_for_decodes(self._now_s)
             if self._decoding:
                 return []
-        for call in [*self._order, *self._prefilling.values()]:
-            if call.call_id not in self._prefilling:
-                continue
-            holders = [other for other in self._live.values() if other.blocks and other is not call]
-            while holders and not call.blocks and self._kv.blocks_for(call.to_compute + 1) > self._kv.free:
-                self._evict(self._sorted(holders, self._now_s).pop())
-            if self._begin(call):
+        holders = self._sorted((call for call in self._prefilling.values() if call.blocks), self._now_s)
+        for call in holders or [*self._order, *self._prefilling.values()]:
+            if call.call_id in self._prefilling and self._begin(call):
                 return [(call, min(call.missing_tokens, self._max_step_tokens))]
         return []
 
