@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
+from tempo_router.eviction import is_worth, may_lose
 from tempo_router.facts import Facts, facts_of
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
@@ -38,6 +39,7 @@ class LiveCall:
     blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
     segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
     row: where the planner's table keeps its numbers.
+    times_taken: how often it lost its blocks to a prompt that asked for them.
     """
 
     __slots__ = (
@@ -55,6 +57,7 @@ class LiveCall:
         "spec",
         "standing",
         "ticket",
+        "times_taken",
         "to_compute",
     )
 
@@ -81,6 +84,7 @@ class LiveCall:
         self.is_decoding = False
         self.joined = 0
         self.row = 0
+        self.times_taken = 0
         self.segments: list[tuple[int, int]] = []
         self._clock = clock
 
@@ -108,6 +112,11 @@ class LiveCall:
     def missing_tokens(self) -> int:
         """Context still to be computed; 0 when it can decode."""
         return self.to_compute - self.computed
+
+    @property
+    def cached_tokens(self) -> int:
+        """Context that it has in the KV cache."""
+        return self.context_tokens if self.is_decoding else self.computed
 
     @property
     def is_relegated(self) -> bool:
@@ -258,7 +267,7 @@ class StepPlanner:
 
     def remove(self, call: LiveCall) -> None:
         """A call left the engine; its blocks are free, its prefix may stay cached."""
-        context = call.computed if not call.is_decoding else call.context_tokens
+        context = call.cached_tokens
         self._withdraw(call)
         self._release(call)
         if call.spec.prefix_id:
@@ -527,12 +536,32 @@ class StepPlanner:
         behind = [
             other for other in ordered[ordered.index(call) + 1 :] if other.blocks and other.call_id not in in_step
         ]
-        if sum(self._blocks_of(other) for other in behind) + self._room() < needed:
+        victims = self._victims(call, needed - self._room(), behind)
+        if not victims:
             self._full_until_s = self._now_s + self._policy.frame_s
             return False
-        while needed > self._room():
-            self._evict(behind.pop())
+        for victim in victims:
+            if needed > self._room():
+                victim.times_taken += 1
+                self._evict(victim)
         return True
+
+    def _victims(self, call: LiveCall, lacking: int, behind: Sequence[LiveCall]) -> list[LiveCall]:
+        """Who gives way, last first, so that `lacking` more blocks are free; nobody if that cannot or shall not be."""
+        spares = self._policy.spares
+        victims: list[LiveCall] = []
+        for other in reversed(behind):
+            if spares and not may_lose(other, other.times_taken):
+                continue
+            victims.append(other)
+            lacking -= self._blocks_of(other)
+            if lacking <= 0:
+                break
+        if lacking > 0:
+            return []
+        if spares and not is_worth(call, [(one, one.cached_tokens) for one in victims], self._steps.pace()):
+            return []
+        return victims
 
     def _make_room_for_decodes(self, now_s: float) -> None:
         """Every decoding call gets its next block; the last in the order gives way."""
