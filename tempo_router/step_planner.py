@@ -13,6 +13,7 @@ import numpy as np
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
 from tempo_router.eviction import is_worth, may_lose
 from tempo_router.facts import Facts, facts_of
+from tempo_router.first_prompts import FirstPrompts
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.policies.base import ColumnPolicy, Context, Policy
@@ -192,7 +193,8 @@ class StepPlanner:
         self._streams: dict[DispatchId, LiveCall] = {}
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
-        self._order: list[LiveCall] = []
+        self._first = FirstPrompts()
+        self._newcomers: list[LiveCall] = []
         self._is_placed = False
         self._resumed: list[LiveCall] = []
         self._evicted: list[LiveCall] = []
@@ -261,6 +263,7 @@ class StepPlanner:
         call = LiveCall(call_id, spec, lengths, standing, self._tickets, now_s, self._clock)
         self._live[call_id] = call
         self._prefilling[call_id] = call
+        self._newcomers.append(call)
         self._table.add(call)
         self._is_dirty = True
         return call
@@ -371,6 +374,7 @@ class StepPlanner:
         for call in completed:
             call.produced += 1
             del self._prefilling[call.call_id]
+            self._first.note_gone()
             self._join(call)
         for call in missed:
             self._join(call)
@@ -399,7 +403,9 @@ class StepPlanner:
             self._resume_all()
         has_choice = is_crowded or len(self._prefilling) > 1
         if not has_choice:
-            self._order, self._is_placed = list(self._prefilling.values()), False
+            self._newcomers.clear()
+            self._first.choose(list(self._prefilling.values()))
+            self._is_placed = False
             return
         if now_s < self._arrange_at_s:
             if not self._is_dirty:
@@ -408,12 +414,14 @@ class StepPlanner:
                 self._patch(now_s)
                 return
         self._is_dirty = False
+        self._newcomers.clear()
         self._arrange_at_s = now_s + self._policy.frame_s
         if is_crowded and self._policy.preempts:
             self._choose(now_s)
         else:
             ranked = self._ranked(self._rows(self._prefilling.values()), now_s, is_kept=True)
-            self._order, self._is_placed = self._table.calls(ranked), False
+            self._first.choose(self._table.calls(ranked))
+            self._is_placed = False
 
     def _choose(self, now_s: float) -> None:
         """The best of all live calls get the slots: others are held, those of them that were held go on."""
@@ -425,29 +433,67 @@ class StepPlanner:
             self._hold(call)
         for call in table.calls(table.in_phase(HELD, chosen)):
             self._resume(call)
-        self._place(table.in_phase(PREFILLING, chosen))
+        prompts = table.in_phase(PREFILLING, chosen)
+        self._first.choose(table.calls(prompts))
+        self._place(prompts)
 
     def _place(self, prompts: Ints) -> None:
-        """These prompts, in this order, are the ones that steps take from."""
-        self._table.place(prompts)
-        self._order, self._is_placed = self._table.calls(prompts), True
+        """These prompts stand in the order; of a policy that arranges sets, others are newcomers to it."""
+        if self._by_columns is None:
+            self._table.place(prompts)
+            self._is_placed = True
 
     def _patch(self, now_s: float) -> None:
         """Between two looks at the whole order: newcomers take their place in it, free slots go to the best held."""
         self._is_dirty = False
+        if not self._insert_newcomers(now_s):
+            self._rank_prompts(now_s)
+        self._newcomers.clear()
+        if not self._held:
+            return
         table = self._table
-        if not self._is_placed:
-            table.place(self._rows(call for call in self._order if call.call_id in self._prefilling))
-        prompts = table.in_phase(PREFILLING)
-        # A key that depends on its own call alone stands until the next look; others are those of a set.
-        newcomers = table.without_key(prompts) if self._by_columns is not None else table.unplaced(prompts)
-        if newcomers.size:
-            table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
-        self._place(table.ranked(prompts, most=_MOST_PLACED * self._slots))
-        spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._order)
-        if spare > 0 and self._held:
+        spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._ordered_prompts())
+        if spare > 0:
             for call in table.calls(table.ranked(table.in_phase(HELD))[:spare]):
                 self._resume(call)
+
+    def _insert_newcomers(self, now_s: float) -> bool:
+        """Put each in its place among the first prompts. False: all must be ranked."""
+        if self._by_columns is None or len(self._newcomers) > _ONE_BY_ONE or not self._first.are_known(self._slots):
+            return False
+        self._first.drop_gone(self._is_prompt)
+        context = self.context(now_s)
+        for call in self._newcomers:
+            if self._is_prompt(call):
+                key = self._policy.key(call, context)
+                self._table.store_key(call, key)
+                self._first.insert(call, key)
+        return True
+
+    def _rank_prompts(self, now_s: float) -> None:
+        """The first of all prompts, by the keys of the last look and, who came later, by those of now."""
+        table = self._table
+        prompts = table.in_phase(PREFILLING)
+        # A key that depends on its own call alone stands until the next look; others are those of a set.
+        if self._by_columns is not None:
+            newcomers = table.without_key(prompts)
+        else:
+            if not self._is_placed:
+                table.place(self._rows(self._ordered_prompts()))
+            newcomers = table.unplaced(prompts)
+        if newcomers.size:
+            table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
+        first = table.ranked(prompts, most=_MOST_PLACED * self._slots)
+        self._first.rank(table.calls(first), table.keys(first), are_all=first.size == prompts.size)
+        self._place(first)
+
+    def _ordered_prompts(self) -> list[LiveCall]:
+        """The prompts that steps take from, in order."""
+        return [call for call in self._first.calls if self._is_prompt(call)]
+
+    def _is_prompt(self, call: LiveCall) -> bool:
+        """It is still here, and its prompt is not computed. An id may have been given anew."""
+        return self._prefilling.get(call.call_id) is call
 
     def _sorted(self, calls: Iterable[LiveCall], now_s: float) -> list[LiveCall]:
         """These calls in the order of now."""
@@ -476,10 +522,10 @@ class StepPlanner:
     def _prefills(self, budget: int) -> list[tuple[LiveCall, int]]:
         prefills: list[tuple[LiveCall, int]] = []
         rows = self._slots - len(self._decoding)
-        for call in list(self._order):
+        for call in self._first.calls:
             if budget <= 0 or rows <= len(prefills):
                 break
-            if call.call_id not in self._prefilling or not self._begin(call, prefills):
+            if not self._is_prompt(call) or not self._begin(call, prefills):
                 continue
             tokens = min(budget, call.missing_tokens)
             prefills.append((call, tokens))
@@ -489,10 +535,10 @@ class StepPlanner:
     def _whole_prompts(self, step_tokens: int) -> list[tuple[LiveCall, int]]:
         prefills: list[tuple[LiveCall, int]] = []
         budget = step_tokens
-        for call in list(self._order):
+        for call in self._first.calls:
             if len(self._decoding) + len(prefills) >= self._slots:
                 break
-            if call.call_id not in self._prefilling or (prefills and call.missing_tokens > budget):
+            if not self._is_prompt(call) or (prefills and call.missing_tokens > budget):
                 continue
             if not self._begin(call, prefills):
                 break
@@ -577,8 +623,8 @@ class StepPlanner:
             if self._decoding:
                 return []
         holders = self._sorted((call for call in self._prefilling.values() if call.blocks), self._now_s)
-        for call in holders or [*self._order, *self._prefilling.values()]:
-            if call.call_id in self._prefilling and self._begin(call):
+        for call in holders or [*self._first.calls, *self._prefilling.values()]:
+            if self._is_prompt(call) and self._begin(call):
                 return [(call, min(call.missing_tokens, self._max_step_tokens))]
         return []
 
@@ -679,6 +725,7 @@ class StepPlanner:
         call.to_compute = call.spec.context_tokens + call.produced
         call.computed = 0
         self._prefilling[call.call_id] = call
+        self._first.note_return()
         self._table.note_phase(call, PREFILLING)
         self._evicted.append(call)
         self.evictions += 1
@@ -688,7 +735,8 @@ class StepPlanner:
         if call.is_decoding:
             self._part(call)
         self._held.pop(call.call_id, None)
-        self._prefilling.pop(call.call_id, None)
+        if self._prefilling.pop(call.call_id, None) is not None:
+            self._first.note_gone()
 
     def _release(self, call: LiveCall) -> None:
         self._kv.give_back(call.blocks)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tempo_router.columns import PREFILLING
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
 from tempo_router.kv_blocks import KvBlocks
@@ -203,6 +204,17 @@ class PlannerMachine(RuleBasedStateMachine):
         anew = sorted(zip(keys, calls, strict=True), key=lambda one: (one[0], one[1].ticket))
         kept = planner._sorted(calls, self.now_s)
         assert [call.call_id for call in kept] == [call.call_id for _, call in anew]
+
+    @invariant()
+    def the_first_prompts_are_those_with_the_least_keys(self) -> None:
+        """Between two looks at all of them, however they came there."""
+        planner = self.planners[0]
+        if planner._newcomers or not planner._first.are_known(self.slots):
+            return
+        ranked = planner._table.calls(planner._table.ranked(planner._table.in_phase(PREFILLING)))
+        first = planner._ordered_prompts()
+        assert first == ranked[: len(first)]
+        assert len(first) >= min(self.slots, len(ranked))
 
     def teardown(self) -> None:
         if hasattr(self, "planners"):
