@@ -5,6 +5,7 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -190,7 +191,7 @@ class StepPlanner:
         self._prefilling: dict[DispatchId, LiveCall] = {}
         self._decoding: dict[DispatchId, LiveCall] = {}
         self._held: dict[DispatchId, LiveCall] = {}
-        self._streams: dict[DispatchId, LiveCall] = {}
+        self._streams: dict[DispatchId, tuple[float, float]] = {}
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
         self._first = FirstPrompts()
@@ -204,7 +205,7 @@ class StepPlanner:
         self._full_until_s = -1.0
         self._slack_s = 0.0
         self._slack_until_s = -1.0
-        self._tightest_s: float | None = None
+        self._tbts: Counter[float] = Counter()
         self.step_cap_s: float | None = None
         self.evictions = 0
         self.holds = 0
@@ -293,10 +294,9 @@ class StepPlanner:
             return
         call.spec = replace(call.spec, slo=slo)
         self._table.retarget(call)
-        self._streams.pop(call_id, None)
-        if call.is_decoding and isinstance(slo, Latency):
-            self._streams[call_id] = call
-        self._tightest_s = None
+        self._unfollow(call)
+        if call.is_decoding:
+            self._follow(call)
         self._slack_until_s = self._arrange_at_s = -1.0
         self._is_dirty = True
 
@@ -641,9 +641,7 @@ class StepPlanner:
 
     def _cap_s(self, share: float) -> float:
         """A share of the tightest time between tokens of the streams here; of a tenth of a second without any."""
-        if self._tightest_s is None:
-            self._tightest_s = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
-        return share * self._tightest_s
+        return share * min(self._tbts, default=0.1)
 
     def _least_slack_s(self, now_s: float) -> float:
         """Time until the next due token of the streams that can still be on time.
@@ -653,12 +651,9 @@ class StepPlanner:
         if now_s < self._slack_until_s:
             return self._slack_s
         least = 10.0
-        for call in self._streams.values():
-            if not call.is_decoding:
-                continue
-            slo = call.spec.slo
-            assert isinstance(slo, Latency)
-            slack = call.spec.arrival_s + slo.ttft_s + call.generated_tokens * slo.tbt_s - now_s
+        steps = self._clock.steps
+        for due_s, tbt_s in self._streams.values():
+            slack = due_s + steps * tbt_s - now_s
             if 0.0 < slack < least:
                 least = slack
         self._slack_s = least / 2
@@ -676,10 +671,23 @@ class StepPlanner:
         self._table.note_phase(call, DECODING)
         self._context_tokens += context
         self._crossings[(context - call.joined) % self._kv.block_size] += 1
-        if isinstance(call.spec.slo, Latency):
-            self._streams[call.call_id] = call
-            self._tightest_s = None
+        self._follow(call)
+
+    def _follow(self, call: LiveCall) -> None:
+        """Its tokens are due one by one, if it is a stream: (when it would be due had no step been counted, TBT)."""
+        slo = call.spec.slo
+        if isinstance(slo, Latency):
+            first = call.spec.generated_tokens + call.produced - call.joined
+            self._streams[call.call_id] = (call.spec.arrival_s + slo.ttft_s + first * slo.tbt_s, slo.tbt_s)
+            self._tbts[slo.tbt_s] += 1
             self._slack_until_s = -1.0
+
+    def _unfollow(self, call: LiveCall) -> None:
+        stream = self._streams.pop(call.call_id, None)
+        if stream is not None:
+            self._tbts[stream[1]] -= 1
+            if not self._tbts[stream[1]]:
+                del self._tbts[stream[1]]
 
     def _part(self, call: LiveCall) -> None:
         """It no longer decodes."""
@@ -692,8 +700,7 @@ class StepPlanner:
         call.blocks = self._kv.blocks_for(context)
         self._context_tokens -= context
         del self._decoding[call.call_id]
-        if self._streams.pop(call.call_id, None) is not None:
-            self._tightest_s = None
+        self._unfollow(call)
 
     def _hold(self, call: LiveCall) -> None:
         self._part(call)
@@ -754,9 +761,8 @@ class StepPlanner:
         assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
         self._table.audit(list(self._live.values()), self._clock.steps)
+        assert set(self._streams) == {
+            call.call_id for call in self._decoding.values() if isinstance(call.spec.slo, Latency)
+        }, "who is followed as a stream is none, or a stream is not followed"
+        assert self._tbts == Counter(tbt_s for _, tbt_s in self._streams.values()), "paces do not add up"
         self._kv.audit()
-
-
-def _tbt_s(call: LiveCall) -> float:
-    slo = call.spec.slo
-    return slo.tbt_s if isinstance(slo, Latency) else 0.1
