@@ -175,6 +175,12 @@ class IngressLink:
             return "no worker is attached"
         return None
 
+    @property
+    def attached_workers(self) -> list[wire.EngineFacts]:
+        """Facts of the workers whose tokens can reach us now."""
+        workers = [worker for worker in self._workers.values() if worker.link.is_open]
+        return [worker.facts for worker in workers if worker.facts is not None]
+
     async def first_worker(self) -> wire.EngineFacts:
         """Facts of some attached worker; waits for one."""
         while True:

@@ -15,6 +15,7 @@ import structlog
 from ray import serve
 
 from cluster.ingress_link import IngressLink
+from deployments import own_metrics
 from deployments.handle_api import GenerateRequest, Generation, GenerationPart, NewProgram, ProgramPlace
 from deployments.http_edge import HttpEdge
 from deployments.logs import configure_logging
@@ -65,6 +66,7 @@ class IngressReplica:
         facts = await self._link.first_worker()
         vllm_frontend.apply_facts(vllm_config, facts)
         engine.attach(self._link, facts)
+        own_metrics.export(lambda: self._link.attached_workers, are_planned=config.planned_scheduling is not None)
         self._engine = engine
         self._llm = vllm_frontend.make_async_llm(vllm_config, engine, config.engine.engine_kwargs)
         app = await vllm_frontend.build_app(

@@ -244,6 +244,15 @@ class LiveTable:
         """What `ranked` will go by."""
         self._numbers[KEY, rows] = keys
 
+    def store_key(self, call: "LiveCall", key: float) -> None:
+        """The same for one call."""
+        self._numbers[KEY, call.row] = key
+
+    def keys(self, rows: Ints) -> list[float]:
+        """The keys that are stored."""
+        keys: list[float] = self._numbers[KEY].take(rows).tolist()
+        return keys
+
     def place(self, rows: Ints) -> None:
         """These rows, and no others, stand in the order of prompts."""
         placed = self._numbers[IS_PLACED]

@@ -5,13 +5,16 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
+from tempo_router.eviction import is_worth, may_lose
 from tempo_router.facts import Facts, facts_of
+from tempo_router.first_prompts import FirstPrompts
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.policies.base import ColumnPolicy, Context, Policy
@@ -38,6 +41,7 @@ class LiveCall:
     blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
     segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
     row: where the planner's table keeps its numbers.
+    times_taken: how often it lost its blocks to a prompt that asked for them.
     """
 
     __slots__ = (
@@ -55,6 +59,7 @@ class LiveCall:
         "spec",
         "standing",
         "ticket",
+        "times_taken",
         "to_compute",
     )
 
@@ -81,6 +86,7 @@ class LiveCall:
         self.is_decoding = False
         self.joined = 0
         self.row = 0
+        self.times_taken = 0
         self.segments: list[tuple[int, int]] = []
         self._clock = clock
 
@@ -108,6 +114,11 @@ class LiveCall:
     def missing_tokens(self) -> int:
         """Context still to be computed; 0 when it can decode."""
         return self.to_compute - self.computed
+
+    @property
+    def cached_tokens(self) -> int:
+        """Context that it has in the KV cache."""
+        return self.context_tokens if self.is_decoding else self.computed
 
     @property
     def is_relegated(self) -> bool:
@@ -180,10 +191,11 @@ class StepPlanner:
         self._prefilling: dict[DispatchId, LiveCall] = {}
         self._decoding: dict[DispatchId, LiveCall] = {}
         self._held: dict[DispatchId, LiveCall] = {}
-        self._streams: dict[DispatchId, LiveCall] = {}
+        self._streams: dict[DispatchId, tuple[float, float]] = {}
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
-        self._order: list[LiveCall] = []
+        self._first = FirstPrompts()
+        self._newcomers: list[LiveCall] = []
         self._is_placed = False
         self._resumed: list[LiveCall] = []
         self._evicted: list[LiveCall] = []
@@ -193,7 +205,7 @@ class StepPlanner:
         self._full_until_s = -1.0
         self._slack_s = 0.0
         self._slack_until_s = -1.0
-        self._tightest_s: float | None = None
+        self._tbts: Counter[float] = Counter()
         self.step_cap_s: float | None = None
         self.evictions = 0
         self.holds = 0
@@ -252,13 +264,14 @@ class StepPlanner:
         call = LiveCall(call_id, spec, lengths, standing, self._tickets, now_s, self._clock)
         self._live[call_id] = call
         self._prefilling[call_id] = call
+        self._newcomers.append(call)
         self._table.add(call)
         self._is_dirty = True
         return call
 
     def remove(self, call: LiveCall) -> None:
         """A call left the engine; its blocks are free, its prefix may stay cached."""
-        context = call.computed if not call.is_decoding else call.context_tokens
+        context = call.cached_tokens
         self._withdraw(call)
         self._release(call)
         if call.spec.prefix_id:
@@ -281,10 +294,9 @@ class StepPlanner:
             return
         call.spec = replace(call.spec, slo=slo)
         self._table.retarget(call)
-        self._streams.pop(call_id, None)
-        if call.is_decoding and isinstance(slo, Latency):
-            self._streams[call_id] = call
-        self._tightest_s = None
+        self._unfollow(call)
+        if call.is_decoding:
+            self._follow(call)
         self._slack_until_s = self._arrange_at_s = -1.0
         self._is_dirty = True
 
@@ -362,6 +374,7 @@ class StepPlanner:
         for call in completed:
             call.produced += 1
             del self._prefilling[call.call_id]
+            self._first.note_gone()
             self._join(call)
         for call in missed:
             self._join(call)
@@ -390,7 +403,9 @@ class StepPlanner:
             self._resume_all()
         has_choice = is_crowded or len(self._prefilling) > 1
         if not has_choice:
-            self._order, self._is_placed = list(self._prefilling.values()), False
+            self._newcomers.clear()
+            self._first.choose(list(self._prefilling.values()))
+            self._is_placed = False
             return
         if now_s < self._arrange_at_s:
             if not self._is_dirty:
@@ -399,12 +414,14 @@ class StepPlanner:
                 self._patch(now_s)
                 return
         self._is_dirty = False
+        self._newcomers.clear()
         self._arrange_at_s = now_s + self._policy.frame_s
         if is_crowded and self._policy.preempts:
             self._choose(now_s)
         else:
             ranked = self._ranked(self._rows(self._prefilling.values()), now_s, is_kept=True)
-            self._order, self._is_placed = self._table.calls(ranked), False
+            self._first.choose(self._table.calls(ranked))
+            self._is_placed = False
 
     def _choose(self, now_s: float) -> None:
         """The best of all live calls get the slots: others are held, those of them that were held go on."""
@@ -416,29 +433,67 @@ class StepPlanner:
             self._hold(call)
         for call in table.calls(table.in_phase(HELD, chosen)):
             self._resume(call)
-        self._place(table.in_phase(PREFILLING, chosen))
+        prompts = table.in_phase(PREFILLING, chosen)
+        self._first.choose(table.calls(prompts))
+        self._place(prompts)
 
     def _place(self, prompts: Ints) -> None:
-        """These prompts, in this order, are the ones that steps take from."""
-        self._table.place(prompts)
-        self._order, self._is_placed = self._table.calls(prompts), True
+        """These prompts stand in the order; of a policy that arranges sets, others are newcomers to it."""
+        if self._by_columns is None:
+            self._table.place(prompts)
+            self._is_placed = True
 
     def _patch(self, now_s: float) -> None:
         """Between two looks at the whole order: newcomers take their place in it, free slots go to the best held."""
         self._is_dirty = False
+        if not self._insert_newcomers(now_s):
+            self._rank_prompts(now_s)
+        self._newcomers.clear()
+        if not self._held:
+            return
         table = self._table
-        if not self._is_placed:
-            table.place(self._rows(call for call in self._order if call.call_id in self._prefilling))
-        prompts = table.in_phase(PREFILLING)
-        # A key that depends on its own call alone stands until the next look; others are those of a set.
-        newcomers = table.without_key(prompts) if self._by_columns is not None else table.unplaced(prompts)
-        if newcomers.size:
-            table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
-        self._place(table.ranked(prompts, most=_MOST_PLACED * self._slots))
-        spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._order)
-        if spare > 0 and self._held:
+        spare = self._slots - len(self._decoding) - sum(call.computed > 0 for call in self._ordered_prompts())
+        if spare > 0:
             for call in table.calls(table.ranked(table.in_phase(HELD))[:spare]):
                 self._resume(call)
+
+    def _insert_newcomers(self, now_s: float) -> bool:
+        """Put each in its place among the first prompts. False: all must be ranked."""
+        if self._by_columns is None or len(self._newcomers) > _ONE_BY_ONE or not self._first.are_known(self._slots):
+            return False
+        self._first.drop_gone(self._is_prompt)
+        context = self.context(now_s)
+        for call in self._newcomers:
+            if self._is_prompt(call):
+                key = self._policy.key(call, context)
+                self._table.store_key(call, key)
+                self._first.insert(call, key)
+        return True
+
+    def _rank_prompts(self, now_s: float) -> None:
+        """The first of all prompts, by the keys of the last look and, who came later, by those of now."""
+        table = self._table
+        prompts = table.in_phase(PREFILLING)
+        # A key that depends on its own call alone stands until the next look; others are those of a set.
+        if self._by_columns is not None:
+            newcomers = table.without_key(prompts)
+        else:
+            if not self._is_placed:
+                table.place(self._rows(self._ordered_prompts()))
+            newcomers = table.unplaced(prompts)
+        if newcomers.size:
+            table.store_keys(newcomers, self._keys(newcomers, now_s, is_alone=True))
+        first = table.ranked(prompts, most=_MOST_PLACED * self._slots)
+        self._first.rank(table.calls(first), table.keys(first), are_all=first.size == prompts.size)
+        self._place(first)
+
+    def _ordered_prompts(self) -> list[LiveCall]:
+        """The prompts that steps take from, in order."""
+        return [call for call in self._first.calls if self._is_prompt(call)]
+
+    def _is_prompt(self, call: LiveCall) -> bool:
+        """It is still here, and its prompt is not computed. An id may have been given anew."""
+        return self._prefilling.get(call.call_id) is call
 
     def _sorted(self, calls: Iterable[LiveCall], now_s: float) -> list[LiveCall]:
         """These calls in the order of now."""
@@ -467,10 +522,10 @@ class StepPlanner:
     def _prefills(self, budget: int) -> list[tuple[LiveCall, int]]:
         prefills: list[tuple[LiveCall, int]] = []
         rows = self._slots - len(self._decoding)
-        for call in list(self._order):
+        for call in self._first.calls:
             if budget <= 0 or rows <= len(prefills):
                 break
-            if call.call_id not in self._prefilling or not self._begin(call, prefills):
+            if not self._is_prompt(call) or not self._begin(call, prefills):
                 continue
             tokens = min(budget, call.missing_tokens)
             prefills.append((call, tokens))
@@ -480,10 +535,10 @@ class StepPlanner:
     def _whole_prompts(self, step_tokens: int) -> list[tuple[LiveCall, int]]:
         prefills: list[tuple[LiveCall, int]] = []
         budget = step_tokens
-        for call in list(self._order):
+        for call in self._first.calls:
             if len(self._decoding) + len(prefills) >= self._slots:
                 break
-            if call.call_id not in self._prefilling or (prefills and call.missing_tokens > budget):
+            if not self._is_prompt(call) or (prefills and call.missing_tokens > budget):
                 continue
             if not self._begin(call, prefills):
                 break
@@ -527,12 +582,32 @@ class StepPlanner:
         behind = [
             other for other in ordered[ordered.index(call) + 1 :] if other.blocks and other.call_id not in in_step
         ]
-        if sum(self._blocks_of(other) for other in behind) + self._room() < needed:
+        victims = self._victims(call, needed - self._room(), behind)
+        if not victims:
             self._full_until_s = self._now_s + self._policy.frame_s
             return False
-        while needed > self._room():
-            self._evict(behind.pop())
+        for victim in victims:
+            if needed > self._room():
+                victim.times_taken += 1
+                self._evict(victim)
         return True
+
+    def _victims(self, call: LiveCall, lacking: int, behind: Sequence[LiveCall]) -> list[LiveCall]:
+        """Who gives way, last first, so that `lacking` more blocks are free; nobody if that cannot or shall not be."""
+        spares = self._policy.spares
+        victims: list[LiveCall] = []
+        for other in reversed(behind):
+            if spares and not may_lose(other, other.times_taken):
+                continue
+            victims.append(other)
+            lacking -= self._blocks_of(other)
+            if lacking <= 0:
+                break
+        if lacking > 0:
+            return []
+        if spares and not is_worth(call, [(one, one.cached_tokens) for one in victims], self._steps.pace()):
+            return []
+        return victims
 
     def _make_room_for_decodes(self, now_s: float) -> None:
         """Every decoding call gets its next block; the last in the order gives way."""
@@ -541,19 +616,15 @@ class StepPlanner:
             self._evict(self._sorted(holders, now_s)[-1])
 
     def _unblock(self) -> list[tuple[LiveCall, int]]:
-        """Nothing runs: resume what is held, or start the first that fits after the last holder gave way."""
+        """Nothing runs: resume what is held; or go on with a prompt that has its blocks; or start one that fits."""
         if self._held:
             self._resume_all()
             self._make_room_for_decodes(self._now_s)
             if self._decoding:
                 return []
-        for call in [*self._order, *self._prefilling.values()]:
-            if call.call_id not in self._prefilling:
-                continue
-            holders = [other for other in self._live.values() if other.blocks and other is not call]
-            while holders and not call.blocks and self._kv.blocks_for(call.to_compute + 1) > self._kv.free:
-                self._evict(self._sorted(holders, self._now_s).pop())
-            if self._begin(call):
+        holders = self._sorted((call for call in self._prefilling.values() if call.blocks), self._now_s)
+        for call in holders or [*self._first.calls, *self._prefilling.values()]:
+            if self._is_prompt(call) and self._begin(call):
                 return [(call, min(call.missing_tokens, self._max_step_tokens))]
         return []
 
@@ -570,9 +641,7 @@ class StepPlanner:
 
     def _cap_s(self, share: float) -> float:
         """A share of the tightest time between tokens of the streams here; of a tenth of a second without any."""
-        if self._tightest_s is None:
-            self._tightest_s = min((_tbt_s(call) for call in self._streams.values()), default=0.1)
-        return share * self._tightest_s
+        return share * min(self._tbts, default=0.1)
 
     def _least_slack_s(self, now_s: float) -> float:
         """Time until the next due token of the streams that can still be on time.
@@ -582,12 +651,9 @@ class StepPlanner:
         if now_s < self._slack_until_s:
             return self._slack_s
         least = 10.0
-        for call in self._streams.values():
-            if not call.is_decoding:
-                continue
-            slo = call.spec.slo
-            assert isinstance(slo, Latency)
-            slack = call.spec.arrival_s + slo.ttft_s + call.generated_tokens * slo.tbt_s - now_s
+        steps = self._clock.steps
+        for due_s, tbt_s in self._streams.values():
+            slack = due_s + steps * tbt_s - now_s
             if 0.0 < slack < least:
                 least = slack
         self._slack_s = least / 2
@@ -605,10 +671,23 @@ class StepPlanner:
         self._table.note_phase(call, DECODING)
         self._context_tokens += context
         self._crossings[(context - call.joined) % self._kv.block_size] += 1
-        if isinstance(call.spec.slo, Latency):
-            self._streams[call.call_id] = call
-            self._tightest_s = None
+        self._follow(call)
+
+    def _follow(self, call: LiveCall) -> None:
+        """Its tokens are due one by one, if it is a stream: (when it would be due had no step been counted, TBT)."""
+        slo = call.spec.slo
+        if isinstance(slo, Latency):
+            first = call.spec.generated_tokens + call.produced - call.joined
+            self._streams[call.call_id] = (call.spec.arrival_s + slo.ttft_s + first * slo.tbt_s, slo.tbt_s)
+            self._tbts[slo.tbt_s] += 1
             self._slack_until_s = -1.0
+
+    def _unfollow(self, call: LiveCall) -> None:
+        stream = self._streams.pop(call.call_id, None)
+        if stream is not None:
+            self._tbts[stream[1]] -= 1
+            if not self._tbts[stream[1]]:
+                del self._tbts[stream[1]]
 
     def _part(self, call: LiveCall) -> None:
         """It no longer decodes."""
@@ -621,8 +700,7 @@ class StepPlanner:
         call.blocks = self._kv.blocks_for(context)
         self._context_tokens -= context
         del self._decoding[call.call_id]
-        if self._streams.pop(call.call_id, None) is not None:
-            self._tightest_s = None
+        self._unfollow(call)
 
     def _hold(self, call: LiveCall) -> None:
         self._part(call)
@@ -654,6 +732,7 @@ class StepPlanner:
         call.to_compute = call.spec.context_tokens + call.produced
         call.computed = 0
         self._prefilling[call.call_id] = call
+        self._first.note_return()
         self._table.note_phase(call, PREFILLING)
         self._evicted.append(call)
         self.evictions += 1
@@ -663,7 +742,8 @@ class StepPlanner:
         if call.is_decoding:
             self._part(call)
         self._held.pop(call.call_id, None)
-        self._prefilling.pop(call.call_id, None)
+        if self._prefilling.pop(call.call_id, None) is not None:
+            self._first.note_gone()
 
     def _release(self, call: LiveCall) -> None:
         self._kv.give_back(call.blocks)
@@ -681,9 +761,8 @@ class StepPlanner:
         assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
         self._table.audit(list(self._live.values()), self._clock.steps)
+        assert set(self._streams) == {
+            call.call_id for call in self._decoding.values() if isinstance(call.spec.slo, Latency)
+        }, "who is followed as a stream is none, or a stream is not followed"
+        assert self._tbts == Counter(tbt_s for _, tbt_s in self._streams.values()), "paces do not add up"
         self._kv.audit()
-
-
-def _tbt_s(call: LiveCall) -> float:
-    slo = call.spec.slo
-    return slo.tbt_s if isinstance(slo, Latency) else 0.1

@@ -126,6 +126,9 @@ class Policy(Protocol):
     preempts: ClassVar[bool] = False
     """A running call may be held, or evicted, for a better one that waits."""
 
+    spares: ClassVar[bool] = False
+    """By choice, no KV cache is taken from streams that are read, nor too often, nor for too little (eviction.py)."""
+
     binds_early: ClassVar[bool] = False
     """Everything goes to a replica on arrival, and `arrange` sees all of it."""
 

@@ -43,6 +43,7 @@ class Tempo(ColumnPolicy):
     batch: BatchRule = CAPPED
     is_static: ClassVar[bool] = False
     preempts: ClassVar[bool] = True
+    spares: ClassVar[bool] = True
     frame_s: ClassVar[float] = 0.3
 
     def key(self, request: Job, context: Context) -> float:

@@ -83,6 +83,15 @@ async def test_a_call_comes_with_its_target_and_its_lengths_and_is_ranked(fleet:
     await eventually(lambda: standing_of(engine, "one").density > 0, "it is ranked")
 
 
+async def test_an_ingress_knows_which_of_its_workers_plan_their_steps(fleet: Fleet):
+    """Its /metrics count the others."""
+    link = fleet.clients[0].link
+    assert [one.has_step_planner for one in link.attached_workers] == [True]
+
+    await fleet.kill_worker(next(iter(fleet.workers)))
+    await eventually(lambda: link.attached_workers == [], "it is gone")
+
+
 async def test_plans_go_on_telling_how_running_calls_stand(fleet: Fleet):
     await submit(fleet.clients[0], call("one", output_tokens=3000, slo=Latency(5.0, 0.5)))
     engine = engine_of(next(iter(fleet.workers.values())))

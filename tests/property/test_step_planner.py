@@ -5,20 +5,23 @@ checks each plan against the limits of the engine. A twin planner is told the sa
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tempo_router.columns import PREFILLING
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
-from tempo_router.request import DispatchId, RequestSpec
+from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import UNRANKED, Standing
 from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
 from tempo_router.step_time import StepTimeModel
@@ -44,11 +47,18 @@ STANDINGS = st.one_of(
 
 
 class WatchedPlanner(StepPlanner):
-    """Whenever a call loses its blocks: it is the last of those that hold some, and behind the one that asks."""
+    """Whenever a call loses its blocks: it is the last of those that can, and behind the one that asks.
+
+    by_choice: how often each call lost them to one that asked.
+    """
 
     watched = 0
     asker: LiveCall | None = None
     in_step: frozenset[DispatchId] = frozenset()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.by_choice: Counter[DispatchId] = Counter()
 
     def _evict_for(self, call: LiveCall, needed: int, planned: Sequence[tuple[LiveCall, int]]) -> bool:
         self.asker, self.in_step = call, frozenset(other.call_id for other, _ in planned)
@@ -57,17 +67,27 @@ class WatchedPlanner(StepPlanner):
         finally:
             self.asker, self.in_step = None, frozenset()
 
+    def is_spared(self, call: LiveCall) -> bool:
+        if self.asker is None or not self._policy.spares:
+            return False
+        is_begun = isinstance(call.spec.slo, Latency) and call.new_tokens > 0 and not call.standing.is_relegated
+        return is_begun or self.by_choice[call.call_id] >= 2
+
     def _evict(self, call: LiveCall) -> None:
         self.watched += 1
         calls = list(self.live)
         keys = self._policy.arrange(calls, self.context(self._now_s))
         rank = {one.call_id: (key, one.ticket) for one, key in zip(calls, keys, strict=True)}
         assert call.call_id not in self.in_step, "evicted from its own step"
+        assert not self.is_spared(call), "a stream that is read, or one that gave way twice, lost its blocks by choice"
         if self.asker is not None:
             assert self.asker.standing.is_admitted, "a deferred call took another's blocks"
             assert rank[call.call_id] > rank[self.asker.call_id], "evicted by a call that is behind it"
-        last = max(rank[one.call_id] for one in calls if one.blocks and one.call_id not in self.in_step)
+        can_lose = [one for one in calls if one.blocks and one.call_id not in self.in_step and not self.is_spared(one)]
+        last = max(rank[one.call_id] for one in can_lose)
         assert rank[call.call_id] == last, "evicted, and one behind it was not"
+        if self.asker is not None:
+            self.by_choice[call.call_id] += 1
         super()._evict(call)
 
 
@@ -184,6 +204,17 @@ class PlannerMachine(RuleBasedStateMachine):
         anew = sorted(zip(keys, calls, strict=True), key=lambda one: (one[0], one[1].ticket))
         kept = planner._sorted(calls, self.now_s)
         assert [call.call_id for call in kept] == [call.call_id for _, call in anew]
+
+    @invariant()
+    def the_first_prompts_are_those_with_the_least_keys(self) -> None:
+        """Between two looks at all of them, however they came there."""
+        planner = self.planners[0]
+        if planner._newcomers or not planner._first.are_known(self.slots):
+            return
+        ranked = planner._table.calls(planner._table.ranked(planner._table.in_phase(PREFILLING)))
+        first = planner._ordered_prompts()
+        assert first == ranked[: len(first)]
+        assert len(first) >= min(self.slots, len(ranked))
 
     def teardown(self) -> None:
         if hasattr(self, "planners"):

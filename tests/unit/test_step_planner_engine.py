@@ -117,3 +117,21 @@ def test_while_the_step_times_are_unsure_steps_keep_a_margin(planner):
     assert steps.upper_ratio > 1.2
     assert planner._capped_budget(1.0) == steps.budget_tokens(0.4 / steps.upper_ratio, 0, 0)
     assert LEAST_CHUNK < planner._capped_budget(1.0) < steps.budget_tokens(0.4, 0, 0)
+
+
+def test_begun_prompts_that_fell_out_of_the_order_go_on_when_nobody_ahead_fits(planner):
+    """Both would have to give way for the first in the order, which is deferred and may take from nobody."""
+    planner.step_cap_s = 1e-6
+    begun = [add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=300)) for number in (1, 2)]
+    step(planner, 0.0)
+    planner.retune(DispatchId(1), Standing(0.1, is_admitted=True))
+    step(planner, 0.5)
+    assert all(call.blocks for call in begun)
+    for number in range(3, 7):
+        add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=600), density=100.0)
+    for call in planner.live:
+        planner.retune(call.call_id, Standing(call.standing.density, is_admitted=False))
+    plan = step(planner, 1.0)
+
+    assert [call for call, _ in plan.prefills] == [begun[1]]
+    assert planner.evictions == 0
