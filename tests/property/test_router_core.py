@@ -435,7 +435,9 @@ class RouterMachine(RuleBasedStateMachine):
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
                 self.replicas[replica_id].calls[dispatch_id].is_aborted = True
             case Relegate(request_id=request_id):
-                assert request_id in self.waiting or self.is_unstarted(self.running[request_id])
+                # Alone only what has not begun is given up; a program is, with all of its calls.
+                is_alone = not isinstance(event, ProgramRelegated)
+                assert request_id in self.waiting or not is_alone or self.is_unstarted(self.running[request_id])
             case Expire(request_id=request_id):
                 assert self.config.hopeless == "refuse"
                 spec = self.waiting.pop(request_id, None)
