@@ -277,6 +277,10 @@ class ProgramDesk:
             if self.writer.is_away:
                 self._answer_unstored()
         self._changed(changes)
+        if isinstance(op, ExtendProgram):
+            now_monotonic_s = time.monotonic()
+            deadline_s = now_monotonic_s + op.deadline_s - now_s
+            self._handle(ProgramRetargeted(now_monotonic_s, ProgramId(op.program_id), deadline_s))
 
         def stored() -> None:
             self._unanswered.pop(message.op_id, None)
@@ -324,9 +328,6 @@ class ProgramDesk:
         if graph.status == "relegated":
             log.info("program_relegated", program_id=graph.program_id, app=graph.app, calls=len(graph.calls))
             self._handle(ProgramRelegated(time.monotonic(), graph.program_id))
-        elif graph.status == "running" and graph.deadline_s is not None:
-            now_s = time.monotonic()
-            self._handle(ProgramRetargeted(now_s, graph.program_id, now_s + graph.deadline_s - self._epoch_s()))
         elif graph.is_over:
             log.info(
                 "program_over", program_id=graph.program_id, app=graph.app, status=graph.status, is_met=graph.is_met,
