@@ -293,22 +293,11 @@ def _slo(unit: Unit, now_s: float) -> Slo:
 def _payload(spec: RequestSpec, call: TraceCall) -> list[bytes]:
     """The request as vLLM's front end would encode it; greedy, and as long as the trace says."""
     from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.serial_utils import MsgpackEncoder
+
+    from workers.vllm_payload import encoded_request
 
     params = SamplingParams(max_tokens=call.output_tokens, ignore_eos=True, temperature=0.0)
-    request = EngineCoreRequest(
-        request_id=spec.attempt_id,
-        prompt_token_ids=prompt_of(call),
-        mm_features=None,
-        sampling_params=params,
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-    return [bytes(buffer) for buffer in MsgpackEncoder().encode(request)]
+    return list(encoded_request(spec.attempt_id, prompt_of(call), params))
 
 
 def with_names(trace: Trace, prefix: str) -> Trace:

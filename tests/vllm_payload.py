@@ -1,15 +1,13 @@
 """Requests as the ingress would send them, in vLLM's codec. Imports vLLM: for tests marked `vllm` only."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackEncoder
 
 from workers.default_model import EOS_ID
+from workers.vllm_payload import encoded_request
 
 
 def encode_request(
@@ -26,15 +24,4 @@ def encode_request(
     params.update_from_generation_config({}, EOS_ID)
     if json_schema is not None:
         params.structured_outputs._backend = "xgrammar"
-    request = EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=list(prompt),
-        mm_features=None,
-        sampling_params=params,
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-    return tuple(bytes(buffer) for buffer in MsgpackEncoder().encode(request))
+    return encoded_request(request_id, prompt, params)

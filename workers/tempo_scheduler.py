@@ -11,7 +11,7 @@ comes to that step, and tells the planner what came of it.
     end          `_free_blocks`
 
 `differences` compares the installed vLLM with `_RELIED_ON` and names what the planner cannot plan for; whoever starts
-an engine asks it first and else leaves the order to vLLM (vllm_engine.py).
+an engine asks it first and else leaves the order to vLLM (vllm_start.py).
 """
 
 import inspect

@@ -498,14 +498,14 @@ async def test_an_engine_that_cannot_start_says_why(rig, tmp_path):
 
 @only_vllm
 async def test_a_vllm_that_differs_is_refused_by_name(rig, monkeypatch):
-    from workers import vllm_engine
+    from workers import vllm_core
 
-    vllm_engine.check_vllm()
-    monkeypatch.setattr(vllm_engine.vllm, "__version__", "0.31.0+cpu")
-    monkeypatch.delattr(vllm_engine.EngineCore, "preprocess_add_request")
-    monkeypatch.setattr(vllm_engine.Scheduler, "schedule", lambda self, everything: None)
+    vllm_core.check_vllm()
+    monkeypatch.setattr(vllm_core.vllm, "__version__", "0.31.0+cpu")
+    monkeypatch.delattr(vllm_core.EngineCore, "preprocess_add_request")
+    monkeypatch.setattr(vllm_core.Scheduler, "schedule", lambda self, everything: None)
     with pytest.raises(EngineVersionError) as caught:
-        vllm_engine.check_vllm()
+        vllm_core.check_vllm()
     problem = str(caught.value)
     assert "0.31.0+cpu" in problem
     assert "EngineCore.preprocess_add_request does not exist" in problem
