@@ -14,8 +14,8 @@ from tempo_router.facts import BEST_EFFORT, DEADLINE_S, FIRST_DUE_S, KIND, LIMIT
 from tempo_router.prediction import ATOMS, UPPER_SHARE, Lengths
 
 if TYPE_CHECKING:
+    from tempo_router.live_call import LiveCall
     from tempo_router.policies.base import Job
-    from tempo_router.step_planner import LiveCall
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

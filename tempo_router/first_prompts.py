@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tempo_router.step_planner import LiveCall
+    from tempo_router.live_call import LiveCall
 
 _FEW = 16
 

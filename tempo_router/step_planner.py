@@ -5,23 +5,23 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
 from tempo_router.eviction import is_worth, may_lose
-from tempo_router.facts import Facts, facts_of
 from tempo_router.first_prompts import FirstPrompts
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
+from tempo_router.live_call import LiveCall, StepClock, StepPlan
 from tempo_router.policies.base import ColumnPolicy, Context, Policy
 from tempo_router.prediction import Lengths
-from tempo_router.request import DispatchId, Latency, RequestSpec, Slo
+from tempo_router.request import DispatchId, RequestSpec, Slo
 from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
+from tempo_router.stream_paces import StreamPaces
 
 _ONE_BY_ONE = 16
 """So few keys cost less one by one than in arrays, whose operations take a microsecond each however few the calls."""
@@ -32,130 +32,6 @@ step would sort all that wait whenever one comes: 2 ms for 5,000."""
 
 LEAST_CHUNK = 64
 """Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap (docs/scheduling.md)."""
-
-
-class LiveCall:
-    """A call in the engine, as the planner knows it. Satisfies `Job`.
-
-    to_compute: context that its next token needs; computed: what of it is in the KV cache.
-    blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
-    segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
-    row: where the planner's table keeps its numbers.
-    times_taken: how often it lost its blocks to a prompt that asked for them.
-    """
-
-    __slots__ = (
-        "_clock",
-        "blocks",
-        "call_id",
-        "computed",
-        "is_decoding",
-        "joined",
-        "lengths",
-        "produced",
-        "row",
-        "segments",
-        "since_s",
-        "spec",
-        "standing",
-        "ticket",
-        "times_taken",
-        "to_compute",
-    )
-
-    def __init__(
-        self,
-        call_id: DispatchId,
-        spec: RequestSpec,
-        lengths: Lengths,
-        standing: Standing,
-        ticket: int,
-        since_s: float,
-        clock: "_Clock",
-    ) -> None:
-        self.call_id = call_id
-        self.spec = spec
-        self.lengths = lengths
-        self.standing = standing
-        self.ticket = ticket
-        self.since_s = since_s
-        self.to_compute = spec.context_tokens
-        self.computed = 0
-        self.produced = 0
-        self.blocks = 0
-        self.is_decoding = False
-        self.joined = 0
-        self.row = 0
-        self.times_taken = 0
-        self.segments: list[tuple[int, int]] = []
-        self._clock = clock
-
-    @property
-    def facts(self) -> Facts:
-        """The spec in numbers; not kept, as who needs them often keeps them in columns."""
-        return facts_of(self.spec)
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that this attempt has produced."""
-        return self.produced + (self._clock.steps - self.joined if self.is_decoding else 0)
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens of the whole answer so far."""
-        return self.spec.generated_tokens + self.new_tokens
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that the next one is computed from."""
-        return self.spec.context_tokens + self.new_tokens
-
-    @property
-    def missing_tokens(self) -> int:
-        """Context still to be computed; 0 when it can decode."""
-        return self.to_compute - self.computed
-
-    @property
-    def cached_tokens(self) -> int:
-        """Context that it has in the KV cache."""
-        return self.context_tokens if self.is_decoding else self.computed
-
-    @property
-    def is_relegated(self) -> bool:
-        """It can no longer meet its SLO."""
-        return self.standing.is_relegated
-
-
-class _Clock:
-    """Counts the steps in which calls decode."""
-
-    __slots__ = ("steps",)
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step.
-
-    prefills: (call, tokens of its context to compute). decodes: how many of the decoding calls run: all or none of
-    them; those that shall not run are held. context_tokens: summed context of these.
-    """
-
-    prefills: tuple[tuple[LiveCall, int], ...]
-    decodes: int
-    context_tokens: int
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Prompt tokens of the step."""
-        return sum(tokens for _, tokens in self.prefills)
-
-    @property
-    def attention_tokens(self) -> float:
-        """Sum over the prompts of tokens x (tokens before + half of them)."""
-        return sum(tokens * (call.computed + tokens / 2) for call, tokens in self.prefills)
 
 
 class StepPlanner:
@@ -184,14 +60,14 @@ class StepPlanner:
         self._steps = steps
         self._ledger = ledger if ledger is not None else Ledger()
         self._mean_length = mean_length
-        self._clock = _Clock()
+        self._clock = StepClock()
         self._tickets = 0
         self._live: dict[DispatchId, LiveCall] = {}
         self._table = LiveTable()
         self._prefilling: dict[DispatchId, LiveCall] = {}
         self._decoding: dict[DispatchId, LiveCall] = {}
         self._held: dict[DispatchId, LiveCall] = {}
-        self._streams: dict[DispatchId, tuple[float, float]] = {}
+        self._paces = StreamPaces()
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
         self._first = FirstPrompts()
@@ -203,9 +79,6 @@ class StepPlanner:
         self._arrange_at_s = 0.0
         self._now_s = 0.0
         self._full_until_s = -1.0
-        self._slack_s = 0.0
-        self._slack_until_s = -1.0
-        self._tbts: Counter[float] = Counter()
         self.step_cap_s: float | None = None
         self.evictions = 0
         self.holds = 0
@@ -294,10 +167,11 @@ class StepPlanner:
             return
         call.spec = replace(call.spec, slo=slo)
         self._table.retarget(call)
-        self._unfollow(call)
+        self._paces.unfollow(call)
         if call.is_decoding:
-            self._follow(call)
-        self._slack_until_s = self._arrange_at_s = -1.0
+            self._paces.follow(call)
+        self._paces.look_again()
+        self._arrange_at_s = -1.0
         self._is_dirty = True
 
     # ---- what an engine did that was not planned ----
@@ -329,7 +203,8 @@ class StepPlanner:
             return None
         if now_s < self._now_s:
             # A clock that was set back: what was put off must not wait until it has caught up.
-            self._arrange_at_s = self._full_until_s = self._slack_until_s = now_s
+            self._arrange_at_s = self._full_until_s = now_s
+            self._paces.look_again()
         self._now_s = now_s
         self._evicted.clear()
         self._arrange(now_s)
@@ -630,35 +505,14 @@ class StepPlanner:
 
     def _capped_budget(self, now_s: float) -> int:
         rule = self._policy.batch
-        cap = self.step_cap_s or rule.cap_s or self._cap_s(rule.cap_share)
-        slack_s = self._least_slack_s(now_s)
+        cap = self.step_cap_s or rule.cap_s or rule.cap_share * self._paces.tightest_s
+        slack_s = self._paces.least_slack_s(now_s, self._clock.steps)
         decodes = len(self._decoding)
         # Steps of which the model is far off may take as long as nine in ten of them did lately.
         margin = max(1.0, self._steps.upper_ratio) if self._steps.is_unsure else 1.0
         fits = self._steps.budget_tokens(min(cap, slack_s) / margin, decodes, self._context_tokens + decodes)
         free = int(self._steps.pace().knee_tokens) - decodes
         return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
-
-    def _cap_s(self, share: float) -> float:
-        """A share of the tightest time between tokens of the streams here; of a tenth of a second without any."""
-        return share * min(self._tbts, default=0.1)
-
-    def _least_slack_s(self, now_s: float) -> float:
-        """Time until the next due token of the streams that can still be on time.
-
-        Between two looks it shrinks at most by the time that passed, so nobody is looked at while that is ample.
-        """
-        if now_s < self._slack_until_s:
-            return self._slack_s
-        least = 10.0
-        steps = self._clock.steps
-        for due_s, tbt_s in self._streams.values():
-            slack = due_s + steps * tbt_s - now_s
-            if 0.0 < slack < least:
-                least = slack
-        self._slack_s = least / 2
-        self._slack_until_s = now_s + least / 2
-        return least
 
     # ---- changes of phase ----
 
@@ -671,23 +525,7 @@ class StepPlanner:
         self._table.note_phase(call, DECODING)
         self._context_tokens += context
         self._crossings[(context - call.joined) % self._kv.block_size] += 1
-        self._follow(call)
-
-    def _follow(self, call: LiveCall) -> None:
-        """Its tokens are due one by one, if it is a stream: (when it would be due had no step been counted, TBT)."""
-        slo = call.spec.slo
-        if isinstance(slo, Latency):
-            first = call.spec.generated_tokens + call.produced - call.joined
-            self._streams[call.call_id] = (call.spec.arrival_s + slo.ttft_s + first * slo.tbt_s, slo.tbt_s)
-            self._tbts[slo.tbt_s] += 1
-            self._slack_until_s = -1.0
-
-    def _unfollow(self, call: LiveCall) -> None:
-        stream = self._streams.pop(call.call_id, None)
-        if stream is not None:
-            self._tbts[stream[1]] -= 1
-            if not self._tbts[stream[1]]:
-                del self._tbts[stream[1]]
+        self._paces.follow(call)
 
     def _part(self, call: LiveCall) -> None:
         """It no longer decodes."""
@@ -700,7 +538,7 @@ class StepPlanner:
         call.blocks = self._kv.blocks_for(context)
         self._context_tokens -= context
         del self._decoding[call.call_id]
-        self._unfollow(call)
+        self._paces.unfollow(call)
 
     def _hold(self, call: LiveCall) -> None:
         self._part(call)
@@ -761,8 +599,5 @@ class StepPlanner:
         assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
         self._table.audit(list(self._live.values()), self._clock.steps)
-        assert set(self._streams) == {
-            call.call_id for call in self._decoding.values() if isinstance(call.spec.slo, Latency)
-        }, "who is followed as a stream is none, or a stream is not followed"
-        assert self._tbts == Counter(tbt_s for _, tbt_s in self._streams.values()), "paces do not add up"
+        self._paces.audit(self._decoding.values())
         self._kv.audit()

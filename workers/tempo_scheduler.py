@@ -30,10 +30,11 @@ from vllm.v1.request import RequestStatus
 
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
+from tempo_router.live_call import LiveCall, StepPlan
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId
-from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
+from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import Coefficients, StepTimeModel
 from workers.call_facts import CallFacts, CallUpdate, News, facts_from_values
 from workers.engine_blocks import EngineBlocks

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from tempo_router.events import CallFinished, Progressed, ReplicaCapacity, ReplicaLoad, StepReport
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
+from tempo_router.live_call import LiveCall, StepPlan
 from tempo_router.policies.base import Policy
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, ReplicaId, RequestSpec
 from tempo_router.simulation.step_profiles import Prefill, StepProfile
 from tempo_router.standing import Standing
-from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
+from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import StepTimeModel
 
 _REPORT_S = 0.1

@@ -19,11 +19,12 @@ from tempo_router.columns import PREFILLING
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
 from tempo_router.kv_blocks import KvBlocks
+from tempo_router.live_call import LiveCall, StepPlan
 from tempo_router.policies import build_policy
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import UNRANKED, Standing
-from tempo_router.step_planner import LiveCall, StepPlan, StepPlanner
+from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import StepTimeModel
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, request
 

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, LiveTable, columns_of
+from tempo_router.live_call import LiveCall, StepClock
 from tempo_router.prediction import ATOMS, Lengths
 from tempo_router.request import DispatchId
 from tempo_router.standing import Standing
-from tempo_router.step_planner import LiveCall, _Clock
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, live, request
 
 SLOS = (CHAT, TOOL, AGENT, BACKGROUND)
@@ -48,7 +48,7 @@ def test_no_jobs_are_columns_of_length_zero():
 @pytest.mark.parametrize("seed", range(5))
 def test_a_table_follows_its_calls_through_every_change(seed: int):
     rng = random.Random(seed)
-    clock, table = _Clock(), LiveTable()
+    clock, table = StepClock(), LiveTable()
     calls: list[LiveCall] = []
     for number in range(1500):
         what = rng.random()
@@ -79,7 +79,7 @@ def test_a_table_follows_its_calls_through_every_change(seed: int):
     assert table.columns(backwards[:7], clock.steps).generated.tolist() == from_calls.generated.tolist()[::-1][:7]
 
 
-def move(call: LiveCall, rng: random.Random, clock: _Clock, table: LiveTable) -> None:
+def move(call: LiveCall, rng: random.Random, clock: StepClock, table: LiveTable) -> None:
     """As a planner does: some of the prompt, then decoding, held, and again."""
     if call.is_decoding:
         call.produced, call.is_decoding = call.new_tokens, False
@@ -95,7 +95,7 @@ def move(call: LiveCall, rng: random.Random, clock: _Clock, table: LiveTable) ->
 
 
 def test_rows_are_found_by_phase_and_ranked_by_key_then_ticket():
-    clock, table = _Clock(), LiveTable()
+    clock, table = StepClock(), LiveTable()
     calls = [
         LiveCall(DispatchId(n), request(f"r{n}"), some_lengths(random.Random(1)), Standing(1.0, True), n, 0.0, clock)
         for n in (3, 1, 2, 4)

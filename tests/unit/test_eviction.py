@@ -5,12 +5,13 @@ import pytest
 from tempo_router.config import SchedulingConfig
 from tempo_router.eviction import MOST_TAKEN, WORTH, is_worth
 from tempo_router.kv_blocks import KvBlocks
+from tempo_router.live_call import LiveCall
 from tempo_router.policies import build_policy
 from tempo_router.policies.base import remaining_s
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId, Slo
 from tempo_router.standing import Standing
-from tempo_router.step_planner import LiveCall, StepPlanner
+from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import StepTimeModel
 from tests.builders import BACKGROUND, CHAT, TOOL, request
 
