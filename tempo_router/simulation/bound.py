@@ -25,21 +25,17 @@ The solver's precision does not matter: the figure reported is the Lagrangian bo
 which is valid whatever those are.
 """
 
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
-
-import highspy
-import numpy as np
-from highspy._core import _Highs
-from numpy.typing import NDArray
 
 from tempo_router.errors import ConfigError
 from tempo_router.request import BestEffort, Deadline, Latency, SloClass
-from tempo_router.simulation.step_profiles import LayeredStepTime, LinearStepTime, Prefill, StepProfile, StepTime
+from tempo_router.simulation.engine_limits import EngineLimits, missing_tokens
+from tempo_router.simulation.linear_program import LinearProgram
+from tempo_router.simulation.step_profiles import StepProfile
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
 
 ASSUMPTIONS = (
@@ -60,8 +56,6 @@ _BUCKETS_PER_STREAM = 6
 # Steps in a row are limited if they are this share of those that the window could hold at the fastest pace. Below, the
 # limit would only bind steps ten times as long as the fastest; without it the bound is looser, but valid.
 _LONG_PATH = 0.1
-
-_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +102,7 @@ def token_goodput_bound(
     """
     if not profiles or slots < 1 or not bucket_s > 0:
         raise ConfigError(f"{len(profiles)} profiles, slots={slots}, bucket_s={bucket_s}: each must be above zero")
-    engine = _Engine.of(profiles, slots)
+    engine = EngineLimits.of(profiles, slots)
     plans = [plan for unit in trace.units if (plan := _plan(unit, engine, value)) is not None]
     model = _Model(engine, bucket_s, plans, serial_steps=serial_steps)
     total, point, solve_s = model.program.solve(time_limit_s)
@@ -147,186 +141,6 @@ def _class_of(unit: Unit) -> SloClass:
     if unit.is_program:
         return "program"
     return "latency" if isinstance(unit.slo, Latency) else "deadline"
-
-
-# ---- the engine ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A step without attention over contexts: `decodes` rows of one token and `prefill` tokens, in `seconds`."""
-
-    decodes: float
-    prefill: float
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """What work costs beyond its share in steps; never more than the profile says."""
-
-    s_per_context_token: float
-    s_per_chunk_x_past: float
-    s_per_chunk_squared: float
-    s_per_chunk: float
-    max_chunk: int
-
-    def prompt_s(self, cached: int, missing: int) -> float:
-        """Cheapest cut of `missing` tokens after `cached` ones into chunks.
-
-        The sum of chunk * past over m chunks that add up to p is p * cached + (p^2 - sum of squares) / 2, and that
-        sum is at least p^2 / m.
-        """
-        fewest = math.ceil(missing / self.max_chunk)
-        whole = self.s_per_chunk_x_past * missing * (cached + missing / 2)
-        squared = self.s_per_chunk_squared - self.s_per_chunk_x_past / 2
-        if squared <= 0:
-            return whole + fewest * self.s_per_chunk + squared * missing * min(missing, self.max_chunk)
-        ideal = missing * math.sqrt(squared / self.s_per_chunk) if self.s_per_chunk > 0 else float(missing)
-        counts = {min(max(fewest, count), missing) for count in (math.floor(ideal), math.ceil(ideal))}
-        return whole + min(count * self.s_per_chunk + squared * missing**2 / count for count in counts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    """The replicas: groups of equal ones with their step shapes, and the fastest of everything among them."""
-
-    groups: tuple[tuple[int, tuple[_Shape, ...]], ...]
-    attention: _Attention
-    step_s: float
-    decode_step_s: float
-    s_per_prefill_token: float
-
-    @classmethod
-    def of(cls, profiles: Sequence[StepProfile], slots: int) -> "_Engine":
-        kinds: list[StepProfile] = []
-        counts: list[int] = []
-        for profile in profiles:
-            if profile in kinds:
-                counts[kinds.index(profile)] += 1
-            else:
-                kinds.append(profile)
-                counts.append(1)
-        parts = [_attention_of(kind.step_time, kind.shape.max_step_tokens) for kind in kinds]
-        least = _Attention(*(min(getattr(part, name) for part in parts) for name in _Attention.__slots__))
-        # A longer chunk needs fewer of them.
-        attention = dataclasses.replace(least, max_chunk=max(part.max_chunk for part in parts))
-        corners = [_corners(kind.step_time, slots, kind.shape.max_step_tokens) for kind in kinds]
-        # Of all corners: mixtures replace the smallest steps for many calls, but not for one that is alone.
-        shapes = [shape for group in corners for shape in group]
-        return cls(
-            groups=tuple((count, _efficient(group)) for count, group in zip(counts, corners, strict=True)),
-            attention=attention,
-            step_s=min(shape.seconds for shape in shapes),
-            decode_step_s=min(shape.seconds for shape in shapes if shape.decodes > 0),
-            s_per_prefill_token=min(shape.seconds / shape.prefill for shape in shapes if shape.prefill > 0),
-        )
-
-    @property
-    def replicas(self) -> int:
-        return sum(count for count, _ in self.groups)
-
-    def shortest_prefill_s(self, call: TraceCall) -> float:
-        missing = _missing(call)
-        steps = math.ceil(missing / self.attention.max_chunk) * self.step_s
-        attention = self.attention.prompt_s(call.prompt_tokens - missing, missing)
-        return max(steps, missing * self.s_per_prefill_token) + attention
-
-    def shortest_decode_s(self, call: TraceCall, tokens: int) -> float:
-        """From the first token to `tokens` more, alone on the engine."""
-        return tokens * self.decode_step_s + self.attention.s_per_context_token * _context_tokens(call, tokens)
-
-
-def _missing(call: TraceCall) -> int:
-    return max(1, call.prompt_tokens - call.prefix_tokens)
-
-
-def _context_tokens(call: TraceCall, tokens: int) -> float:
-    """Summed context of the rows that make `tokens` tokens after the first one; the newest token not counted."""
-    return tokens * call.prompt_tokens + tokens * (tokens - 1) / 2
-
-
-def _attention_of(step_time: StepTime, max_chunk: int) -> _Attention:
-    match step_time:
-        case LinearStepTime():
-            rate = step_time.s_per_prefill_token_x_context
-            return _Attention(step_time.s_per_context_token, rate, rate / 2, 0.0, max_chunk)
-        case LayeredStepTime():
-            layers = step_time.layers
-            return _Attention(
-                s_per_context_token=layers * step_time.decode_s_per_context_token,
-                s_per_chunk_x_past=layers * step_time.prefill_s_per_chunk_x_past,
-                s_per_chunk_squared=layers * step_time.prefill_s_per_chunk_squared,
-                s_per_chunk=layers * step_time.prefill_fixed_s,
-                max_chunk=max_chunk,
-            )
-        case _:
-            raise ConfigError(
-                f"step times of type {type(step_time).__name__} have no known linear pieces; "
-                "the bound needs LinearStepTime or LayeredStepTime"
-            )
-
-
-def _without_attention(step_time: StepTime) -> StepTime:
-    match step_time:
-        case LinearStepTime():
-            return dataclasses.replace(step_time, s_per_context_token=0.0, s_per_prefill_token_x_context=0.0)
-        case LayeredStepTime():
-            return dataclasses.replace(
-                step_time,
-                decode_s_per_context_token=0.0,
-                prefill_fixed_s=0.0,
-                prefill_s_per_chunk_x_past=0.0,
-                prefill_s_per_chunk_squared=0.0,
-            )
-        case _:
-            return step_time
-
-
-def _corners(step_time: StepTime, slots: int, max_step_tokens: int) -> list[_Shape]:
-    """Shapes whose mixtures contain every step.
-
-    Between two table entries step time is linear in decode rows (one or more) and prefill tokens, so the corners of
-    that piece suffice. A step with prefill has a row less for decoding.
-    """
-    plain = _without_attention(step_time)
-    beside = min(slots - 1, max_step_tokens)
-    alone = min(slots, max_step_tokens)
-    table = step_time.linear_tokens if isinstance(step_time, LayeredStepTime) else ()
-    entries = {1, max_step_tokens, alone, max(1, beside), *(n for n in table if 1 <= n <= max_step_tokens)}
-    shapes = set()
-    for tokens in sorted(entries):
-        shapes.add((0, tokens))
-        for decodes in (1, min(beside, tokens)):
-            if 1 <= decodes <= beside:
-                shapes.add((decodes, tokens - decodes))
-    shapes.add((alone, 0))
-    shapes.add((1, 0))
-    return [
-        _Shape(decodes, prefill, plain.duration_s([Prefill(prefill, 0)] if prefill else [], decodes, 0))
-        for decodes, prefill in sorted(shapes)
-    ]
-
-
-def _efficient(shapes: Sequence[_Shape]) -> tuple[_Shape, ...]:
-    """Those that no mixture of the others replaces: as many steps, rows and tokens in no more time."""
-    kept = list(shapes)
-    for shape in shapes:
-        others = [other for other in kept if other is not shape]
-        if not others:
-            break
-        program = _Program()
-        for other in others:
-            program.column(-other.seconds, shape.seconds / other.seconds * 2)
-        columns = range(len(others))
-        program.row(columns, [1.0] * len(others), 1.0, math.inf)
-        program.row(columns, [other.decodes for other in others], shape.decodes, math.inf)
-        program.row(columns, [other.prefill for other in others], shape.prefill, math.inf)
-        found, point, _ = program.solve(60.0)
-        covers = program.violation(point) <= 1e-9
-        if covers and -found <= shape.seconds:
-            kept = others
-    return tuple(kept)
 
 
 # ---- the units ----
@@ -371,7 +185,7 @@ class _Plan:
     counts_tokens: bool = False
 
 
-def _plan(unit: Unit, engine: _Engine, value: Callable[[Unit], float] | None) -> _Plan | None:
+def _plan(unit: Unit, engine: EngineLimits, value: Callable[[Unit], float] | None) -> _Plan | None:
     worth = float(unit.output_tokens) if value is None else value(unit)
     if worth <= 0 or not unit.calls:
         return None
@@ -384,7 +198,7 @@ def _plan(unit: Unit, engine: _Engine, value: Callable[[Unit], float] | None) ->
             return None
 
 
-def _stream_plan(unit: Unit, slo: Latency, engine: _Engine, worth: float, *, counts_tokens: bool) -> _Plan | None:
+def _stream_plan(unit: Unit, slo: Latency, engine: EngineLimits, worth: float, *, counts_tokens: bool) -> _Plan | None:
     (call,) = unit.calls
     first = unit.arrival_s + engine.shortest_prefill_s(call)
     dues = [unit.arrival_s + slo.ttft_s + i * slo.tbt_s for i in range(call.output_tokens)]
@@ -411,7 +225,7 @@ def _stream_plan(unit: Unit, slo: Latency, engine: _Engine, worth: float, *, cou
     )
 
 
-def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float) -> _Plan | None:
+def _deadline_plan(unit: Unit, deadline_s: float, engine: EngineLimits, worth: float) -> _Plan | None:
     calls = unit.calls
     prefills = [engine.shortest_prefill_s(call) for call in calls]
     decodes = [engine.shortest_decode_s(call, call.output_tokens - 1) for call in calls]
@@ -448,18 +262,18 @@ def _deadline_plan(unit: Unit, deadline_s: float, engine: _Engine, worth: float)
     )
 
 
-def _serial_steps(call: TraceCall, engine: _Engine) -> int:
-    return call.output_tokens - 1 + math.ceil(_missing(call) / engine.attention.max_chunk)
+def _serial_steps(call: TraceCall, engine: EngineLimits) -> int:
+    return call.output_tokens - 1 + math.ceil(missing_tokens(call) / engine.attention.max_chunk)
 
 
 def _work(
     call: TraceCall,
-    engine: _Engine,
+    engine: EngineLimits,
     prefill: tuple[float, float],
     decode: tuple[float, float],
     parents: tuple[int, ...],
 ) -> _Work:
-    missing, tokens = _missing(call), call.output_tokens - 1
+    missing, tokens = missing_tokens(call), call.output_tokens - 1
     return _Work(
         prefill=prefill,
         decode=decode if tokens else None,
@@ -473,102 +287,6 @@ def _work(
 
 
 # ---- the linear program ----
-
-
-@dataclass(slots=True)
-class _Program:
-    """Maximise costs @ x subject to low <= A x <= high and 0 <= x <= top, top finite."""
-
-    costs: list[float] = field(default_factory=list)
-    tops: list[float] = field(default_factory=list)
-    starts: list[int] = field(default_factory=lambda: [0])
-    indices: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    lows: list[float] = field(default_factory=list)
-    highs: list[float] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return len(self.lows)
-
-    @property
-    def columns(self) -> int:
-        return len(self.costs)
-
-    @property
-    def nonzeros(self) -> int:
-        return len(self.values)
-
-    def column(self, cost: float, top: float) -> int:
-        self.costs.append(cost)
-        self.tops.append(top)
-        return len(self.costs) - 1
-
-    def row(self, columns: Iterable[int], coefficients: Iterable[float], low: float, high: float) -> None:
-        self.indices.extend(columns)
-        self.values.extend(coefficients)
-        self.starts.append(len(self.indices))
-        self.lows.append(low)
-        self.highs.append(high)
-
-    def solve(self, time_limit_s: float) -> tuple[float, _Floats, float]:
-        """An upper bound on the maximum, a nearly feasible point near it, and the solver's seconds."""
-        if not self.costs:
-            return 0.0, np.zeros(0), 0.0
-        # The class that highspy.Highs builds on: that one prints a banner on the standard output when it is made.
-        solver = _Highs()
-        for name, option in {
-            "output_flag": False,
-            "threads": 1,
-            "solver": "ipm" if self.rows > 1000 else "simplex",
-            "run_crossover": "off",
-            "ipm_optimality_tolerance": 1e-4,
-            "time_limit": time_limit_s,
-        }.items():
-            solver.setOptionValue(name, option)
-        solver.passModel(self._model())
-        solver.run()
-        solution = solver.getSolution()
-        duals = np.asarray(solution.row_dual if solution.dual_valid else [0.0] * self.rows)
-        point = np.asarray(solution.col_value if solution.value_valid else [0.0] * self.columns)
-        return self._lagrangian(duals), point, float(solver.getRunTime())
-
-    def _model(self) -> highspy.HighsLp:
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = self.columns, self.rows
-        lp.sense_ = highspy.ObjSense.kMinimize
-        lp.col_cost_ = -np.asarray(self.costs)
-        lp.col_lower_ = np.zeros(self.columns)
-        lp.col_upper_ = np.asarray(self.tops)
-        lp.row_lower_, lp.row_upper_ = np.asarray(self.lows), np.asarray(self.highs)
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.num_col_, lp.a_matrix_.num_row_ = self.columns, self.rows
-        lp.a_matrix_.start_ = np.asarray(self.starts)
-        lp.a_matrix_.index_ = np.asarray(self.indices)
-        lp.a_matrix_.value_ = np.asarray(self.values)
-        return lp
-
-    def _lagrangian(self, duals: _Floats) -> float:
-        """Upper bound from any prices of the rows: weak duality, with every column at its better end."""
-        lows, highs = np.asarray(self.lows), np.asarray(self.highs)
-        sides = np.where(duals > 0, lows, highs)
-        prices = np.where(np.isfinite(sides), duals, 0.0)
-        fixed = float(np.sum(np.where(np.isfinite(sides), sides, 0.0) * prices))
-        reduced = -np.asarray(self.costs) - self._transposed(prices)
-        return -(fixed + float(np.sum(np.minimum(0.0, reduced * np.asarray(self.tops)))))
-
-    def _transposed(self, prices: _Floats) -> _Floats:
-        row_of = np.repeat(np.arange(self.rows), np.diff(self.starts))
-        weights = np.asarray(self.values) * prices[row_of]
-        sums: _Floats = np.bincount(np.asarray(self.indices, dtype=np.int64), weights, self.columns).astype(np.float64)
-        return sums
-
-    def violation(self, point: _Floats) -> float:
-        """The most that a row misses its limits by."""
-        row_of = np.repeat(np.arange(self.rows), np.diff(self.starts))
-        products = np.asarray(self.values) * point[np.asarray(self.indices, dtype=np.int64)]
-        sums = np.bincount(row_of, products, minlength=self.rows)
-        return float(np.max(np.maximum(np.asarray(self.lows) - sums, sums - np.asarray(self.highs)), initial=0.0))
 
 
 _DECODES, _PREFILL, _GPU = range(3)
@@ -592,8 +310,8 @@ class _Spread:
 class _Model:
     """The buckets, at widths of bucket_s * 2**level, and the units that use them."""
 
-    def __init__(self, engine: _Engine, bucket_s: float, plans: Sequence[_Plan], *, serial_steps: bool) -> None:
-        self.program = _Program()
+    def __init__(self, engine: EngineLimits, bucket_s: float, plans: Sequence[_Plan], *, serial_steps: bool) -> None:
+        self.program = LinearProgram()
         self.worths: list[tuple[SloClass, int, float]] = []
         self._engine = engine
         self._serial_steps = serial_steps

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tempo_router.errors import ConfigError
 from tempo_router.request import BestEffort, Deadline, Latency
-from tempo_router.simulation.bound import _Engine, _Program, request_goodput_bound, token_goodput_bound
+from tempo_router.simulation.bound import request_goodput_bound, token_goodput_bound
+from tempo_router.simulation.engine_limits import EngineLimits
 from tempo_router.simulation.generate import generate, generator_config
+from tempo_router.simulation.linear_program import LinearProgram
 from tempo_router.simulation.simulator import Knowledge, Setup, simulate
 from tempo_router.simulation.step_profiles import (
     EngineShape,
@@ -442,7 +444,7 @@ def test_the_best_of_all_schedules_of_a_tiny_workload_is_within_the_bound(seed, 
 @given(seed=st.integers(0, 2**32), slots=st.integers(2, 128), which=st.sampled_from([*PROFILES, A100]))
 def test_no_step_is_shorter_than_its_cheapest_mixture_of_shapes_and_its_attention(seed, slots, which):
     rng = random.Random(seed)
-    engine = _Engine.of([which], slots)
+    engine = EngineLimits.of([which], slots)
     ((_, shapes),) = engine.groups
     budget = rng.randint(1, which.shape.max_step_tokens)
     decodes = rng.randint(0, min(slots, budget))
@@ -452,7 +454,7 @@ def test_no_step_is_shorter_than_its_cheapest_mixture_of_shapes_and_its_attentio
         prefills.append(Prefill(rng.randint(1, rest), rng.choice([0, rng.randint(0, 6000)])))
         rest -= prefills[-1].chunk
     context = decodes * rng.randint(1, 4000)
-    mixture = _Program()
+    mixture = LinearProgram()
     columns = [mixture.column(-shape.seconds, 1000.0) for shape in shapes]
     mixture.row(columns, [1.0] * len(shapes), 1.0, math.inf)
     mixture.row(columns, [shape.decodes for shape in shapes], decodes, math.inf)
