@@ -312,8 +312,7 @@ class RouterCore:
     def _admission(self, request: WaitingRequest) -> Admit:
         spec = request.spec
         pace = self._steps.pace()
-        is_class_blind = self._config.policy in ("fcfs", "vllm_fcfs", "ltr", "srpt", "vtc")
-        ahead_s = self._line.backlog.ahead_s(slo_class(spec.slo), is_class_blind)
+        ahead_s = self._line.backlog.ahead_s(slo_class(spec.slo), self._policy.is_class_blind)
         takers = self._fleet.takers()
         wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
         if request.hopeless_at_s <= self._now_s:

@@ -2,8 +2,10 @@
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.goodput_tables import grouped
 from tempo_router.simulation.rows import LATENESS_GRID, TTFT_GRID_S
 
 
@@ -77,3 +79,25 @@ def goodput_row(
 
 def _logistic(x: float) -> float:
     return 1 / (1 + math.exp(-x))
+
+
+def full_rows(loads: Sequence[float] = (0.9, 1.0, 1.5), seeds: int = 2) -> list[dict[str, Any]]:
+    """Rivals, ours under both objectives, without a part, and clairvoyant, at one place."""
+    rivals = {"jitserve": 0.6, "jitserve_tuned": 0.7, "qoserve": 0.75, "class_priority": 0.72, "edf": 0.4, "fcfs": 0.1}
+    quality = {"tempo": 0.9, "srpt": 0.8, **rivals}
+    rows = []
+    for seed in range(seeds):
+        for load in loads:
+            for policy, share in quality.items():
+                goodput = 2000 * (share if load > 1 else 0.95) + 10 * seed
+                rows.append(goodput_row(policy, load, seed, goodput, attainment=share, bound_token_goodput=2100.0))
+            rows.append(goodput_row("tempo", load, seed, 1700.0, objective="balanced", attainment=0.95))
+            rows.append(goodput_row("tempo", load, seed, 1200.0 if load > 1 else 1900.0, switches={"reserve": False}))
+            rows.append(goodput_row("tempo", load, seed, 1900.0, knowledge="true"))
+    return rows
+
+
+def only_place(rows: Sequence[dict[str, Any]]) -> Any:
+    """The lines of the one place that these rows are of."""
+    (lines,) = grouped(rows).values()
+    return lines

@@ -27,6 +27,7 @@ class SpeculativeQueues(Policy):
     queues: int = 8
     aging_s: float = 120.0
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     preempts: ClassVar[bool] = True
     frame_s: ClassVar[float] = 0.3
     batch: BatchRule = CHUNKED

@@ -19,6 +19,7 @@ class LeastAttainedPath(Policy):
     bounds_s: tuple[float, ...] = BOUNDS_S
     beta: float = 8.0
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     preempts: ClassVar[bool] = True
     frame_s: ClassVar[float] = 0.3
     batch: BatchRule = CHUNKED

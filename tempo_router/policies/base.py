@@ -129,6 +129,9 @@ class Policy(Protocol):
     spares: ClassVar[bool] = False
     """By choice, no KV cache is taken from streams that are read, nor too often, nor for too little (eviction.py)."""
 
+    is_class_blind: ClassVar[bool] = False
+    """It knows no targets, so best effort waits no longer than others."""
+
     binds_early: ClassVar[bool] = False
     """Everything goes to a replica on arrival, and `arrange` sees all of it."""
 

@@ -17,6 +17,7 @@ class FirstCome(Policy):
     """
 
     is_static: ClassVar[bool] = True
+    is_class_blind: ClassVar[bool] = True
     batch: BatchRule = CHUNKED
 
     def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it

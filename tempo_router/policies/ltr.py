@@ -24,6 +24,7 @@ class ShortestPredicted(Policy):
 
     starved_after_s: float = math.inf
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     preempts: ClassVar[bool] = True
     batch: BatchRule = CHUNKED
 

@@ -36,6 +36,7 @@ class LeastAttainedProgram(Policy):
     bounds_s: tuple[float, ...] = BOUNDS_S
     beta: float = 8.0
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     preempts: ClassVar[bool] = True
     frame_s: ClassVar[float] = 0.3
     batch: BatchRule = CHUNKED

@@ -18,6 +18,7 @@ class ShortestRemaining(Policy):
     """
 
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     preempts: ClassVar[bool] = True
     batch: BatchRule = CHUNKED
 

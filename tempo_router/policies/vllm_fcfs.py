@@ -20,6 +20,7 @@ class WholePromptsFirst(Policy):
     """
 
     is_static: ClassVar[bool] = True
+    is_class_blind: ClassVar[bool] = True
     batch: BatchRule = WHOLE_PROMPTS
 
     def key(self, request: Job, context: Context) -> float:  # noqa: ARG002  # the protocol passes it

@@ -17,6 +17,7 @@ class VirtualTokenCounter(Policy):
     """
 
     is_static: ClassVar[bool] = False
+    is_class_blind: ClassVar[bool] = True
     batch: BatchRule = CHUNKED
 
     def key(self, request: Job, context: Context) -> float:
