@@ -353,3 +353,15 @@ def test_scaling_all_values_by_a_power_of_two_changes_no_order():
     once = [density.key(one, context(1.0, mean_length=100.0)) for one in requests]
     twice = [density.key(one, context(1.0, mean_length=200.0)) for one in requests]
     assert [a - b for a, b in zip(once, twice, strict=True)] == [16.0] * 40
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_class_blind_policies_are_those_whose_order_no_target_changes(name):
+    """A chat, a tool's call and best effort, alike in everything else, have the same keys beside best effort."""
+    policy = build_policy(SchedulingConfig(policy=name))
+
+    def keys(slo) -> list[float]:
+        calls = [waiting(request("a", slo=slo), 1), waiting(request("b", slo=BACKGROUND), 2)]
+        return policy.arrange(calls, context())
+
+    assert (keys(CHAT) == keys(TOOL) == keys(BACKGROUND)) == policy.is_class_blind
