@@ -357,11 +357,10 @@ def test_scaling_all_values_by_a_power_of_two_changes_no_order():
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_class_blind_policies_are_those_whose_order_no_target_changes(name):
-    """A chat, a tool's call and best effort, alike in everything else, have the same keys beside best effort."""
+    """A chat, a tool's call and best effort, alike in everything else, have the same key."""
     policy = build_policy(SchedulingConfig(policy=name))
 
-    def keys(slo) -> list[float]:
-        calls = [waiting(request("a", slo=slo), 1), waiting(request("b", slo=BACKGROUND), 2)]
-        return policy.arrange(calls, context())
+    def key(slo) -> float:
+        return policy.key(waiting(request("a", slo=slo), 1), context())
 
-    assert (keys(CHAT) == keys(TOOL) == keys(BACKGROUND)) == policy.is_class_blind
+    assert (key(CHAT) == key(TOOL) == key(BACKGROUND)) == policy.is_class_blind
