@@ -337,7 +337,9 @@ async def test_an_ingress_that_does_not_read_is_cut_off_and_the_others_go_on(fle
     session.outbox._limit_bytes = 0
     await eventually(lambda: worker._sessions.get("ingress-1") is not session, "the stream is dropped")
     await eventually(lambda: len(slow.ended) == len(quick.ended) == 1, "both end")
-    assert slow.resumed == ["slow"]
+    # Twice where the router hears of the lost attempt from the worker, and of the broken stream only after it has sent
+    # the next one there: that one counts as lost with the stream, too.
+    assert set(slow.resumed) == {"slow"}
     assert slow.tokens[RequestId("slow")] == 500
     assert not quick.resumed
     await eventually(fleet.is_empty, "nothing is left")
