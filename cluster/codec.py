@@ -8,15 +8,17 @@ from typing import assert_never
 
 from cluster import wire_pb2 as wire
 from tempo_router.actions import Retune
-from tempo_router.events import ReplicaCapacity, StepReport
+from tempo_router.events import CallFinished, Progressed, ReplicaCapacity, ReplicaLoad, StepReport
 from tempo_router.metrics import Outcome
 from tempo_router.request import (
     BestEffort,
     Deadline,
+    DispatchId,
     GroupId,
     Latency,
     ProgramCall,
     ProgramId,
+    ReplicaId,
     RequestId,
     RequestSpec,
     Slo,
@@ -208,3 +210,25 @@ def standings_from_message(message: wire.Retune) -> list[tuple[int, Standing]]:
     """(dispatch id, standing) of each call. Raises ValueError for columns of different lengths."""
     columns = (message.densities, message.are_admitted, message.later_s, message.are_relegated)
     return list(zip(message.dispatch_ids, map(Standing, *columns), strict=True))
+
+
+def progressed_from_message(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> Progressed:
+    """News of one step, stamped with the router's clock."""
+    return Progressed(
+        at_s=now_s,
+        replica_id=worker_id,
+        load=ReplicaLoad(
+            running=progress.running,
+            waiting=progress.waiting,
+            free_kv_tokens=progress.free_kv_tokens,
+            prefix_hit_tokens=progress.prefix_hit_tokens,
+            prefix_query_tokens=progress.prefix_query_tokens,
+            preemptions=progress.preemptions,
+        ),
+        step=step_from_message(progress.step) if progress.HasField("step") else None,
+        tokens=tuple(zip(progress.token_dispatch_ids, progress.token_counts, strict=True)),  # type: ignore[arg-type]
+        finished=tuple(
+            CallFinished(DispatchId(one.dispatch_id), one.reason, one.output_tokens)  # type: ignore[arg-type]
+            for one in progress.finished
+        ),
+    )

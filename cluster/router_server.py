@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, assert_never
+from typing import Any, assert_never
 
 import grpc
 import grpc.aio
@@ -26,10 +26,11 @@ from cluster.codec import (
     message_from_retune,
     message_from_standing,
     outcome_from_message,
+    progressed_from_message,
     retarget_message,
     spec_from_header,
-    step_from_message,
 )
+from cluster.event_recorder import EventRecorder
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
@@ -41,7 +42,7 @@ from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, 
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
-from tempo_router.event_log import Asked, Beginning, asked_line, beginning_line, event_line
+from tempo_router.event_log import Asked, Beginning
 from tempo_router.events import (
     Arrived,
     CallFinished,
@@ -124,7 +125,7 @@ class RouterServer:
         self._program_of: dict[RequestId, str] = {}
         self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
-        self._events_log: TextIO | None = None
+        self._recorder: EventRecorder | None = None
         self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
@@ -144,7 +145,7 @@ class RouterServer:
         known = await self._programs.restore()
         if self._config.record_events is not None:
             most = self._config.programs.max_patterns
-            self._record(
+            self._recorder = EventRecorder(
                 Path(self._config.record_events),
                 Beginning(self._config.scheduling, self.epoch, beginning, most_patterns=most, programs=known),
             )
@@ -175,9 +176,8 @@ class RouterServer:
         if self._estimates is not None:
             self._estimates.close()
         await self._server.stop(grace=0.2)
-        if self._events_log is not None:
-            self._events_log.close()
-            self._events_log = None
+        if self._recorder is not None:
+            self._recorder.close()
         try:
             if self._programs is not None:
                 await self._programs.stop()
@@ -268,8 +268,8 @@ class RouterServer:
         """
         try:
             actions = self._core.handle(event)
-            if self._events_log is not None:
-                self._events_log.write(event_line(event, actions) + "\n")
+            if self._recorder is not None:
+                self._recorder.told(event, actions)
             for action in actions:
                 self._decisions.decided(action, event.at_s)
                 self._carry_out(action)
@@ -431,14 +431,6 @@ class RouterServer:
             return LengthHistograms(), None
         return lengths, snapshot
 
-    def _record(self, path: Path, beginning: Beginning) -> None:
-        """Write every event and what was decided to a file of this epoch, for `tempo_router.event_log.replay`."""
-        path = path.with_name(f"{path.stem}-{self.epoch}{path.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._events_log = path.open("w", encoding="utf-8")
-        self._events_log.write(beginning_line(beginning) + "\n")
-        log.info("events_recorded", path=str(path))
-
     def _open_desk(self) -> ProgramDesk:
         config = self._config.programs
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
@@ -450,15 +442,13 @@ class RouterServer:
         )  # fmt: skip
 
     def _least_left_s(self, program_id: ProgramId) -> float:
-        self._record_question(Asked("least_left_s", program_id))
+        if self._recorder is not None:
+            self._recorder.asked(Asked("least_left_s", program_id))
         return self._core.least_left_s(program_id)
 
-    def _record_question(self, asked: Asked) -> None:
-        if self._events_log is not None:
-            self._events_log.write(asked_line(asked) + "\n")
-
     def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
-        self._record_question(Asked("outlook", graph.program_id))
+        if self._recorder is not None:
+            self._recorder.asked(Asked("outlook", graph.program_id))
         return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
 
     def _tell_ingress(self, ingress_id: str, message: wire.RouterToIngress) -> None:
@@ -677,7 +667,7 @@ class RouterServer:
         for progress in message.progress:
             for dispatch_id in progress.preempted:
                 self._decisions.preempted(DispatchId(dispatch_id), worker.worker_id, now_s)
-            self._progressed(worker, _progressed(progress, worker.worker_id, now_s))
+            self._progressed(worker, progressed_from_message(progress, worker.worker_id, now_s))
         if message.is_draining:
             log.info("worker_draining", worker_id=worker.worker_id)
             self.handle(ReplicaDraining(now_s, worker.worker_id))
@@ -745,24 +735,3 @@ async def _serve(
             on_message(message)
 
     await until_first_ends(write(), read())
-
-
-def _progressed(progress: wire.Progress, worker_id: ReplicaId, now_s: float) -> Progressed:
-    return Progressed(
-        at_s=now_s,
-        replica_id=worker_id,
-        load=ReplicaLoad(
-            running=progress.running,
-            waiting=progress.waiting,
-            free_kv_tokens=progress.free_kv_tokens,
-            prefix_hit_tokens=progress.prefix_hit_tokens,
-            prefix_query_tokens=progress.prefix_query_tokens,
-            preemptions=progress.preemptions,
-        ),
-        step=step_from_message(progress.step) if progress.HasField("step") else None,
-        tokens=tuple(zip(progress.token_dispatch_ids, progress.token_counts, strict=True)),  # type: ignore[arg-type]
-        finished=tuple(
-            CallFinished(DispatchId(one.dispatch_id), one.reason, one.output_tokens)  # type: ignore[arg-type]
-            for one in progress.finished
-        ),
-    )
