@@ -24,38 +24,46 @@ class HopelessTimers:
     """
 
     def __init__(self) -> None:
-        self._timers: list[tuple[float, int, WaitingRequest | Call]] = []
+        self._timers: list[tuple[float, int, int, WaitingRequest | Call]] = []
+        self._pushed = 0
 
     def set(self, request: WaitingRequest, live: int) -> None:
         """A request began to wait, one of so many that wait or run. O(log n); timers that lost theirs are swept out."""
         if request.hopeless_at_s < float("inf"):
-            heapq.heappush(self._timers, (request.hopeless_at_s, request.ticket, request))
+            self._push(request.hopeless_at_s, request.ticket, request)
         if len(self._timers) > 2 * live + _SLACK:
-            self._timers = [timer for timer in self._timers if _is_timed(timer[2])]
+            self._timers = [timer for timer in self._timers if _is_timed(timer[-1])]
             heapq.heapify(self._timers)
 
     def set_started(self, request: WaitingRequest, call: Call, now_s: float) -> None:
         """A waiting request became a call: it may have to wait in the engine, too."""
         if request.hopeless_at_s < float("inf") and not request.is_relegated:
-            at_s = max(request.hopeless_at_s, now_s + _MIN_RECHECK_S)
-            heapq.heappush(self._timers, (at_s, -request.ticket, call))
+            self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), -request.ticket, call)
 
     def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:
         """Requests that have become hopeless, earliest first. Looks at a bounded number of timers."""
         timers = self._timers
         hopeless: list[WaitingRequest | Call] = []
+        told: set[int] = set()
         for _ in range(_TIMERS_PER_CALL):
             if not timers or timers[0][0] > now_s:
                 break
-            _, ticket, request = heapq.heappop(timers)
-            if not _is_timed(request):
+            _, ticket, _, request = heapq.heappop(timers)
+            # Whose target moved has a timer of each.
+            if not _is_timed(request) or id(request) in told:
                 continue
             at_s = hopeless_at_s(request.spec, request.lengths, steps.pace())
             if at_s <= now_s:
                 hopeless.append(request)
+                told.add(id(request))
             elif at_s < float("inf"):
-                heapq.heappush(timers, (max(at_s, now_s + _MIN_RECHECK_S), ticket, request))
+                self._push(max(at_s, now_s + _MIN_RECHECK_S), ticket, request)
         return hopeless
+
+    def _push(self, at_s: float, ticket: int, request: WaitingRequest | Call) -> None:
+        """The running number keeps two timers of one request from being compared by it."""
+        self._pushed += 1
+        heapq.heappush(self._timers, (at_s, ticket, self._pushed, request))
 
     def audit(self, live: int) -> None:
         """Check that memory is bounded while so many requests wait or run. Raises AssertionError."""

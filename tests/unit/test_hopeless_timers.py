@@ -94,3 +94,13 @@ def test_a_call_that_has_left_its_engine_is_not_due():
     timers.set_started(one, call, 0.0)
     fleet.release(call)
     assert timers.due(STEPS, 1e6) == []
+
+
+def test_a_request_with_two_timers_since_its_target_moved_is_due_once():
+    timers = HopelessTimers()
+    one = in_line("r", 1)
+    for _ in range(2):
+        timers.set(one, 1)
+    one.hopeless_at_s = 1.0
+    timers.set(one, 1)
+    assert timers.due(STEPS, 1e6) == [one]
