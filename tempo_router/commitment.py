@@ -11,8 +11,9 @@ from tempo_router.ledger import Ledger
 from tempo_router.policies.base import BatchRule, Context, Job, Policy
 from tempo_router.request import BestEffort, Latency
 
-HELD_BACK_KEY = 3e9
-"""Added to the keys of gambles: behind best effort, whose keys are around two billion (policies/base.py)."""
+HELD_BACK_KEY = 1e9
+"""Added to the keys of gambles: behind all that the plan knows a use for, and before best effort, whose keys are around
+two billion (policies/base.py): what could still be in time comes before what cannot."""
 
 
 def is_gamble(job: Job, ledger: Ledger) -> bool:
@@ -27,10 +28,10 @@ def is_gamble(job: Job, ledger: Ledger) -> bool:
 
 
 class HoldingBack(Policy):
-    """The queue's order under commitment: that of a policy, with the gambles at the end.
+    """The queue's order under commitment: that of a policy, with the gambles behind all but best effort.
 
-    They are not begun before the next plan admits them or their program has begun. At the end of the queue they are in
-    nobody's way; at their own places every look for work would take them out and put them back.
+    They are not begun before the next plan admits them or their program has begun. Back there they are in nobody's way;
+    at their own places every look for work would take them out and put them back.
     """
 
     is_static: ClassVar[bool] = False

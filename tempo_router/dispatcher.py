@@ -8,7 +8,7 @@ from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers, is_hopeless
 from tempo_router.ledger import Ledger
 from tempo_router.placement import AFFINITY_S, choose, kv_needed
-from tempo_router.policies.base import Context, Policy
+from tempo_router.policies.base import Context, Policy, goes_last
 from tempo_router.prefixes import PrefixMemory
 from tempo_router.replicas import Replica
 from tempo_router.request import ProgramCall, RequestSpec
@@ -33,8 +33,8 @@ _DISPLACED_PER_FRAME = 8
 _TIGHTEST_TBT_S = 0.1
 """Time between tokens that is assumed of streams until a plan has seen some."""
 
-_GAMBLES = 4
-"""Gambles that are looked at in one go, of those that an idle replica could take."""
+_FILLERS = 4
+"""Fillers that are looked at in one go, of those that an idle replica could take."""
 
 _IDLE = 0.8
 """A replica whose mean step is below this share of the cap could do more."""
@@ -237,7 +237,7 @@ class Dispatcher:
         lacking: list[int] = []
         may_trickle = self._since_trickle >= _TRICKLE - 1
         has_seen_all = has_seen_enough = False
-        gambles = 0
+        fillers = 0
         while candidates := self._open_replicas():
             has_seen_enough = len(lacking) >= _look_ahead(candidates)
             if has_seen_enough:
@@ -254,30 +254,24 @@ class Dispatcher:
             if needed is None:
                 self._line.set_aside(request)
                 continue
-            if starving is None and self._is_committed and is_gamble(request, self._ledger):
-                # Gambles are at the end of the queue: behind the first there is nothing else.
-                idle = [one for one in candidates if self._has_time_for(one, request)]
-                replica = None
-                if idle:
-                    allowed = self._allowed(request, needed, idle)
-                    replica = choose(allowed, needed, self._home(request), _affinity_s(request, context))
-                gambles += 1
-                if replica is None:
-                    passed_over.append(request)
-                    has_seen_all = gambles >= _GAMBLES or all(one.unstarted for one in candidates)
-                    if has_seen_all:
-                        break
-                    continue
-                self._start(request, replica, context, actions)
-                continue
+            room = candidates
+            if starving is None and self._is_committed and self._is_filler(request):
+                # Fillers are at the end of the queue: behind the first there is nothing else.
+                room = [one for one in candidates if self._has_time_for(one, request)]
+                fillers += 1
             replica = choose(
-                self._allowed(request, needed, candidates), needed, self._home(request), _affinity_s(request, context)
+                self._allowed(request, needed, room), needed, self._home(request), _affinity_s(request, context)
             )
             if replica is not None:
                 self._start(request, replica, context, actions)
                 self._since_trickle = 0 if starving is not None else self._since_trickle + 1
                 continue
             passed_over.append(request)
+            if room is not candidates:
+                has_seen_all = fillers >= _FILLERS or all(one.unstarted for one in candidates)
+                if has_seen_all:
+                    break
+                continue
             lacking.append(needed)
             self._note_blocked(request, needed, context.now_s, is_urgent=starving is not None)
         for request in passed_over:
@@ -285,14 +279,23 @@ class Dispatcher:
         self._blocked_kv = min(lacking) if lacking and (has_seen_all or has_seen_enough) else None
         self._was_all_blocked = has_seen_all
 
-    def _has_time_for(self, replica: Replica, gamble: WaitingRequest) -> bool:
+    def _is_filler(self, request: WaitingRequest) -> bool:
+        """It is a gamble, or best effort: only for time that nothing else has a use for."""
+        return goes_last(request) or is_gamble(request, self._ledger)
+
+    def _has_time_for(self, replica: Replica, filler: WaitingRequest) -> bool:
         """Nothing that the plan wants would have to wait for it.
 
-        No prompt waits there and, if it is a whole program that would begin, its steps are well below their cap.
+        No prompt waits there and, unless it is a single answer that may be in time, steps are well below their cap.
+        Where all that runs is best effort, more of it is in nobody's way.
         """
+        is_last = goes_last(filler)
+        if is_last and all(goes_last(call) for call in replica.calls.values()):
+            return True
         if replica.unstarted:
             return False
-        return not isinstance(gamble.spec.slo, ProgramCall) or replica.steps.tau_s < _IDLE * self.step_cap_s
+        is_long = is_last or isinstance(filler.spec.slo, ProgramCall)
+        return not is_long or replica.steps.tau_s < _IDLE * self.step_cap_s
 
     def _is_worth_looking(self) -> bool:
         """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""

@@ -5,6 +5,7 @@ programs would make programs look short. So two things are learnt apart: what a 
 was seen, and how likely another stage follows, from every stage that ended and was followed, or was the last.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ _MAX_STAGES = 64
 _MAX_KEYS = 1024
 _SMOOTHING = 0.02
 _WAIT_SMOOTHING = 0.01
+_WAIT_NEWS_S, _WAIT_MEMORY_S = 10.0, 60.0
+"""Without news for so long the wait that is expected begins to fall, by a factor e in so much time: a plan that expects
+long waits admits nobody, and then nobody would ever tell that they have become short."""
+
 _TRUSTED = 8
 """So many programs of an application and deadline make its own statistics better than the application's; and so many
 that ended a stage tell what follows it."""
@@ -87,21 +92,26 @@ class _Seen:
 
 
 class ProgramHistory:
-    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone.
-
-    wait_s: running mean of the time from a call's release to its first token.
-    """
+    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone."""
 
     def __init__(self) -> None:
         self._stages: dict[tuple[str, int | None], list[_Stage]] = {}
         self._seen: dict[ProgramId, _Seen] = {}
         self._forecasts: dict[_Outline, tuple[int, Forecast]] = {}
         self._observed = 0
-        self.wait_s = 0.0
+        self._wait_s = 0.0
+        self._waited_at_s = 0.0
 
-    def call_started(self, wait_s: float) -> None:
-        """A call got its first token so long after its release: what later stages will have to wait, too."""
-        self.wait_s += _WAIT_SMOOTHING * (wait_s - self.wait_s)
+    def call_started(self, wait_s: float, now_s: float) -> None:
+        """An admitted call got its first token so long after its release: what later stages will have to wait, too."""
+        expected_s = self.wait_s(now_s)
+        self._wait_s = expected_s + _WAIT_SMOOTHING * (wait_s - expected_s)
+        self._waited_at_s = now_s
+
+    def wait_s(self, now_s: float) -> float:
+        """Running mean of the time from a call's release to its first token, of calls that a plan had admitted."""
+        silent_s = max(0.0, now_s - self._waited_at_s - _WAIT_NEWS_S)
+        return self._wait_s * math.exp(-silent_s / _WAIT_MEMORY_S)
 
     def call_came(self, program: Program, stage: int, prompt_tokens: int, now_s: float) -> None:
         """A call of the program was released. A higher stage than before closes the one before it."""

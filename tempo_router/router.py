@@ -210,7 +210,7 @@ class RouterCore:
         history = self._history
         return outlook(
             list(program.live.values()), history.forecast(program), history.shares_ahead(program), self._steps.pace(),
-            wait_s=history.wait_s, left_s=left_s, pattern=history.match(program),
+            wait_s=history.wait_s(self._now_s), left_s=left_s, pattern=history.match(program),
         )  # fmt: skip
 
     def least_left_s(self, program_id: ProgramId) -> float:
@@ -567,7 +567,8 @@ class RouterCore:
             if call is None or call.new_tokens != tokens or call.is_aborted:
                 continue
             if isinstance(call.spec.slo, ProgramCall):
-                self._history.call_started(self._now_s - call.spec.arrival_s)
+                if call.standing.is_admitted:
+                    self._history.call_started(self._now_s - call.spec.arrival_s, self._now_s)
                 self._program_progressed(call.spec)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._fleet.calls:

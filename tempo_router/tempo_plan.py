@@ -290,7 +290,7 @@ class _Units:
         is_ahead = self._config.switches.look_ahead
         different, of_unit = history.forecasts(self.programs if is_ahead else [None] * self.count)
         pace = self._pace
-        self.wait_s = history.wait_s
+        self.wait_s = history.wait_s(self._now_s)
         means = np.array([_MEANS(one) for one in different], dtype=np.float64).T.take(of_unit, axis=1)
         calls, prompts, squared, self.later_tokens = means[:4]
         chain_tokens, chain_prompts, gaps, stages, unknown = means[4:]
@@ -311,7 +311,7 @@ class _Units:
         self._longer_s = _deviations(different, of_unit) * self.tau_s
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
         chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
-        self.waits_s = stages * history.wait_s
+        self.waits_s = stages * self.wait_s
         self.later_s = chain_tokens * self.tau_s + chain_s + gaps + self.waits_s + stages * self.tau_s
 
     def _worth(self, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""Gambles stand behind everything else in the queue until the plan admits them or their program has begun."""
+"""Gambles stand behind everything but best effort in the queue until the plan admits them or their program has begun."""
 
 import random
 
@@ -71,11 +71,11 @@ def test_keys_of_many_are_those_of_each(seed: int):
     assert any(key < HELD_BACK_KEY for key in expected)
 
 
-def test_best_effort_goes_before_a_gamble_and_an_admitted_answer_before_both():
+def test_a_gamble_goes_before_best_effort_and_an_admitted_answer_before_both():
     queue, at = SloQueue(HoldingBack(Tempo())), context(1.0)
     jobs = [one_of(TOOL, DEFERRED, "gamble"), one_of(BACKGROUND, UNRANKED, "late"), one_of(TOOL, ADMITTED, "sure")]
     for ticket, one in enumerate(jobs):
         one.ticket = ticket
         queue.push(one, at)
     given = [queue.pop(at) for _ in jobs]
-    assert [one and one.spec.request_id for one in given] == ["sure", "late", "gamble"]
+    assert [one and one.spec.request_id for one in given] == ["sure", "gamble", "late"]

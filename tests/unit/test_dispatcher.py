@@ -20,7 +20,7 @@ from tempo_router.standing import Standing
 from tempo_router.step_time import StepTimeModel
 from tempo_router.waiting import WaitingRequest
 from tempo_router.waiting_line import WaitingLine
-from tests.builders import TOOL, capacity, context, dispatched, request
+from tests.builders import BACKGROUND, TOOL, capacity, context, dispatched, request
 
 
 class Desk:
@@ -125,6 +125,30 @@ def test_a_short_answer_behind_programs_that_may_not_begin_is_found():
         deferred(desk, f"p{number}", ProgramCall(ProgramId(f"p{number}"), 60.0))
     deferred(desk, "answer", TOOL)
     assert dispatched(desk.dispatch()) == [("answer", "gpu0")]
+
+
+def test_best_effort_waits_while_steps_near_their_cap_serve_what_can_be_in_time():
+    desk = Desk("tempo", has_plan=True)
+    replica = desk.attach(max_running=4)
+    desk.enter("sure", slo=TOOL).standing = Standing(density=5.0, is_admitted=True)
+    assert dispatched(desk.dispatch()) == [("sure", "gpu0")]
+    desk.enter("background", slo=BACKGROUND)
+    desk.enter("late", slo=TOOL).is_relegated = True
+    call = desk.fleet.running[RequestId("sure")]
+    replica.progress([call], [(call.dispatch_id, 1)])
+    desk.dispatcher.step_cap_s = replica.steps.tau_s
+    assert dispatched(desk.dispatch(0.1)) == []
+    desk.end("sure")
+    assert dispatched(desk.dispatch(0.2)) == [("background", "gpu0"), ("late", "gpu0")]
+
+
+def test_best_effort_does_not_keep_out_a_gamble():
+    desk = Desk("tempo", has_plan=True)
+    desk.attach(max_running=1)
+    desk.enter("background", slo=BACKGROUND)
+    gamble = deferred(desk, "gamble", TOOL)
+    desk.line.queue.rekey(gamble, context(0.0))
+    assert dispatched(desk.dispatch()) == [("gamble", "gpu0")]
 
 
 def test_with_nobody_waiting_there_is_nothing_to_dispatch():

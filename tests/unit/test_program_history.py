@@ -1,5 +1,6 @@
 """What is still to come of a program, learnt from the ones before it."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -167,9 +168,19 @@ def test_a_clairvoyant_tells_the_true_rest_of_each_program():
 def test_waits_are_a_running_mean():
     history = ProgramHistory()
     for _ in range(1000):
-        history.call_started(2.0)
+        history.call_started(2.0, now_s=5.0)
 
-    assert history.wait_s == pytest.approx(2.0, rel=1e-3)
+    assert history.wait_s(5.0) == pytest.approx(2.0, rel=1e-3)
+    assert history.wait_s(15.0) == history.wait_s(5.0)
+
+
+def test_waits_that_nobody_confirms_are_expected_no_longer():
+    history = ProgramHistory()
+    for _ in range(1000):
+        history.call_started(2.0, now_s=5.0)
+
+    assert history.wait_s(75.0) == pytest.approx(2.0 / math.e, rel=1e-3)
+    assert history.wait_s(1000.0) < 1e-6
 
 
 def test_ended_programs_are_forgotten():

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.live import with_deadlines, with_lengths
 from tempo_router.config import SchedulingConfig
 from tempo_router.request import Deadline, Latency
+from tempo_router.simulation import transform
+from tempo_router.simulation.experiment import recorded_tokens_per_s
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.rows import measures, tenant_shares
@@ -199,3 +202,20 @@ def test_service_gain_counts_prompts_too(seed: int):
     assert tokens["token_goodput"] > 1.15 * gain["token_goodput"]
     assert gain_shares["long"] > gain_shares["short"]
     assert token_shares["short"] > token_shares["long"]
+
+
+# ---- what is beyond help ----
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_work_that_goes_on_although_it_is_late_takes_nothing_from_what_can_be_in_time(seed: int):
+    trace = with_lengths(with_deadlines(workload(seed, rate_per_s=1.0, duration_s=2000.0), 0.1), 0.1)
+    overload = transform.faster(trace, 3000.0 / recorded_tokens_per_s(trace))
+    dropping = Setup("tempo", (load_profile("toy-cpu"),), max_running=8, sheds=True)
+    goodput = []
+    for one in (dropping, replace(dropping, sheds=False)):
+        row = measures(simulate(overload, one), overload)
+        goodput.append(row["token_goodput"])
+
+    assert goodput[0] < 0.85 * 3000.0, "everything was in time: this was no overload"
+    assert goodput[1] > 0.95 * goodput[0]
