@@ -137,7 +137,7 @@ class SchedulingConfig(StrictModel):
     """Who goes first, who is refused, and how much of the queue the router keeps to itself."""
 
     policy: PolicyName = Field(
-        "density", description="order of the queue; tempo plans over everything, density is its simple fallback"
+        "tempo", description="order of the queue; tempo plans over everything, density is its simple fallback"
     )
     hopeless: Literal["relegate", "refuse"] = Field(
         "relegate",

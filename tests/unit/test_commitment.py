@@ -1,4 +1,4 @@
-"""Gambles stand behind everything but best effort in the queue until the plan admits them or their program has begun."""
+"""Gambles stand behind all but best effort in the queue until the plan admits them or their program has begun."""
 
 import random
 
