@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
-from benchmarks.live_truth import LiveEngine, engine_of, errors, simulated_row
+from benchmarks.live_truth import engine_of, errors, simulated_row
 from benchmarks.servers import tempo_server
 from tempo_router.request import Deadline
 from tempo_router.simulation import transform
@@ -208,7 +208,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     digest = trace_digest(trace)
     folder = options.folder.absolute()
     rows: list[dict[str, Any]] = []
-    parts: list[Trace] = []
+    cells: list[tuple[Trace, float, float]] = []
     with ExitStack() as stack:
         targets = _start(stack, folder, options)
         for name, served in targets.items():
@@ -225,7 +225,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 part = offered(trace, load, saturated, options.seconds, seed)
                 order = list(targets)
                 for name in order if seed % 2 == 0 else reversed(order):
+                    began_s = time.monotonic()
                     report = targets[name](with_names(part, f"{seed}-{load}-"), options.limit_s)
+                    cells.append((part, began_s, time.monotonic()))
                     one = row(
                         report,
                         part,
@@ -244,28 +246,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         saturated_tokens_per_s=saturated,
                     )
                     rows.append(one)
-                    parts.append(part)
                     _print_row(one)
                     if options.json:
                         _write(options.json, rows, options)
     if options.truth:
-        found["truth"] = truth(rows, parts, options)
+        found["truth"] = truth(rows, cells, options)
     if options.json:
         _write(options.json, rows, options, **found)
     return {"rows": rows, "summary": summary(rows), **found}
 
 
-def truth(rows: Sequence[dict[str, Any]], parts: Sequence[Trace], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every cell once more, simulated with the steps that its own engine made."""
-    engines: dict[str, LiveEngine] = {}
+def truth(
+    rows: Sequence[dict[str, Any]], cells: Sequence[tuple[Trace, float, float]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every cell once more, simulated with the steps that its own engine made meanwhile. cells: trace, begin, end."""
     found = []
-    for live, part in zip(rows, parts, strict=True):
+    for live, (part, began_s, ended_s) in zip(rows, cells, strict=True):
         policy = live["policy"]
-        if policy not in engines:
-            log = events_log(policy, options)
-            newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
-            engines[policy] = engine_of(newest)
-        engine = engines[policy]
+        log = events_log(policy, options)
+        newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
+        engine = engine_of(newest, began_s, ended_s)
         simulated = simulated_row(part, live, engine, POLICIES[policy]["policy"])
         entry = {"policy": policy, "load": live["load"], "seed": live["seed"], "steps": engine.steps}
         entry |= {"step_error": round(engine.step_error, 3), **errors(live, simulated)}

@@ -1,10 +1,13 @@
 """Does the simulator tell the truth? The same trace and policy, live and simulated, side by side.
 
 The live router records what it was told (`record_events`); the steps in there give a profile of the engine, with which
-the trace is simulated. What differs is then the simulator's: steps take their mean time, and nothing waits for a busy
-machine, a message or a thread.
+the trace is simulated. Each cell has a profile of its own, from the steps that were made while it ran: on a machine
+that others use too, the same steps take half as long again a minute later. Within the cell the profile follows that
+speed, second by second. What differs then is the simulator's: within a second steps take their mean time, messages
+take none, and the router begins with nothing learnt.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,31 +46,52 @@ class FittedStepTime:
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """How much longer than fitted the steps took, by second of the trace; as overall where none was made."""
+
+    overall: float
+    by_second: Mapping[int, float]
+
+    def __call__(self, at_s: float) -> float:
+        """The factor at a moment of the trace."""
+        return self.by_second.get(int(at_s), self.overall)
+
+
+@dataclass(frozen=True, slots=True)
 class LiveEngine:
-    """What a log of events says of its engine. step_error: mean |measured - fitted| / measured over all steps."""
+    """What a log of events says of its engine.
+
+    step_error: mean |measured - fitted| / measured over its steps, with the drift.
+    """
 
     profile: StepProfile
     steps: int
     step_error: float
 
 
-def engine_of(log: Path) -> LiveEngine:
-    """Fit a profile to the steps in a router's log. Raises ValueError when it has none."""
+def engine_of(log: Path, since_s: float = float("-inf"), until_s: float = float("inf")) -> LiveEngine:
+    """Fit a profile to the steps in a router's log that ended between these moments of its monotonic clock.
+
+    Moment 0 of the profile's drift is since_s, or the first step. Raises ValueError when there are no steps.
+    """
     capacity: ReplicaCapacity | None = None
-    steps: list[StepReport] = []
+    timed: list[tuple[float, StepReport]] = []
     for event in _events(log):
         if isinstance(event, ReplicaAttached):
             capacity = event.capacity
-        elif isinstance(event, Progressed) and event.step is not None:
-            steps.append(event.step)
-    if capacity is None or not steps:
-        raise ValueError(f"{log}: no engine attached, or none made a step")
+        elif isinstance(event, Progressed) and event.step is not None and since_s <= event.at_s <= until_s:
+            timed.append((event.at_s, event.step))
+    if capacity is None or not timed:
+        raise ValueError(f"{log}: no engine attached, or none made a step between {since_s} and {until_s} s")
     model = StepTimeModel()
     for _ in range(_PASSES):
-        for step in steps:
+        for _, step in timed:
             model.observe(step)
-    fitted = FittedStepTime(model.coefficients)
-    errors = [abs(_fitted_s(model, step) - step.duration_s) / step.duration_s for step in steps]
+    began_s = since_s if since_s > float("-inf") else timed[0][0]
+    drift = _drift(model, timed, began_s)
+    errors = [
+        abs(drift(at_s - began_s) * _fitted_s(model, step) - step.duration_s) / step.duration_s for at_s, step in timed
+    ]
     shape = EngineShape(
         kv_tokens=capacity.kv_tokens // _BLOCK_SIZE * _BLOCK_SIZE,
         block_size=_BLOCK_SIZE,
@@ -75,8 +99,21 @@ def engine_of(log: Path) -> LiveEngine:
         max_step_tokens=capacity.max_step_tokens,
         max_model_len=min(4096, capacity.kv_tokens),
     )
-    profile = StepProfile("fitted to the live engine", str(log), fitted, shape)
-    return LiveEngine(profile, len(steps), sum(errors) / len(errors))
+    times = FittedStepTime(model.coefficients)
+    profile = StepProfile("fitted to the live engine", str(log), times, shape, drift)
+    return LiveEngine(profile, len(timed), sum(errors) / len(errors))
+
+
+def _drift(model: StepTimeModel, timed: Sequence[tuple[float, StepReport]], began_s: float) -> Drift:
+    """Sums, not means of ratios: so many steps take as long in the simulator as they did."""
+    measured: defaultdict[int, float] = defaultdict(float)
+    fitted: defaultdict[int, float] = defaultdict(float)
+    for at_s, step in timed:
+        second = int(at_s - began_s)
+        measured[second] += step.duration_s
+        fitted[second] += _fitted_s(model, step)
+    overall = sum(measured.values()) / sum(fitted.values())
+    return Drift(overall, {second: total / fitted[second] for second, total in measured.items()})
 
 
 def simulated_row(trace: Trace, live: Mapping[str, Any], engine: LiveEngine, policy: str) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class SimulatedReplica:
             return None
         shapes = [Prefill(tokens, call.computed) for call, tokens in plan.prefills]
         duration_s = self._profile.step_time.duration_s(shapes, plan.decodes, plan.context_tokens)
+        if self._profile.drift is not None:
+            duration_s *= self._profile.drift(now_s)
         self._step = (plan, duration_s)
         return duration_s
 

@@ -7,7 +7,7 @@ tables can be given instead; every "model:gpu:tp" in it is then a profile.
 import bisect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,12 +51,17 @@ class EngineShape:
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """A named engine: its step time and its shape."""
+    """A named engine: its step time and its shape.
+
+    drift: factor on the time of a step that begins at this moment of the trace, in seconds; above 0. For engines on a
+    machine that others use too, whose speed was recorded (benchmarks/live_truth.py). None: always 1.
+    """
 
     name: str
     source: str
     step_time: StepTime
     shape: EngineShape
+    drift: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
