@@ -63,6 +63,16 @@ def test_a_timer_that_fires_too_early_is_set_anew():
     assert timers.due(STEPS, real_s) == [one]
 
 
+def test_of_several_timers_of_a_request_the_last_one_counts():
+    """Whose program's deadline moves is timed anew; both dates may have passed when somebody looks."""
+    timers = HopelessTimers()
+    one = in_line("r", 1)
+    for _ in range(500):
+        timers.set(one, 1)
+        timers.audit(live=1)
+    assert timers.due(STEPS, 1e6) == [one]
+
+
 def test_timers_of_requests_that_left_do_not_pile_up():
     timers = HopelessTimers()
     for ticket in range(1, 5000):
