@@ -345,6 +345,8 @@ class RouterCore:
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
         self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        if program is not None and program.is_lost:
+            self._dispatcher.give_up(request, self._context(), actions)
 
     def _retarget(self, program: Program, actions: list[Action]) -> None:
         """The program's deadline moved with its newest call: those that run hear of it."""
@@ -410,7 +412,7 @@ class RouterCore:
 
     def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
         program = self._ledger.programs.get(program_id)
-        if program is None:
+        if program is None or program.is_lost:
             return
         program.is_lost = True
         for job in list(program.live.values()):
@@ -502,6 +504,8 @@ class RouterCore:
         if program is not None:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         self._ledger.started(call, replica.replica_id, 0.0)
+        if program is not None and program.is_lost:
+            self._take_back(call, actions)
 
     def _is_wanted(self, newcomer: Call) -> bool:
         """Whether an unknown call that a replica runs is to go on."""
