@@ -27,23 +27,23 @@ class HopelessTimers:
         self._timers: list[tuple[float, int, WaitingRequest | Call]] = []
         self._last = 0
 
-    def set(self, request: WaitingRequest, live: int) -> None:
-        """A request began to wait, or has another target, one of so many that wait or run. O(log n).
-
-        Timers that lost theirs are swept out.
-        """
+    def set(self, request: WaitingRequest) -> None:
+        """A request began to wait. O(log n)."""
         self._push(request.hopeless_at_s, request)
-        if len(self._timers) > 2 * live + _SLACK:
-            self._timers = [timer for timer in self._timers if _is_timed(timer[1], timer[2])]
-            heapq.heapify(self._timers)
 
     def set_started(self, request: WaitingRequest, call: Call, now_s: float) -> None:
         """A waiting request became a call: it may have to wait in the engine, too."""
         if not request.is_relegated:
             self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), call)
 
-    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:
-        """Requests that have become hopeless, earliest first, each once. Looks at a bounded number of timers."""
+    def due(self, steps: StepTimeModel, now_s: float, live: int) -> list[WaitingRequest | Call]:
+        """Requests that have become hopeless, earliest first, each once. live: how many wait or run.
+
+        Looks at a bounded number of timers; now and then those that count no more are swept out.
+        """
+        if len(self._timers) > 2 * live + _SLACK:
+            self._timers = [timer for timer in self._timers if _is_timed(timer[1], timer[2])]
+            heapq.heapify(self._timers)
         timers = self._timers
         hopeless: list[WaitingRequest | Call] = []
         for _ in range(_TIMERS_PER_CALL):
@@ -60,8 +60,8 @@ class HopelessTimers:
         return hopeless
 
     def audit(self, live: int) -> None:
-        """Check that memory is bounded while so many requests wait or run. Raises AssertionError."""
-        bound = 2 * live + _SLACK + _TIMERS_PER_CALL
+        """Check between two events that memory is bounded while so many requests wait or run. Raises AssertionError."""
+        bound = 3 * live + _SLACK + 2 * _TIMERS_PER_CALL
         assert len(self._timers) <= bound, f"{len(self._timers)} timers for {live} requests"
 
     def _push(self, at_s: float, request: WaitingRequest | Call) -> None:

@@ -177,7 +177,8 @@ class RouterCore:
                 self._is_draining = True
             case _:
                 assert_never(event)
-        for request in self._timers.due(self._steps, self._now_s):
+        live = len(self._line.requests) + len(self._fleet.calls)
+        for request in self._timers.due(self._steps, self._now_s, live):
             if isinstance(request, Call):
                 self._take_back(request, actions)
             else:
@@ -344,7 +345,7 @@ class RouterCore:
             self._turns.enter(request, is_new=is_new)
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
-        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        self._timers.set(request)
         if program is not None and program.is_lost:
             self._dispatcher.give_up(request, self._context(), actions)
 
@@ -446,7 +447,7 @@ class RouterCore:
         request.is_relegated = False
         request.standing = request.standing._replace(is_relegated=False)
         request.hopeless_at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
-        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        self._timers.set(request)
         if request.is_queued:
             self._line.queue.rekey(request, self._context())
 
