@@ -18,60 +18,62 @@ def is_hopeless(request: WaitingRequest, pace: Pace, now_s: float) -> bool:
 
 
 class HopelessTimers:
-    """One timer for each request that can become hopeless before its first token.
+    """One timer for each request that can become hopeless before its first token: of several the last one set.
 
     Estimates move on after a timer was set: one that fires looks again, and is set anew where there is hope.
     """
 
     def __init__(self) -> None:
-        self._timers: list[tuple[float, int, int, WaitingRequest | Call]] = []
-        self._pushed = 0
+        self._timers: list[tuple[float, int, WaitingRequest | Call]] = []
+        self._last = 0
 
-    def set(self, request: WaitingRequest, live: int) -> None:
-        """A request began to wait, one of so many that wait or run. O(log n); timers that lost theirs are swept out."""
-        if request.hopeless_at_s < float("inf"):
-            self._push(request.hopeless_at_s, request.ticket, request)
-        if len(self._timers) > 2 * live + _SLACK:
-            self._timers = [timer for timer in self._timers if _is_timed(timer[-1])]
-            heapq.heapify(self._timers)
+    def set(self, request: WaitingRequest) -> None:
+        """A request began to wait. O(log n)."""
+        self._push(request.hopeless_at_s, request)
 
     def set_started(self, request: WaitingRequest, call: Call, now_s: float) -> None:
         """A waiting request became a call: it may have to wait in the engine, too."""
-        if request.hopeless_at_s < float("inf") and not request.is_relegated:
-            self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), -request.ticket, call)
+        if not request.is_relegated:
+            self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), call)
 
-    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:
-        """Requests that have become hopeless, earliest first. Looks at a bounded number of timers."""
+    def due(self, steps: StepTimeModel, now_s: float, live: int) -> list[WaitingRequest | Call]:
+        """Requests that have become hopeless, earliest first, each once. live: how many wait or run.
+
+        Looks at a bounded number of timers; now and then those that count no more are swept out.
+        """
+        if len(self._timers) > 2 * live + _SLACK:
+            self._timers = [timer for timer in self._timers if _is_timed(timer[1], timer[2])]
+            heapq.heapify(self._timers)
         timers = self._timers
         hopeless: list[WaitingRequest | Call] = []
-        told: set[int] = set()
         for _ in range(_TIMERS_PER_CALL):
             if not timers or timers[0][0] > now_s:
                 break
-            _, ticket, _, request = heapq.heappop(timers)
-            # Whose target moved has a timer of each.
-            if not _is_timed(request) or id(request) in told:
+            _, number, request = heapq.heappop(timers)
+            if not _is_timed(number, request):
                 continue
             at_s = hopeless_at_s(request.spec, request.lengths, steps.pace())
             if at_s <= now_s:
                 hopeless.append(request)
-                told.add(id(request))
-            elif at_s < float("inf"):
-                self._push(max(at_s, now_s + _MIN_RECHECK_S), ticket, request)
+            else:
+                self._push(max(at_s, now_s + _MIN_RECHECK_S), request)
         return hopeless
 
-    def _push(self, at_s: float, ticket: int, request: WaitingRequest | Call) -> None:
-        """The running number keeps two timers of one request from being compared by it."""
-        self._pushed += 1
-        heapq.heappush(self._timers, (at_s, ticket, self._pushed, request))
-
     def audit(self, live: int) -> None:
-        """Check that memory is bounded while so many requests wait or run. Raises AssertionError."""
-        bound = 2 * live + _SLACK + _TIMERS_PER_CALL
+        """Check between two events that memory is bounded while so many requests wait or run. Raises AssertionError."""
+        bound = 3 * live + _SLACK + 2 * _TIMERS_PER_CALL
         assert len(self._timers) <= bound, f"{len(self._timers)} timers for {live} requests"
 
+    def _push(self, at_s: float, request: WaitingRequest | Call) -> None:
+        self._last += 1
+        request.timer = self._last
+        if at_s < float("inf"):
+            heapq.heappush(self._timers, (at_s, self._last, request))
 
-def _is_timed(request: WaitingRequest | Call) -> bool:
+
+def _is_timed(number: int, request: WaitingRequest | Call) -> bool:
+    if request.timer != number:
+        return False
     if isinstance(request, Call):
         is_there = request.replica.calls.get(request.dispatch_id) is request
         return is_there and not (request.is_aborted or request.is_relegated or request.new_tokens)

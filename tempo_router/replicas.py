@@ -17,6 +17,7 @@ class Call:
     expected_tokens: how many it is expected to produce in all; raised when it produces more.
     ticket, since_s: order and time of its dispatch. standing: where the last plan put it.
     cached_tokens: leading tokens of its context that its replica is believed to have cached.
+    timer: number of the timer that is set for it (hopeless.py).
     is_aborted: its tokens are no longer wanted; it only holds its room until the replica says that it ended.
     """
 
@@ -32,6 +33,7 @@ class Call:
         "spec",
         "standing",
         "ticket",
+        "timer",
     )
 
     def __init__(
@@ -57,6 +59,7 @@ class Call:
         self.since_s = since_s
         self.standing = standing
         self.cached_tokens = 0
+        self.timer = 0
 
     @property
     def facts(self) -> Facts:

@@ -177,7 +177,8 @@ class RouterCore:
                 self._is_draining = True
             case _:
                 assert_never(event)
-        for request in self._timers.due(self._steps, self._now_s):
+        live = len(self._line.requests) + len(self._fleet.calls)
+        for request in self._timers.due(self._steps, self._now_s, live):
             if isinstance(request, Call):
                 self._take_back(request, actions)
             else:
@@ -344,7 +345,9 @@ class RouterCore:
             self._turns.enter(request, is_new=is_new)
             self._plan_at_s = min(self._plan_at_s, self._now_s)
         self._dispatcher.enter(request, self._context())
-        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        self._timers.set(request)
+        if program is not None and program.is_lost:
+            self._dispatcher.give_up(request, self._context(), actions)
 
     def _retarget(self, program: Program, actions: list[Action]) -> None:
         """The program's deadline moved with its newest call: those that run hear of it."""
@@ -410,7 +413,7 @@ class RouterCore:
 
     def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
         program = self._ledger.programs.get(program_id)
-        if program is None:
+        if program is None or program.is_lost:
             return
         program.is_lost = True
         for job in list(program.live.values()):
@@ -444,7 +447,7 @@ class RouterCore:
         request.is_relegated = False
         request.standing = request.standing._replace(is_relegated=False)
         request.hopeless_at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
-        self._timers.set(request, len(self._line.requests) + len(self._fleet.calls))
+        self._timers.set(request)
         if request.is_queued:
             self._line.queue.rekey(request, self._context())
 
@@ -502,6 +505,8 @@ class RouterCore:
         if program is not None:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         self._ledger.started(call, replica.replica_id, 0.0)
+        if program is not None and program.is_lost:
+            self._take_back(call, actions)
 
     def _is_wanted(self, newcomer: Call) -> bool:
         """Whether an unknown call that a replica runs is to go on."""

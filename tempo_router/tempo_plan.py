@@ -342,10 +342,11 @@ class _Units:
         np.maximum.at(crit_s, unit_of, self.wall_s + self.left.upper * self.tau_s)
         self.crit_s = crit_s + self.later_s
         is_program = self.kind == PROGRAM
+        is_lost = np.array([one is not None and one.is_lost for one in self.programs], dtype=np.bool_)
         with np.errstate(invalid="ignore"):
             crit_s = np.maximum(self.crit_s[:, None] + self._longer_s, 0.0)
             z = (self.left_s[:, None] - crit_s) / (_SPREAD * crit_s + _SPREAD_S)
-            program_chance = np.where(is_program, _normal(z).mean(axis=1), 0.0)
+            program_chance = np.where(is_program & ~is_lost, _normal(z).mean(axis=1), 0.0)
         done = np.array([0.0 if one is None else one.done_tokens for one in self.programs])
         expected = _sums(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
         self.chance = np.where(is_program, program_chance, self.chance)

@@ -18,6 +18,7 @@ class WaitingRequest:
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.
+    timer: number of the timer that is set for it (hopeless.py).
     blocked_since_s: when it was first found to be next and without room; None while that has not happened.
     """
 
@@ -37,6 +38,7 @@ class WaitingRequest:
         "spec",
         "standing",
         "ticket",
+        "timer",
     )
 
     def __init__(
@@ -62,6 +64,7 @@ class WaitingRequest:
         self.key = 0.0
         self.entry = 0
         self.cached_tokens = 0
+        self.timer = 0
         self.blocked_since_s: float | None = None
 
     @property

@@ -1,6 +1,6 @@
 """Small makers of specs, replicas and events, so that a test names only what it is about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tempo_router.actions import Action, Dispatch
 from tempo_router.config import SchedulingConfig
@@ -150,6 +150,14 @@ def attached(
 ) -> ReplicaAttached:
     """A replica connects."""
     return ReplicaAttached(at_s, ReplicaId(replica_id), capacity(max_running, kv_tokens), running, is_draining)
+
+
+def planned_replica(
+    replica_id: str = "gpu0", *, running: tuple[RunningCall, ...] = (), max_running: int = 4
+) -> ReplicaAttached:
+    """A replica connects whose steps Tempo plans."""
+    one = attached(replica_id, running=running, max_running=max_running)
+    return replace(one, capacity=replace(one.capacity, has_step_planner=True))
 
 
 def arrived(request_id: str, at_s: float = 0.0, **spec: object) -> Arrived:

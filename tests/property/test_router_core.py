@@ -37,6 +37,7 @@ from tempo_router.events import (
 from tempo_router.policies import build_policy
 from tempo_router.request import BestEffort, DispatchId, Latency, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
+from tempo_router.standing import UNRANKED, Standing
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, request
 
 EPOCH = 7
@@ -49,11 +50,12 @@ POLICIES = ("fcfs", "edf", "class_priority", "density", "tempo")
 
 @dataclass
 class WorldCall:
-    """A call as its replica sees it."""
+    """A call as its replica sees it, with what it was told last of how it stands."""
 
     spec: RequestSpec
     tokens: int = 0
     is_aborted: bool = False
+    standing: Standing = UNRANKED
 
 
 class Place(NamedTuple):
@@ -436,7 +438,9 @@ class RouterMachine(RuleBasedStateMachine):
                 self.replicas[replica_id].calls[dispatch_id].is_aborted = True
             case Relegate(request_id=request_id):
                 # Alone only what has not begun is given up; a program is, with all of its calls.
-                is_alone = not isinstance(event, ProgramRelegated)
+                is_alone = not any(
+                    program.is_lost and request_id in program.live for program in self.core.ledger.programs.values()
+                )
                 assert request_id in self.waiting or not is_alone or self.is_unstarted(self.running[request_id])
             case Expire(request_id=request_id):
                 assert self.config.hopeless == "refuse"
@@ -472,7 +476,7 @@ class RouterMachine(RuleBasedStateMachine):
             prompts = sum(call.spec.context_tokens for call in replica.calls.values() if call.tokens == 0)
             fills_steps = prompts < min(2 * replica.capacity.max_step_tokens, FREE_KV_TOKENS)
             assert unstarted < depth or fills_steps, "sent more than two steps' worth to an engine with calls waiting"
-        replica.calls[dispatch.dispatch_id] = WorldCall(spec)
+        replica.calls[dispatch.dispatch_id] = WorldCall(spec, standing=dispatch.standing)
         slots = replica.capacity.max_running
         most = max(slots + depth, ceil(1.5 * slots)) if is_planned else slots + depth
         assert len(replica.calls) <= most, "more calls than slots and queue"
@@ -491,6 +495,7 @@ class RouterMachine(RuleBasedStateMachine):
             assert self.config.policy == "tempo" or standing.is_relegated or is_forgiven
             assert 0 <= standing.density < inf
             assert 0 <= standing.later_s < inf
+            replica.calls[dispatch_id].standing = standing
 
     def note_attached(self, event: ReplicaAttached, actions: list[Action]) -> None:
         """Calls that the replica runs and that were not stopped are running now."""

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tempo_router.actions import Abort, Expire, Relegate
-from tempo_router.events import ProgramRelegated
-from tempo_router.request import ProgramCall, ProgramId, RequestId
-from tests.builders import CHAT, arrived, progressed, router
+from tempo_router.actions import Abort, Expire, Relegate, Retune
+from tempo_router.events import ProgramRelegated, RunningCall, Ticked
+from tempo_router.request import DispatchId, ProgramCall, ProgramId, RequestId
+from tests.builders import CHAT, arrived, planned_replica, progressed, request, router
 
 PROGRAM = ProgramId("p")
 
@@ -35,6 +35,40 @@ def test_where_hopeless_work_is_refused_only_answers_that_have_begun_go_on():
     assert [one.request_id for one in actions if isinstance(one, Relegate)] == ["begun"]
     assert {one.request_id for one in actions if isinstance(one, Expire)} == {"sent", "waiting"}
     assert core.spec_of(RequestId("begun")) is not None
+    core.audit()
+
+
+def test_later_plans_leave_its_calls_behind():
+    core = router("gpu0", policy="tempo")
+    core.handle(planned_replica("gpu0"))
+    calls_of(core, "one", "two")
+    core.handle(progressed("gpu0", 1.0, {1: 1, 2: 1}))
+    core.handle(ProgramRelegated(2.0, PROGRAM))
+    retunes = [one for at_s in (3.0, 4.0) for one in core.handle(Ticked(at_s)) if isinstance(one, Retune)]
+    assert len(retunes) == 2
+    assert all(standing.is_relegated for one in retunes for _, standing in one.standings)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "tempo"])
+def test_a_call_that_crossed_with_the_relegation_is_relegated_too(policy):
+    core = router(policy=policy)
+    calls_of(core, "before")
+    core.handle(ProgramRelegated(1.0, PROGRAM))
+    assert core.handle(ProgramRelegated(1.0, PROGRAM)) == [], "what is told twice changes nothing"
+    told = core.handle(arrived("crossed", at_s=2.0, slo=ProgramCall(PROGRAM, 598.0)))
+    assert [one.request_id for one in told if isinstance(one, Relegate)] == ["crossed"]
+    core.audit()
+
+
+def test_a_call_that_a_replica_brings_back_to_a_relegated_program_is_relegated_there():
+    core = router()
+    calls_of(core, "before")
+    core.handle(ProgramRelegated(1.0, PROGRAM))
+    running = RunningCall(DispatchId(9 << 32 | 1), request("brought", slo=ProgramCall(PROGRAM, 600.0)), new_tokens=3)
+    told = core.handle(planned_replica("gpu0", running=(running,)))
+    assert Relegate(RequestId("brought")) in told
+    [retune] = [one for one in told if isinstance(one, Retune)]
+    assert [(name, standing.is_relegated) for name, standing in retune.standings] == [(running.dispatch_id, True)]
     core.audit()
 
 

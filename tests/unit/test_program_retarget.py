@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tempo_router.actions import Dispatch, Retarget, Retune
-from tempo_router.events import Arrived, ProgramRelegated, ProgramRetargeted, ReplicaLost
+from tempo_router.actions import Dispatch, Expire, Relegate, Retarget, Retune
+from tempo_router.events import Arrived, ProgramRelegated, ProgramRetargeted, ReplicaLost, Ticked
 from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId
 from tests.builders import CHAT, arrived, attached, capacity, progressed, router
 
@@ -71,6 +71,15 @@ def test_a_call_that_comes_again_with_the_old_deadline_gets_the_new_one():
     core.handle(Arrived(3.0, replace(old, attempt=1, generated_tokens=1)))
     assert deadline_of(core, "running") == pytest.approx(60.0)
     assert core.ledger.programs[PROGRAM].deadline_s == pytest.approx(60.0)
+    core.audit()
+
+
+@pytest.mark.parametrize(("hopeless", "told"), [("relegate", Relegate), ("refuse", Expire)])
+def test_a_call_whose_old_and_new_deadline_have_passed_is_given_up_once(hopeless, told):
+    core = router(hopeless=hopeless)
+    core.handle(arrived("waiting", slo=ProgramCall(PROGRAM, 60.0)))
+    core.handle(ProgramRetargeted(1.0, PROGRAM, 80.0))
+    assert core.handle(Ticked(100.0)) == [told(RequestId("waiting"))]
     core.audit()
 
 
