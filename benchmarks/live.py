@@ -63,7 +63,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 _MOST_TOKENS = 3000
 """Of one call, prompt and answer together; longer ones are left out, since the engines' contexts are short."""
 QUICK = {
-    "duration_s": 800.0,
+    "duration_s": 2400.0,
     "rate_per_s": 1.0,
 }
 
