@@ -206,7 +206,9 @@ class RemoteEngine(AsyncMPClient):
         tenant = context.tenant if context else ""
         prefix_id, prefix_tokens = "", 0
         if self._caches_prefixes:
-            prefix_id, prefix_tokens = self._prefixes.note(tenant, request.prompt_token_ids or ())
+            prefix_id, prefix_tokens = self._prefixes.note(
+                _cache_owner(request, tenant), request.prompt_token_ids or ()
+            )
         return RequestSpec(
             request_id=RequestId(request.request_id),
             arrival_s=context.arrival_s if context else time.monotonic(),
@@ -363,6 +365,12 @@ def continuation(request: EngineCoreRequest, attempt_id: str, tokens: Sequence[i
         again.sampling_params = params
         again.prompt_token_ids = [*(request.prompt_token_ids or []), *tokens]
     return again
+
+
+def _cache_owner(request: EngineCoreRequest, tenant: str) -> str:
+    """Whose cached prefixes a request can use: an engine keeps those of each LoRA adapter apart."""
+    lora = request.lora_request
+    return f"{tenant}\0{lora.lora_name}" if lora is not None else tenant
 
 
 def _prompt_length(request: EngineCoreRequest) -> int:

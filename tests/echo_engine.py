@@ -26,6 +26,7 @@ class EchoEngine(EngineCoreClient):
         self.engine_ranks_managed = [0]
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
         self.answering: dict[str, asyncio.Task[None]] = {}
+        self.loras: list[Any] = []
         self.begin()
 
     def begin(self) -> None:
@@ -38,6 +39,10 @@ class EchoEngine(EngineCoreClient):
         self.aborted: list[str] = []
         self.client_aborted: list[str] = []
         self.groups: list[tuple[str, int]] = []
+
+    async def add_lora_async(self, lora_request):
+        self.loras.append(lora_request)
+        return True
 
     async def get_supported_tasks_async(self):
         return ("generate",)

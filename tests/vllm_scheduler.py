@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -48,7 +50,7 @@ def base_config(model: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """slots: sequences of one step. places: in the batch, held ones included."""
+    """slots: sequences of one step. places: in the batch, held ones included. max_loras: 0 for an engine without."""
 
     slots: int = 8
     places: int = 12
@@ -56,6 +58,7 @@ class Shape:
     blocks: int = 200
     prefix_cache: bool = True
     is_async: bool = False
+    max_loras: int = 0
 
 
 def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: dict[str, Any] | None = None) -> Any:
@@ -68,6 +71,7 @@ def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: d
     config.cache_config = copy.copy(config.cache_config)
     config.cache_config.num_gpu_blocks = shape.blocks
     config.cache_config.enable_prefix_caching = shape.prefix_cache
+    config.lora_config = LoRAConfig(max_loras=shape.max_loras) if shape.max_loras else None
     config.additional_config = {
         tempo_scheduler.KEY: {"slots": shape.slots, "scheduling": {"policy": "tempo", **(scheduling or {})}}
     }
@@ -118,8 +122,16 @@ class Drive:
             self.scheduler.clock = lambda: self.now_s
 
     def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, facts: CallFacts | None = None, **sampling: Any
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        facts: CallFacts | None = None,
+        *,
+        adapter: int = 0,
+        **sampling: Any,
     ) -> Any:
+        """adapter: number of a LoRA adapter, which nobody loads here; 0 for none."""
         extra = {tempo_scheduler.KEY: values_from_facts(facts, self.now_s)} if facts is not None else None
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra, **sampling)
         params.update_from_generation_config({}, EOS)
@@ -128,6 +140,7 @@ class Drive:
             prompt_token_ids=list(prompt),
             sampling_params=params,
             pooling_params=None,
+            lora_request=LoRARequest(f"adapter-{adapter}", adapter, "/nowhere") if adapter else None,
             block_hasher=self._hasher,
         )
         self._numbers[request_id] = len(self._numbers)
@@ -208,3 +221,5 @@ class Drive:
             left = {name: getattr(scheduler, name) for name in kept if getattr(scheduler, name)}
             assert left == {}
             assert scheduler._kv.held == 0
+            assert scheduler._loras.waiting == []
+            assert not scheduler._loras._calls

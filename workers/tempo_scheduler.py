@@ -38,6 +38,7 @@ from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import Coefficients, StepTimeModel
 from workers.call_facts import CallFacts, CallUpdate, News, facts_from_values
 from workers.engine_blocks import EngineBlocks
+from workers.lora_places import LoraPlaces
 from workers.planned_queue import Funnel, PlannedQueue
 
 log = structlog.get_logger()
@@ -63,7 +64,7 @@ _RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
 )
 _STATE = (
     "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
-    "kv_cache_manager", "block_size", "_pause_state",
+    "kv_cache_manager", "block_size", "lora_config", "_pause_state",
 )  # fmt: skip
 _QUEUES = ("kv_holding_waiting", "skipped_waiting")
 """Where the parent keeps those that it passed over: the first since 0.31, the second before."""
@@ -104,6 +105,11 @@ def not_planned(config: Any) -> list[str]:
     return [name for name, is_there in reasons.items() if is_there]
 
 
+def _is_stranger(request: Any) -> bool:
+    """The planner knows nothing of it: it does not sample, or its input is streamed."""
+    return request.sampling_params is None or request.resumable
+
+
 class TempoScheduler(AsyncScheduler):
     """Plans every step with `StepPlanner`. One thread calls it; `tell` may be called from any.
 
@@ -139,6 +145,8 @@ class TempoScheduler(AsyncScheduler):
         self._requests: dict[DispatchId, Any] = {}
         self._strangers: dict[str, Any] = {}
         self._not_ready: dict[str, Any] = {}
+        places = self.lora_config.max_loras if self.lora_config else 0
+        self._loras: LoraPlaces[tuple[Any, float]] = LoraPlaces(places, most_passed=self.max_num_running_reqs)
         self._begun: dict[DispatchId, LiveCall] = {}
         self._skipped: list[Any] = []
         self._worst: Any = None
@@ -162,15 +170,23 @@ class TempoScheduler(AsyncScheduler):
         super().add_request(request)
         if is_known:
             return
-        if request.sampling_params is None or request.resumable:
-            self._strangers[request.request_id] = request
-        elif request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR and not _is_stranger(request):
             self._not_ready[request.request_id] = request
         else:
-            self._enter(request)
+            self._find_place(request)
 
-    def _enter(self, request: Any) -> None:
-        facts = self._facts(request)
+    def _find_place(self, request: Any) -> None:
+        """It takes part at once unless its adapter would be one too many for a step."""
+        lora = request.lora_request if self.lora_config else None
+        came_s = self.clock()
+        if lora is None or self._loras.enter(request.request_id, lora.lora_int_id, (request, came_s)):
+            self._enter(request, came_s)
+
+    def _enter(self, request: Any, came_s: float) -> None:
+        if _is_stranger(request):
+            self._strangers[request.request_id] = request
+            return
+        facts = self._facts(request, came_s)
         lengths = facts.lengths if facts.lengths is not None else self._lengths.lookup(facts.spec)
         self._requests[facts.key] = request
         self._calls[request.request_id] = self.planner.add(facts.key, facts.spec, lengths, facts.standing, self.clock())
@@ -178,7 +194,7 @@ class TempoScheduler(AsyncScheduler):
         if early is not None:
             self._update(early)
 
-    def _facts(self, request: Any) -> CallFacts:
+    def _facts(self, request: Any, came_s: float) -> CallFacts:
         values = (request.sampling_params.extra_args or {}).get(KEY)
         spare_key = next(self._spare_keys)
 
@@ -188,7 +204,7 @@ class TempoScheduler(AsyncScheduler):
                 request_id=request.request_id,
                 prompt_tokens=request.num_prompt_tokens,
                 max_tokens=request.max_tokens,
-                now_s=self.clock(),
+                now_s=came_s,
                 spare_key=spare_key,
             )
 
@@ -212,8 +228,11 @@ class TempoScheduler(AsyncScheduler):
     def _update(self, update: CallUpdate) -> None:
         call = self._calls.get(update.request_id)
         if call is None:
-            # It has ended, and the news crossed with its last token; or they overtook the request itself.
-            self._early[update.request_id] = update
+            # It has ended, and the news crossed with its last token; or they overtook the request itself, or it waits
+            # for its grammar or a place for its adapter.
+            known = self._early.pop(update.request_id, update)
+            standing, slo = update.standing or known.standing, update.slo or known.slo
+            self._early[update.request_id] = CallUpdate(update.request_id, standing, slo)
             if len(self._early) > _MOST_EARLY:
                 del self._early[next(iter(self._early))]
             return
@@ -227,7 +246,7 @@ class TempoScheduler(AsyncScheduler):
         ready = [one for one in self._not_ready.values() if one.structured_output_request.grammar is not None]
         for request in ready:
             del self._not_ready[request.request_id]
-            self._enter(request)
+            self._find_place(request)
 
     def _cached_tokens(self, request_id: str) -> int:
         request = self.requests.get(request_id)
@@ -241,6 +260,8 @@ class TempoScheduler(AsyncScheduler):
             self._take_news()
         if self._not_ready:
             self._admit_ready()
+        for request, came_s in self._loras.admit():
+            self._enter(request, came_s)
         plan = self._plan() if self._pause_state == PauseState.UNPAUSED else None
         offered = self._arrange(plan)
         self.waiting.offer(offered)
@@ -422,6 +443,7 @@ class TempoScheduler(AsyncScheduler):
         super()._free_blocks(request)
         self._strangers.pop(request.request_id, None)
         self._not_ready.pop(request.request_id, None)
+        self._loras.leave(request.request_id)
         call = self._calls.pop(request.request_id, None)
         if call is None:
             return
@@ -437,11 +459,12 @@ class TempoScheduler(AsyncScheduler):
 
     def audit(self) -> None:
         """Check that planner and engine speak of the same requests. Raises AssertionError. O(everything)."""
-        known = {*self._calls, *self._strangers, *self._not_ready}
+        known = {*self._calls, *self._strangers, *self._not_ready, *self._loras.waiting}
         assert known == set(self.requests), f"{known ^ set(self.requests)} are known on one side only"
         assert len(self.planner) == len(self._calls) == len(self._requests), "calls do not add up"
         assert set(self._begun) <= set(self._requests), "a prompt of nobody is begun"
         self.planner.audit()
+        self._loras.audit()
         held = {self._requests[call.call_id].request_id for call in self.planner.held_calls}
         decoding = {self._requests[call.call_id].request_id for call in self.planner.decoding}
         running = {request.request_id for request in self.running}

@@ -18,6 +18,7 @@ from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError
 from workers import tempo_scheduler
 from workers.calibration import Calibration
+from workers.cpu_lora import mask_missing_adapters
 from workers.vllm_core import Core
 
 log = structlog.get_logger()
@@ -106,6 +107,8 @@ def build_core(
     inspect_models_here()
     vllm_arguments = AsyncEngineArgs(**arguments)
     config = vllm_arguments.create_engine_config()
+    if config.lora_config is not None and current_platform.is_cpu():
+        mask_missing_adapters()
     slots = config.scheduler_config.max_num_seqs
     if scheduling is not None:
         _put_planner_in(config, scheduling, known)

@@ -6,7 +6,7 @@ with prefixes cached, prompts cut into chunks, `n` > 1, grammars, and clients th
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -68,7 +68,8 @@ def in_this_process(monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def engine(model, *, kind: str, is_async: bool = False) -> LLMEngine:
+def engine(model, *, kind: str, is_async: bool = False, **more: Any) -> LLMEngine:
+    """kind: stock or planned. more: further engine arguments."""
     arguments: dict[str, Any] = {
         "model": str(model),
         "max_model_len": 1024,
@@ -82,6 +83,7 @@ def engine(model, *, kind: str, is_async: bool = False) -> LLMEngine:
         "enforce_eager": True,
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,
+        **more,
     }
     if kind != "stock":
         arguments["scheduler_cls"] = Mischief
@@ -123,17 +125,23 @@ def facts(rng: random.Random) -> dict[str, Any]:
     return {tempo_scheduler.KEY: {**slo, "standing": standing}}
 
 
-def answers(served: LLMEngine, aborts: frozenset[str] = frozenset()) -> dict[str, list[tuple[int, ...]]]:
-    """What each request got. aborts: these are given up after a few tokens."""
+def answers(
+    served: LLMEngine,
+    aborts: frozenset[str] = frozenset(),
+    asked: Iterable[tuple[str, list[int], dict[str, Any]]] | None = None,
+    adapters: Mapping[str, Any] | None = None,
+) -> dict[str, list[tuple[int, ...]]]:
+    """What each request got. aborts: these are given up after a few tokens. adapters: LoRA requests, by name."""
     rng = random.Random(3)
-    left = list(requests())
+    left = list(asked if asked is not None else requests())
     got: dict[str, list[tuple[int, ...]]] = {}
     while left or served.has_unfinished_requests():
         for _ in range(rng.choice((0, 0, 1, 4))):
             if left:
                 name, prompt, sampling = left.pop(0)
                 params = SamplingParams(extra_args=facts(rng), **{"temperature": 0.0, **sampling})
-                served.add_request(name, {"prompt_token_ids": prompt}, params)
+                adapter = (adapters or {}).get(name)
+                served.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=adapter)
         for output in served.step():
             name = output.request_id
             got[name] = [tuple(one.token_ids) for one in output.outputs]

@@ -205,7 +205,7 @@ def test_facts_that_cannot_be_read_make_it_best_effort_aloud(model):
     broken = run.submit("broken", list(range(20)), 2)
     assert request is not broken
     broken.sampling_params.extra_args = {tempo_scheduler.KEY: {"class": "urgent"}}
-    read = run.scheduler._facts(broken)
+    read = run.scheduler._facts(broken, run.now_s)
     assert read.spec.slo == BACKGROUND
     run.drain()
     run.check_nothing_is_left()

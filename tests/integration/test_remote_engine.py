@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 
@@ -62,15 +63,15 @@ async def engine(link: PlayedLink) -> RemoteEngine:
     return engine
 
 
-def request(request_id: str) -> EngineCoreRequest:
+def request(request_id: str, prompt_tokens: int = 3, adapter: int = 0) -> EngineCoreRequest:
     return EngineCoreRequest(
         request_id=request_id,
-        prompt_token_ids=[1, 2, 3],
+        prompt_token_ids=list(range(1, prompt_tokens + 1)),
         mm_features=None,
         sampling_params=SamplingParams(max_tokens=20),
         pooling_params=None,
         arrival_time=0.0,
-        lora_request=None,
+        lora_request=LoRARequest(f"adapter-{adapter}", adapter, "/nowhere") if adapter else None,
         cache_salt=None,
         data_parallel_rank=None,
     )
@@ -137,3 +138,15 @@ async def test_a_request_that_makes_progress_outlives_any_number_of_workers(
         engine.attempt_lost(RequestId("r"))
     assert [spec.generated_tokens for spec in link.resubmitted] == list(range(1, 3 * MAX_FRUITLESS_ATTEMPTS + 1))
     assert engine.open_calls == 1
+
+
+async def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_adapter(
+    engine: RemoteEngine, link: PlayedLink
+) -> None:
+    engine.attach(link, wire.EngineFacts(engine="vllm", max_model_len=100))  # type: ignore[arg-type]
+    for number, adapter in enumerate((0, 1, 2, 1, 0)):
+        await engine.add_request_async(request(f"r{number}", 64, adapter))
+    base, first, second, first_again, base_again = link.submitted
+    assert len({base.prefix_id, first.prefix_id, second.prefix_id}) == 3
+    assert (first_again.prefix_id, base_again.prefix_id) == (first.prefix_id, base.prefix_id)
+    assert [spec.prefix_tokens for spec in link.submitted] == [0, 0, 0, 64, 64]

@@ -4,9 +4,11 @@ The engine is not under test here, so it may be a fake; rendering, detokenising,
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,24 +53,30 @@ class Front:
         assert (processor.external_req_ids, processor.parent_requests) == ({}, {})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory) -> AsyncIterator[Front]:
+@contextlib.asynccontextmanager
+async def front_end(folder: Path, engine_kwargs: dict[str, Any], frontend_kwargs: dict[str, Any]) -> Any:
     from deployments import vllm_frontend
     from tests.echo_engine import EchoEngine
     from workers.default_model import ensure_default_model
 
-    model = str(ensure_default_model(tmp_path_factory.mktemp("model")))
-    config = vllm_frontend.build_engine_config(model, {"max_model_len": 512}, MODEL)
+    model = str(ensure_default_model(folder))
+    config = vllm_frontend.build_engine_config(model, {"max_model_len": 512, **engine_kwargs}, MODEL)
     facts = SimpleNamespace(ready_response=b"", max_model_len=256, kv_blocks=64, block_size=16)
     vllm_frontend.apply_facts(config, facts)
     engine = EchoEngine()
     llm = vllm_frontend.make_async_llm(config, engine, {"disable_log_stats": True})
-    app = await vllm_frontend.build_app(llm, model_name=MODEL, model_path=model, frontend_kwargs={})
+    app = await vllm_frontend.build_app(llm, model_name=MODEL, model_path=model, frontend_kwargs=frontend_kwargs)
     edge = HttpEdge(app, TempoConfig(ingress=IngressConfig(max_body_bytes=100_000)), not_ready_because=lambda: None)
     front = Front(edge, llm, engine)
     yield front
     await front.http.aclose()
     llm.shutdown()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory) -> AsyncIterator[Front]:
+    async with front_end(tmp_path_factory.mktemp("model"), {}, {}) as front:
+        yield front
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -397,3 +405,17 @@ async def test_the_facts_of_a_real_engine_are_copied(served):
     cache = config.cache_config
     assert (config.model_config.max_model_len, cache.num_gpu_blocks, cache.block_size) == (128, 7, 32)
     assert cache.kv_cache_size_tokens == 224
+
+
+async def test_the_name_of_a_lora_adapter_as_model_reaches_the_engine(tmp_path):
+    modules = [{"name": f"tuned-{number}", "path": f"/adapters/{number}"} for number in (1, 2)]
+    async with front_end(tmp_path, {"enable_lora": True}, {"lora_modules": modules}) as front:
+        listed = await front.http.get("/v1/models")
+        for model in ("tuned-2", MODEL):
+            response = await front.post("/v1/completions", {"model": model, "prompt": "hello", "max_tokens": 3})
+            assert (response.status_code, response.json()["model"]) == (200, model)
+        tuned, plain = (request.lora_request for request in front.engine.added)
+    assert [one["id"] for one in listed.json()["data"]] == [MODEL, "tuned-1", "tuned-2"]
+    assert [one.lora_name for one in front.engine.loras] == ["tuned-1", "tuned-2"]
+    assert (tuned.lora_name, tuned.lora_int_id, tuned.lora_path) == ("tuned-2", 2, "/adapters/2")
+    assert plain is None
