@@ -103,13 +103,13 @@ class ProgramHistory:
         self._waited_at_s = 0.0
 
     def call_started(self, wait_s: float, now_s: float) -> None:
-        """An admitted call got its first token so long after its release: what later stages will have to wait, too."""
+        """A call that was not given up got its first token so long after its release; later stages will, too."""
         expected_s = self.wait_s(now_s)
         self._wait_s = expected_s + _WAIT_SMOOTHING * (wait_s - expected_s)
         self._waited_at_s = now_s
 
     def wait_s(self, now_s: float) -> float:
-        """Running mean of the time from a call's release to its first token, of calls that a plan had admitted."""
+        """Running mean of the time from a call's release to its first token, of calls that were not given up."""
         silent_s = max(0.0, now_s - self._waited_at_s - _WAIT_NEWS_S)
         return self._wait_s * math.exp(-silent_s / _WAIT_MEMORY_S)
 

@@ -572,7 +572,7 @@ class RouterCore:
             if call is None or call.new_tokens != tokens or call.is_aborted:
                 continue
             if isinstance(call.spec.slo, ProgramCall):
-                if call.standing.is_admitted:
+                if not call.is_relegated:
                     self._history.call_started(self._now_s - call.spec.arrival_s, self._now_s)
                 self._program_progressed(call.spec)
         for call, finished in zip(ended, event.finished, strict=True):
