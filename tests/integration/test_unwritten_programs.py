@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.program_store import ProgramStore
@@ -80,7 +81,14 @@ class Outage:
         return self.fleet.router.programs.writer
 
     async def begin_outage(self) -> None:
-        """Redis is killed; a program that is made in this moment is answered all the same."""
+        """Redis is killed; a program that is made in this moment is answered all the same.
+
+        Killed once its log has left its memory: while the disk is slow it keeps back what it has answered already.
+        """
+        async with redis.asyncio.from_url(self.redis.url) as client:
+            async with asyncio.timeout(10.0):
+                while (await client.info("persistence"))["aof_buffer_length"]:  # noqa: ASYNC110 - Redis has no event for it
+                    await asyncio.sleep(0.01)
         psutil.Process(self.redis.pid).kill()
         self.redis.stop()
         assert (await self.post({"name": "first-to-notice", "deadline_s": 60}))[0] == 200
