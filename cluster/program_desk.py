@@ -78,9 +78,10 @@ class ExplainRequest(msgspec.Struct):
 
 
 class ViewConsole(msgspec.Struct):
-    """What the console shows. most: programs."""
+    """What the console shows. most: programs. tenant: whose; "" for all."""
 
     most: int = 24
+    tenant: str = ""
 
 
 _KINDS: dict[str, Any] = {
@@ -355,11 +356,11 @@ class ProgramDesk:
         now_s = self._epoch_s()
         return program_view(graph, now_s, None if graph.is_over else self._outlook(graph, now_s))
 
-    def newest(self, most: int) -> list[dict[str, Any]]:
-        """All of the programs in progress that began last, then of those that ended last."""
-        live = list(self.book.live)[: -most - 1 : -1]
-        ended = itertools.islice(self.book.ended, max(0, most - len(live)))
-        return [self.view(graph) for graph in (*live, *ended)]
+    def newest(self, most: int, tenant: str = "") -> list[dict[str, Any]]:
+        """All of the programs in progress that began last, then of those that ended last. tenant: whose; "" for all."""
+        every = itertools.chain(reversed(list(self.book.live)), self.book.ended)
+        wanted = (graph for graph in every if tenant in ("", graph.tenant))
+        return [self.view(graph) for graph in itertools.islice(wanted, most)]
 
     def _view_of(self, graph: ProgramGraph | None) -> dict[str, Any] | None:
         return None if graph is None else self.view(graph)

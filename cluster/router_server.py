@@ -552,7 +552,7 @@ class RouterServer:
             "service": self._attainment.shown(time.monotonic()),
             "queue": dataclasses.asdict(self._core.snapshot()),
             "store": self._programs_snapshot(),
-            "programs": self.programs.newest(asked.most),
+            "programs": self.programs.newest(asked.most, asked.tenant),
         }
 
     def _own(self, spec: RequestSpec, ingress_id: str) -> None:

@@ -52,7 +52,8 @@ class ProgramApi:
 
     async def _routed(self, method: str, path: str, query: bytes, body: bytes, tenant: str) -> tuple[int, Any]:
         if path == console.STATE_PATH and method == "GET" and self._has_console:
-            return 200, {**await self._client.ask(ViewConsole()), "at": self._epoch_s()}
+            asked = ViewConsole(tenant=_query(query).get("tenant", ""))
+            return 200, {**await self._client.ask(asked), "at": self._epoch_s()}
         if path.startswith(f"{REQUESTS}/"):
             return await self._explain(method, path, query, tenant)
         parts = [unquote(part) for part in path.removeprefix(PREFIX).strip("/").split("/") if part]

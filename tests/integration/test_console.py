@@ -46,8 +46,8 @@ class Console:
         self.url = url
         self.programs = ProgramClient(fleet.clients[0].link)
 
-    async def create(self, name: str, deadline_s: float) -> None:
-        await self.programs.ask(CreateProgram(name, "t", "research", time.time() + deadline_s, name=name))
+    async def create(self, name: str, deadline_s: float, tenant: str = "t") -> None:
+        await self.programs.ask(CreateProgram(name, tenant, "research", time.time() + deadline_s, name=name))
 
     async def answer(self, program: str, call_id: str, label: str, parents: tuple[str, ...] = (), tokens: int = 80):
         """A call of a program that is answered at once."""
@@ -144,6 +144,29 @@ async def test_it_follows_what_happens_and_says_when_the_server_is_gone(console:
         await console.begin("new", "b", "write", ("a",))
         await asyncio.to_thread(page.until, f"{drawn} === 2", "its second call is drawn")
         _keep(await asyncio.to_thread(page.picture), "console-dark.png")
+        assert await asyncio.to_thread(page.complaints) == []
+
+
+async def test_it_shows_one_tenant_by_a_link_and_by_its_box(console: Console) -> None:
+    program = driver_program()
+    assert program is not None
+    await console.create("ours", 60)
+    await console.create("theirs", 60, tenant="a & b")
+    shown = "return [...document.querySelectorAll('[data-program]')].map(one => one.dataset.program).sort().join()"
+    box = "const box = document.getElementById('tenant');"
+    with browser(program) as page:
+        await asyncio.to_thread(page.open, f"{console.url}?tenant=a%20%26%20b")
+        await asyncio.to_thread(page.until, f"{shown} === 'theirs'", "the link shows one tenant")
+        assert await asyncio.to_thread(page.run, f"{box} return box.value") == "a & b"
+        _keep(await asyncio.to_thread(page.picture), "console-tenant.png")
+        typed = f"{box} box.value = arguments[0]; box.dispatchEvent(new Event('change')); return location.search"
+        for tenant, address, names in (("t", "?tenant=t", "ours"), ("", "", "ours,theirs"), ("a & b", None, "theirs")):
+            search = await asyncio.to_thread(page.run, typed, tenant)
+            assert search == (address if address is not None else "?tenant=a%20%26%20b")
+            await asyncio.to_thread(page.until, f"{shown} === '{names}'", f"programs of {tenant!r} are shown")
+        await asyncio.to_thread(page.run, typed, "nobody")
+        none = "return document.getElementById('programs').textContent.includes('None of this tenant')"
+        await asyncio.to_thread(page.until, none, "it says that there are none")
         assert await asyncio.to_thread(page.complaints) == []
 
 
