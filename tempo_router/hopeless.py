@@ -36,14 +36,8 @@ class HopelessTimers:
         if not request.is_relegated:
             self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), call)
 
-    def due(self, steps: StepTimeModel, now_s: float, live: int) -> list[WaitingRequest | Call]:
-        """Requests that have become hopeless, earliest first, each once. live: how many wait or run.
-
-        Looks at a bounded number of timers; now and then those that count no more are swept out.
-        """
-        if len(self._timers) > 2 * live + _SLACK:
-            self._timers = [timer for timer in self._timers if _is_timed(timer[1], timer[2])]
-            heapq.heapify(self._timers)
+    def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:
+        """Requests that have become hopeless, earliest first, each once. Looks at a bounded number of timers."""
         timers = self._timers
         hopeless: list[WaitingRequest | Call] = []
         for _ in range(_TIMERS_PER_CALL):
@@ -59,10 +53,15 @@ class HopelessTimers:
                 self._push(max(at_s, now_s + _MIN_RECHECK_S), request)
         return hopeless
 
+    def sweep(self, live: int) -> None:
+        """Forget timers that count no more, once they outnumber the requests that wait or run, `live` of them."""
+        if len(self._timers) > 2 * live + _SLACK:
+            self._timers = [timer for timer in self._timers if _is_timed(timer[1], timer[2])]
+            heapq.heapify(self._timers)
+
     def audit(self, live: int) -> None:
-        """Check between two events that memory is bounded while so many requests wait or run. Raises AssertionError."""
-        bound = 3 * live + _SLACK + 2 * _TIMERS_PER_CALL
-        assert len(self._timers) <= bound, f"{len(self._timers)} timers for {live} requests"
+        """Check after a sweep that memory is bounded while so many requests wait or run. Raises AssertionError."""
+        assert len(self._timers) <= 2 * live + _SLACK, f"{len(self._timers)} timers for {live} requests"
 
     def _push(self, at_s: float, request: WaitingRequest | Call) -> None:
         self._last += 1

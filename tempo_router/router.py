@@ -177,8 +177,7 @@ class RouterCore:
                 self._is_draining = True
             case _:
                 assert_never(event)
-        live = len(self._line.requests) + len(self._fleet.calls)
-        for request in self._timers.due(self._steps, self._now_s, live):
+        for request in self._timers.due(self._steps, self._now_s):
             if isinstance(request, Call):
                 self._take_back(request, actions)
             else:
@@ -186,6 +185,7 @@ class RouterCore:
         self._plan_if_due(actions)
         if self._is_settled and self._dispatcher.may_dispatch(self._now_s):
             self._dispatcher.dispatch(self._context(), actions)
+        self._timers.sweep(len(self._line.requests) + len(self._fleet.calls))
         return actions
 
     @property

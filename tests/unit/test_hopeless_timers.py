@@ -29,17 +29,17 @@ def test_requests_are_due_when_they_become_hopeless_earliest_first_and_once():
     for one in (late, early):
         timers.set(one)
     before_s = early.hopeless_at_s - 0.01
-    assert timers.due(STEPS, before_s, 2) == []
+    assert timers.due(STEPS, before_s) == []
     assert not is_hopeless(early, STEPS.pace(), before_s)
-    assert timers.due(STEPS, late.hopeless_at_s, 2) == [early, late]
+    assert timers.due(STEPS, late.hopeless_at_s) == [early, late]
     assert is_hopeless(late, STEPS.pace(), late.hopeless_at_s)
-    assert timers.due(STEPS, 1e6, 2) == []
+    assert timers.due(STEPS, 1e6) == []
 
 
 def test_best_effort_is_never_due():
     timers = HopelessTimers()
     timers.set(in_line("r", 1, BACKGROUND))
-    assert timers.due(STEPS, 1e9, 2) == []
+    assert timers.due(STEPS, 1e9) == []
 
 
 @pytest.mark.parametrize("change", [{"is_in_line": False}, {"is_relegated": True}])
@@ -49,7 +49,7 @@ def test_a_request_that_left_or_was_relegated_is_not_due(change: dict[str, bool]
     timers.set(one)
     for name, value in change.items():
         setattr(one, name, value)
-    assert timers.due(STEPS, 1e6, 2) == []
+    assert timers.due(STEPS, 1e6) == []
 
 
 def test_a_timer_that_fires_too_early_is_set_anew():
@@ -58,9 +58,9 @@ def test_a_timer_that_fires_too_early_is_set_anew():
     real_s = one.hopeless_at_s
     one.hopeless_at_s = 1.0  # as it was estimated when it came: too soon
     timers.set(one)
-    assert timers.due(STEPS, 1.0, 2) == []
-    assert timers.due(STEPS, real_s - 0.01, 2) == []
-    assert timers.due(STEPS, real_s, 2) == [one]
+    assert timers.due(STEPS, 1.0) == []
+    assert timers.due(STEPS, real_s - 0.01) == []
+    assert timers.due(STEPS, real_s) == [one]
 
 
 def test_of_several_timers_of_a_request_the_last_one_counts():
@@ -69,9 +69,9 @@ def test_of_several_timers_of_a_request_the_last_one_counts():
     one = in_line("r", 1)
     for _ in range(500):
         timers.set(one)
-        timers.due(STEPS, 0.0, 1)
+        timers.sweep(live=1)
         timers.audit(live=1)
-    assert timers.due(STEPS, 1e6, 2) == [one]
+    assert timers.due(STEPS, 1e6) == [one]
 
 
 def test_timers_of_requests_that_left_do_not_pile_up():
@@ -80,7 +80,7 @@ def test_timers_of_requests_that_left_do_not_pile_up():
         one = in_line(f"r{ticket}", ticket)
         timers.set(one)
         one.is_in_line = False
-        timers.due(STEPS, 0.0, 1)
+        timers.sweep(live=1)
         timers.audit(live=1)
 
 
@@ -93,8 +93,8 @@ def test_a_call_that_waits_in_its_engine_is_due_until_its_first_token():
         timers.set_started(request_, fleet.start(request_, replica, 0.0), 0.0)
     unstarted, started = fleet.running[one.spec.request_id], fleet.running[other.spec.request_id]
     replica.progress([started], [(started.dispatch_id, 1)])
-    assert timers.due(STEPS, one.hopeless_at_s - 0.01, 2) == []
-    assert timers.due(STEPS, 1e6, 2) == [unstarted]
+    assert timers.due(STEPS, one.hopeless_at_s - 0.01) == []
+    assert timers.due(STEPS, 1e6) == [unstarted]
 
 
 def test_a_call_that_has_left_its_engine_is_not_due():
@@ -105,4 +105,4 @@ def test_a_call_that_has_left_its_engine_is_not_due():
     call = fleet.start(one, replica, 0.0)
     timers.set_started(one, call, 0.0)
     fleet.release(call)
-    assert timers.due(STEPS, 1e6, 2) == []
+    assert timers.due(STEPS, 1e6) == []
