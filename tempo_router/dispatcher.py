@@ -255,7 +255,8 @@ class Dispatcher:
                 self._line.set_aside(request)
                 continue
             room = candidates
-            if starving is None and self._is_committed and self._is_filler(request):
+            is_filler = starving is None and self._is_committed and self._is_filler(request)
+            if is_filler:
                 # Fillers are at the end of the queue: behind the first there is nothing else.
                 room = [one for one in candidates if self._has_time_for(one, request)]
                 fillers += 1
@@ -264,10 +265,11 @@ class Dispatcher:
             )
             if replica is not None:
                 self._start(request, replica, context, actions)
-                self._since_trickle = 0 if starving is not None else self._since_trickle + 1
+                if starving is not None:
+                    self._since_trickle = 0
                 continue
             passed_over.append(request)
-            if room is not candidates:
+            if is_filler and not (room and goes_last(request)):
                 has_seen_all = fillers >= _FILLERS or all(one.unstarted for one in candidates)
                 if has_seen_all:
                     break
@@ -356,6 +358,7 @@ class Dispatcher:
         self._timers.set_started(request, call, context.now_s)
         self._groups.started(spec, replica.replica_id)
         self._ledger.started(call, replica.replica_id, context.now_s - request.since_s)
+        self._since_trickle += 1
         actions.append(
             Dispatch(call.dispatch_id, spec.request_id, spec.attempt, replica.replica_id, priority, request.standing)
         )

@@ -142,6 +142,42 @@ def test_best_effort_waits_while_steps_near_their_cap_serve_what_can_be_in_time(
     assert dispatched(desk.dispatch(0.2)) == [("background", "gpu0"), ("late", "gpu0")]
 
 
+def test_best_effort_that_starves_gets_a_turn_between_admitted_work_although_steps_are_at_their_cap():
+    desk = Desk("tempo", has_plan=True, starvation_s=10.0)
+    replica = desk.attach(max_running=40)
+    replica.capacity = replace(replica.capacity, has_step_planner=True)
+    desk.dispatcher.step_cap_s = replica.steps.tau_s
+    desk.enter("sure", slo=TOOL).standing = Standing(density=5.0, is_admitted=True)
+    desk.dispatch()
+    desk.enter("background", slo=BACKGROUND)
+    sent: list[str] = []
+    for number in range(20):
+        one = desk.enter(f"next{number}", 20.0, slo=TOOL)
+        one.standing = Standing(density=5.0, is_admitted=True)
+        desk.line.queue.rekey(one, context(20.0))
+        sent += [name for name, _ in dispatched(desk.dispatch(20.0))]
+    assert "background" in sent
+    assert sent.index("background") >= 14, "one dispatch of sixteen"
+
+
+def test_among_best_effort_alone_smaller_ones_pass_one_that_lacks_cache_for_a_while():
+    desk = Desk("tempo", has_plan=True)
+    desk.attach(max_running=8, kv_tokens=1000)
+    desk.enter("running", slo=BACKGROUND, prompt_tokens=600)
+    desk.dispatch()
+    for number in range(6):
+        desk.enter(f"large{number}", slo=BACKGROUND, prompt_tokens=700)
+    desk.enter("small", slo=BACKGROUND, prompt_tokens=50, max_output_tokens=20)
+    assert dispatched(desk.dispatch()) == [("small", "gpu0")]
+    desk.end("small")
+    desk.dispatcher.look_again()
+    desk.dispatch(1.5)
+    desk.enter("later", 1.6, slo=BACKGROUND, prompt_tokens=50, max_output_tokens=20)
+    assert dispatched(desk.dispatch(1.6)) == [], "the replica is kept free for the large one"
+    desk.end("running")
+    assert dispatched(desk.dispatch(1.7))[0] == ("large0", "gpu0")
+
+
 def test_best_effort_does_not_keep_out_a_gamble():
     desk = Desk("tempo", has_plan=True)
     desk.attach(max_running=1)
