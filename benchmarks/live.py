@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
-from benchmarks.live_truth import engine_of, errors, simulated_row
+from benchmarks.live_truth import Record, engine_of, errors, read_record, simulated_row
 from benchmarks.servers import tempo_server
 from tempo_router.request import Deadline
 from tempo_router.simulation import transform
@@ -260,12 +260,15 @@ def truth(
     rows: Sequence[dict[str, Any]], cells: Sequence[tuple[Trace, float, float]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Every cell once more, simulated with the steps that its own engine made meanwhile. cells: trace, begin, end."""
+    records: dict[str, Record] = {}
     found = []
     for live, (part, began_s, ended_s) in zip(rows, cells, strict=True):
         policy = live["policy"]
-        log = events_log(policy, options)
-        newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
-        engine = engine_of(newest, began_s, ended_s)
+        if policy not in records:
+            log = events_log(policy, options)
+            newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
+            records[policy] = read_record(newest)
+        engine = engine_of(records[policy], began_s, ended_s)
         simulated = simulated_row(part, live, engine, POLICIES[policy]["policy"])
         entry = {"policy": policy, "load": live["load"], "seed": live["seed"], "steps": engine.steps}
         entry |= {"step_error": round(engine.step_error, 3), **errors(live, simulated)}

@@ -58,6 +58,15 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """What a router's log tells of its one engine. steps: each with the moment when it ended, by the router's clock."""
+
+    log: Path
+    capacity: ReplicaCapacity
+    steps: Sequence[tuple[float, StepReport]]
+
+
+@dataclass(frozen=True, slots=True)
 class LiveEngine:
     """What a log of events says of its engine.
 
@@ -69,29 +78,37 @@ class LiveEngine:
     step_error: float
 
 
-def engine_of(log: Path, since_s: float = float("-inf"), until_s: float = float("inf")) -> LiveEngine:
-    """Fit a profile to the steps in a router's log that ended between these moments of its monotonic clock.
-
-    Moment 0 of the profile's drift is since_s, or the first step. Raises ValueError when there are no steps.
-    """
+def read_record(log: Path) -> Record:
+    """Read a log of events. Raises ValueError when no engine attached."""
     capacity: ReplicaCapacity | None = None
-    timed: list[tuple[float, StepReport]] = []
+    steps: list[tuple[float, StepReport]] = []
     for event in _events(log):
         if isinstance(event, ReplicaAttached):
             capacity = event.capacity
-        elif isinstance(event, Progressed) and event.step is not None and since_s <= event.at_s <= until_s:
-            timed.append((event.at_s, event.step))
-    if capacity is None or not timed:
-        raise ValueError(f"{log}: no engine attached, or none made a step between {since_s} and {until_s} s")
+        elif isinstance(event, Progressed) and event.step is not None:
+            steps.append((event.at_s, event.step))
+    if capacity is None:
+        raise ValueError(f"{log}: no engine attached")
+    return Record(log, capacity, steps)
+
+
+def engine_of(record: Record, since_s: float, until_s: float) -> LiveEngine:
+    """Fit a profile to the steps that ended between these moments of the router's clock.
+
+    Moment 0 of the profile's drift is since_s. Raises ValueError when there are no steps.
+    """
+    timed = [(at_s, step) for at_s, step in record.steps if since_s <= at_s <= until_s]
+    if not timed:
+        raise ValueError(f"{record.log}: no step was made between {since_s} and {until_s} s")
     model = StepTimeModel()
     for _ in range(_PASSES):
         for _, step in timed:
             model.observe(step)
-    began_s = since_s if since_s > float("-inf") else timed[0][0]
-    drift = _drift(model, timed, began_s)
+    drift = _drift(model, timed, since_s)
     errors = [
-        abs(drift(at_s - began_s) * _fitted_s(model, step) - step.duration_s) / step.duration_s for at_s, step in timed
+        abs(drift(at_s - since_s) * _fitted_s(model, step) - step.duration_s) / step.duration_s for at_s, step in timed
     ]
+    capacity = record.capacity
     shape = EngineShape(
         kv_tokens=capacity.kv_tokens // _BLOCK_SIZE * _BLOCK_SIZE,
         block_size=_BLOCK_SIZE,
@@ -100,16 +117,16 @@ def engine_of(log: Path, since_s: float = float("-inf"), until_s: float = float(
         max_model_len=min(4096, capacity.kv_tokens),
     )
     times = FittedStepTime(model.coefficients)
-    profile = StepProfile("fitted to the live engine", str(log), times, shape, drift)
+    profile = StepProfile("fitted to the live engine", str(record.log), times, shape, drift)
     return LiveEngine(profile, len(timed), sum(errors) / len(errors))
 
 
-def _drift(model: StepTimeModel, timed: Sequence[tuple[float, StepReport]], began_s: float) -> Drift:
+def _drift(model: StepTimeModel, timed: Sequence[tuple[float, StepReport]], since_s: float) -> Drift:
     """Sums, not means of ratios: so many steps take as long in the simulator as they did."""
     measured: defaultdict[int, float] = defaultdict(float)
     fitted: defaultdict[int, float] = defaultdict(float)
     for at_s, step in timed:
-        second = int(at_s - began_s)
+        second = int(at_s - since_s)
         measured[second] += step.duration_s
         fitted[second] += _fitted_s(model, step)
     overall = sum(measured.values()) / sum(fitted.values())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live_truth import engine_of
+from benchmarks.live_truth import engine_of, read_record
 from tempo_router.config import SchedulingConfig
 from tempo_router.event_log import Beginning, beginning_line, event_line
 from tempo_router.events import Progressed, ReplicaAttached, ReplicaCapacity, ReplicaLoad, StepReport
@@ -32,7 +32,7 @@ def log_of(folder: Path, factors: dict[int, float]) -> Path:
 
 
 def test_steps_take_as_long_as_in_the_log_second_by_second(tmp_path: Path):
-    engine = engine_of(log_of(tmp_path, {0: 1.0, 1: 2.0, 2: 1.0}), 100.0, 103.0)
+    engine = engine_of(read_record(log_of(tmp_path, {0: 1.0, 1: 2.0, 2: 1.0})), 100.0, 103.0)
     drift = engine.profile.drift
     assert drift is not None
     plain_s = engine.profile.step_time.duration_s((), 8, 800)
@@ -43,9 +43,9 @@ def test_steps_take_as_long_as_in_the_log_second_by_second(tmp_path: Path):
 
 
 def test_only_steps_of_the_cell_count(tmp_path: Path):
-    log = log_of(tmp_path, {0: 1.0, 1: 3.0, 2: 1.0})
-    engine = engine_of(log, 101.1, 101.9)
+    record = read_record(log_of(tmp_path, {0: 1.0, 1: 3.0, 2: 1.0}))
+    engine = engine_of(record, 101.1, 101.9)
 
     assert engine.profile.step_time.duration_s((), 8, 800) == pytest.approx(3.0 * STEP_S, rel=0.05)
-    with pytest.raises(ValueError, match=r"none made a step between 200.0 and 300.0 s"):
-        engine_of(log, 200.0, 300.0)
+    with pytest.raises(ValueError, match=r"no step was made between 200.0 and 300.0 s"):
+        engine_of(record, 200.0, 300.0)
