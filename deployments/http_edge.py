@@ -21,11 +21,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import structlog
 
 from deployments import openai_errors
 from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
+from deployments.http_bodies import (
+    BodyContent,
+    BodyTooLargeError,
+    RefusedError,
+    decoded,
+    is_true,
+    messages_of,
+    prompts_of,
+    read_body,
+    replay_body,
+    with_echo,
+    with_echo_in_event,
+    with_length,
+    without,
+)
 from deployments.openai_errors import ApiError
 from deployments.own_paths import OwnPaths
 from deployments.prefix_growth import GrowingChats
@@ -70,34 +84,9 @@ _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/livenes
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _SERVICE_TIER = b'"service_tier":'
-# A client that is still sending when it is refused often never reads the answer; so the rest is read and dropped,
-# up to this many times the limit.
-_DRAINED_LIMITS = 8
 _RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[A-Za-z0-9_-]{1,128})"')
-_TRUE_WORDS = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 logger = structlog.get_logger(__name__)
-
-
-class _Fields(msgspec.Struct, gc=False):
-    """What is decoded of a body; the rest is only checked for being JSON."""
-
-    slo: Any = None
-    service_tier: Any = None
-    user: Any = None
-    stream: Any = None
-    prompt: msgspec.Raw = msgspec.Raw()
-    program: Any = None
-    metadata: Any = None
-    conversation: Any = None
-    previous_response_id: Any = None
-    background: Any = None
-    store: Any = None
-    messages: msgspec.Raw = msgspec.Raw()
-
-
-_fields_decoder = msgspec.json.Decoder(_Fields)
-_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class HttpEdge:
@@ -172,8 +161,8 @@ class HttpEdge:
     async def _bounded_post(self, path: str, arrival_s: float, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._limits.max_body_bytes
         try:
-            body = await _read_body(scope["headers"], receive, limit)
-        except _BodyTooLargeError:
+            body = await read_body(scope["headers"], receive, limit)
+        except BodyTooLargeError:
             await send_error(send, openai_errors.body_too_large(limit))
             return
         if body is None:
@@ -182,19 +171,19 @@ class HttpEdge:
             await self._own.post(path, scope, body, receive, send)
             return
         if path not in INFERENCE_PATHS:
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, replay_body(body, receive), send)
             return
         try:
             parsed, context, body, program_call = self._understand(path, arrival_s, scope["headers"], body)
             if program_call is not None:
                 await self._join(program_call, parsed, context)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             await send_error(send, refused.error)
             return
         exchange = _Exchange(context, parsed, path, send)
         try:
             with bound_request(context):
-                await exchange.run(self._app, _with_length(scope, len(body)), _replay(body, receive))
+                await exchange.run(self._app, with_length(scope, len(body)), replay_body(body, receive))
         finally:
             if program_call is not None and self._programs is not None:
                 leave(
@@ -207,17 +196,17 @@ class HttpEdge:
         try:
             await join(self._programs, call.identity, context, has_own_slo=parsed.is_own, now_epoch_s=self._epoch_s())
         except ProgramError as error:
-            raise _RefusedError(openai_errors.program_refused(error)) from error
+            raise RefusedError(openai_errors.program_refused(error)) from error
         except RouterUnavailableError as error:
             verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
-            raise _RefusedError(openai_errors.rejected(verdict)) from error
+            raise RefusedError(openai_errors.rejected(verdict)) from error
 
     def _understand(
         self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
     ) -> "tuple[ParsedSlo, RequestContext, bytes, _ProgramCall | None]":
         """The request's SLO, context and place, and the body without the fields that vLLM does not know."""
-        fields = _decoded(body)
-        is_streaming = _is_true(fields.stream)
+        fields = decoded(body)
+        is_streaming = is_true(fields.stream)
         try:
             parsed = parse_slo(
                 BodyFields(fields.slo, fields.service_tier, fields.user, is_streaming),
@@ -227,7 +216,7 @@ class HttpEdge:
                 self._epoch_s(),
             )
         except InvalidSloError as error:
-            raise _RefusedError(openai_errors.invalid_slo(error)) from error
+            raise RefusedError(openai_errors.invalid_slo(error)) from error
         context = RequestContext(
             slo=parsed.slo,
             tier=parsed.tier,
@@ -235,14 +224,14 @@ class HttpEdge:
             tenant=parsed.tenant,
             arrival_s=arrival_s,
             is_streaming=is_streaming,
-            expected_groups=_prompts(fields.prompt) if path == "/v1/completions" else 1,
+            expected_groups=prompts_of(fields.prompt) if path == "/v1/completions" else 1,
         )
         if fields.slo is not None or fields.service_tier is not None or fields.program is not None:
-            body = _without(body, "slo", "service_tier", "program")
+            body = without(body, "slo", "service_tier", "program")
         return parsed, context, body, self._place(path, headers, fields, parsed.tenant)
 
     def _place(
-        self, path: str, headers: Iterable[tuple[bytes, bytes]], fields: _Fields, tenant: str
+        self, path: str, headers: Iterable[tuple[bytes, bytes]], fields: BodyContent, tenant: str
     ) -> "_ProgramCall | None":
         if self._programs is None:
             return None
@@ -250,13 +239,13 @@ class HttpEdge:
         try:
             identity = identify(headers, said, tenant, self._identify_by)
         except ProgramError as error:
-            raise _RefusedError(openai_errors.program_refused(error)) from error
+            raise RefusedError(openai_errors.program_refused(error)) from error
         if identity is None and "prefix" in self._identify_by and path == "/v1/chat/completions":
-            identity = grown_chat(tenant, self._chats.name(tenant, _messages(fields.messages)))
+            identity = grown_chat(tenant, self._chats.name(tenant, messages_of(fields.messages)))
         if identity is None and path == "/v1/responses" and fields.store is not False:
             # The first answer of what may become a conversation: the next one will name it, and nothing else.
             identity = first_answer(tenant, self._identify_by)
-        return None if identity is None else _ProgramCall(identity, _is_true(fields.background))
+        return None if identity is None else _ProgramCall(identity, is_true(fields.background))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,18 +254,6 @@ class _ProgramCall:
 
     identity: Identity
     is_background: bool
-
-
-class _BodyTooLargeError(Exception):
-    """The body exceeds the limit."""
-
-
-class _RefusedError(Exception):
-    """The request is refused before anyone else sees it."""
-
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 class _Exchange:
@@ -431,7 +408,7 @@ class _Exchange:
         if failure is not None and body.startswith(_ERROR_EVENT):
             return b"data: " + openai_errors.failed(failure).body() + b"\n\n"
         if self._echo and _SERVICE_TIER in body:
-            return _with_echo_in_event(body, str(self._parsed.service_tier))
+            return with_echo_in_event(body, str(self._parsed.service_tier))
         return body
 
     def _put_echo_into_whole_body(self, service_tier: str) -> None:
@@ -439,15 +416,10 @@ class _Exchange:
         body = self._held[0].get("body", b"")
         if self._start is None or self._start["status"] != 200 or _SERVICE_TIER not in body:
             return
-        fields = _object_decoder.decode(body)
-        if "service_tier" not in fields:
-            return
-        fields["service_tier"] = msgspec.Raw(msgspec.json.encode(service_tier))
-        self._held[0]["body"] = body = msgspec.json.encode(fields)
-        self._start["headers"] = [
-            (name, str(len(body)).encode() if name.lower() == b"content-length" else value)
-            for name, value in self._start["headers"]
-        ]
+        changed = with_echo(body, service_tier)
+        if changed is not body:
+            self._held[0]["body"] = changed
+            self._start = with_length(self._start, len(changed))
 
     async def _close_with(self, error: ApiError) -> None:
         """Answer with an error: as a status if nothing was sent, else as the last event of the stream."""
@@ -545,119 +517,6 @@ def _milliseconds(value_ms: float) -> str:
 def _path(scope: Scope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
-async def _read_body(headers: Iterable[tuple[bytes, bytes]], receive: Receive, limit_bytes: int) -> bytes | None:
-    """The whole body; None if the client left. Raises _BodyTooLargeError after dropping a bounded rest."""
-    declared = next((value for name, value in headers if name.lower() == b"content-length"), b"")
-    if declared.isdigit() and len(declared) < 19 and int(declared) > limit_bytes * _DRAINED_LIMITS:
-        raise _BodyTooLargeError
-    chunks: list[bytes] = []
-    read_bytes = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunk = message.get("body", b"")
-        read_bytes += len(chunk)
-        if read_bytes <= limit_bytes:
-            chunks.append(chunk)
-        elif read_bytes > limit_bytes * _DRAINED_LIMITS:
-            raise _BodyTooLargeError
-        else:
-            chunks.clear()
-        if not message.get("more_body", False):
-            break
-    if read_bytes > limit_bytes:
-        raise _BodyTooLargeError
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once and then what the server says, such as the client's disconnect."""
-    is_given = False
-
-    async def replay() -> Message:
-        nonlocal is_given
-        if is_given:
-            return await receive()
-        is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
-def _with_length(scope: Scope, body_bytes: int) -> Scope:
-    headers = [
-        (name, str(body_bytes).encode() if name.lower() == b"content-length" else value)
-        for name, value in scope["headers"]
-    ]
-    return {**scope, "headers": headers}
-
-
-def _decoded(body: bytes) -> _Fields:
-    try:
-        if not body.isascii():
-            body.decode()  # the decoder does not look into the text that it skips
-        return _fields_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _decoded_leniently(body, str(error))
-    except RecursionError as error:
-        raise _RefusedError(openai_errors.malformed_json("it is nested too deeply")) from error
-
-
-def _decoded_leniently(body: bytes, problem: str) -> _Fields:
-    """Python's own JSON knows NaN and Infinity, and so do its clients: such a value is to be named, not hidden."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _RefusedError(openai_errors.malformed_json(problem)) from error
-    if not isinstance(fields, dict):
-        raise _RefusedError(openai_errors.malformed_json("it must be a JSON object"))
-    known = (name for name in _Fields.__struct_fields__ if name not in ("prompt", "messages"))
-    return _Fields(**{name: fields[name] for name in known if name in fields})
-
-
-def _without(body: bytes, *names: str) -> bytes:
-    """The body without these fields; everything else byte for byte."""
-    try:
-        fields: dict[str, Any] = _object_decoder.decode(body)
-    except msgspec.DecodeError:
-        fields = json.loads(body)
-        return json.dumps({name: value for name, value in fields.items() if name not in names}).encode()
-    return msgspec.json.encode({name: value for name, value in fields.items() if name not in names})
-
-
-def _with_echo_in_event(body: bytes, service_tier: str) -> bytes:
-    """An event of the responses API with `service_tier` of its response replaced."""
-    head, separator, payload = body.partition(b"data: ")
-    event = _object_decoder.decode(payload)
-    response = _object_decoder.decode(event["response"]) if "response" in event else {}
-    if not separator or "service_tier" not in response:
-        return body
-    response["service_tier"] = msgspec.Raw(msgspec.json.encode(service_tier))
-    event["response"] = msgspec.Raw(msgspec.json.encode(response))
-    return head + separator + msgspec.json.encode(event) + b"\n\n"
-
-
-def _messages(messages: msgspec.Raw) -> list[bytes]:
-    """The messages of a chat, each as its client wrote it; none if they are no list."""
-    if not bytes(messages).lstrip().startswith(b"["):
-        return []
-    return [bytes(one) for one in msgspec.json.decode(messages, type=list[msgspec.Raw])]
-
-
-def _prompts(prompt: msgspec.Raw) -> int:
-    """How many prompts a completions body holds: a list of texts or of token lists counts, anything else is one."""
-    text = bytes(prompt).lstrip()
-    if not text.startswith(b"[") or text[1:].lstrip()[:1] not in (b'"', b"["):
-        return 1
-    return max(1, len(msgspec.json.decode(text, type=list[msgspec.Raw])))
-
-
-def _is_true(value: object) -> bool:
-    """Truth as pydantic, and so vLLM, reads it from JSON."""
-    return value is True or value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
 async def _send_health(send: Send, problem: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goodput
+from benchmarks import crew, goodput
 from benchmarks.goodput_report import Results, report_markdown
 from benchmarks.goodput_tuning import chosen, tried
 from tempo_router.errors import ConfigError
@@ -298,9 +298,9 @@ def test_how_long_cells_take_is_foretold_from_rows_of_their_policies(trace_path,
 
 def test_what_is_left_is_foretold_by_weight_and_not_by_number(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(crew.time, "monotonic", lambda: now[0])
     said = []
-    bar = goodput.Bar("cells", 3, said.append, total_weight=10.0)
+    bar = crew.Bar("cells", 3, said.append, total_weight=10.0)
     now[0] = 180.0
     bar.step("the longest", 8.0)
     assert said == ["cells [########................] 1/3, 1 min 20 s, about 20 s left"]
