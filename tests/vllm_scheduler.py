@@ -7,7 +7,9 @@ out of order, whatever the scheduler did in between.
 import copy
 import functools
 import inspect
+import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,16 @@ class Drive:
     def observe(self, duration_s: float, decodes: int) -> None:
         """Tell the planner of a step that took so long."""
         self.scheduler.observe(StepReport(duration_s, 0, decodes, 100 * decodes))
+
+    def go_on(self, rng: random.Random, submitted: Iterable[str]) -> list[str]:
+        """Some audited steps; then, now and then, some clients leave. Returns those of `submitted` that lived."""
+        for _ in range(rng.choice((0, 1, 4, 9))):
+            self.step()
+            self.scheduler.audit()
+        live = [name for name in submitted if name not in self.ended]
+        if live and rng.random() < 0.15:
+            self.abort(*rng.sample(live, min(len(live), rng.choice((1, 3)))))
+        return live
 
     def drain(self, limit: int = 20_000) -> int:
         """Step until nothing is left. Returns the number of steps; fails when that takes more than `limit`."""

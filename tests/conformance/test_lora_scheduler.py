@@ -125,12 +125,7 @@ def test_in_any_crowd_no_step_has_too_many_adapters_and_no_token_is_lost(model, 
         known = facts(number, run.now_s, rng.choice(SLOS), rng.choice((0.0, 0.1, 10.0)), is_admitted=rng.random() < 0.7)
         run.submit(name, prompt, wanted[name], known if rng.random() < 0.9 else None, adapter=adapter_of[name])
         waited += name in run.scheduler._loras.waiting
-        for _ in range(rng.choice((0, 1, 4, 9))):
-            run.step()
-            run.scheduler.audit()
-        live = [name for name in wanted if name not in run.ended]
-        if live and rng.random() < 0.15:
-            run.abort(*rng.sample(live, min(len(live), rng.choice((1, 3)))))
+        run.go_on(rng, wanted)
         run.now_s += rng.choice((0.0, 0.0, 0.4))
     run.drain()
 

@@ -235,12 +235,7 @@ def test_in_any_crowd_no_token_is_lost_and_nothing_is_left(model, seed, prefix_c
         wanted[name] = rng.choice((1, 2, 17, 60))
         known = facts(number, run.now_s, rng.choice(SLOS), rng.choice((0.0, 0.1, 10.0)), is_admitted=rng.random() < 0.7)
         run.submit(name, prompt, wanted[name], known if rng.random() < 0.9 else None)
-        for _ in range(rng.choice((0, 1, 4, 9))):
-            run.step()
-            run.scheduler.audit()
-        live = [name for name in wanted if name not in run.ended]
-        if live and rng.random() < 0.15:
-            run.abort(*rng.sample(live, min(len(live), rng.choice((1, 3)))))
+        live = run.go_on(rng, wanted)
         if live and rng.random() < 0.3:
             standing = Standing(rng.choice((0.0, 0.01, 99.0)), rng.random() < 0.6, 0.0, rng.random() < 0.2)
             update = CallUpdate(rng.choice(live), standing, rng.choice((None, *SLOS)))
