@@ -267,6 +267,9 @@ class LinkSender:
     def relegated(self, request_id: RequestId) -> None:
         """It goes on."""
 
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """Deadlines stay where they are."""
+
     def program_cancelled(self, request_id: RequestId) -> None:
         """Nobody cancels a program here; if one is, its call is over."""
         self._end(request_id)

@@ -38,7 +38,7 @@ from cluster.router_server import RouterServer
 from tempo_router.config import SchedulingConfig, TempoConfig
 from tempo_router.metrics import DeliveryTracker, Outcome, refused_outcome, summarise
 from tempo_router.option_values import above_zero
-from tempo_router.request import BestEffort, Deadline, GroupId, Latency, RequestId, RequestSpec, Slo
+from tempo_router.request import BestEffort, Deadline, GroupId, Latency, ProgramCall, RequestId, RequestSpec, Slo
 from tempo_router.simulation.step_profiles import load_profile
 from workers.engine import EngineCall, OnDeath, OnStep
 from workers.simulated_engine import SimulatedEngine
@@ -166,6 +166,9 @@ class Clients:
 
     def relegated(self, request_id: RequestId) -> None:
         """It goes on as best effort; the score does not change."""
+
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """Must not happen here."""
 
     def program_cancelled(self, request_id: RequestId) -> None:
         """As good as refused."""

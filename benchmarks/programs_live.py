@@ -99,6 +99,9 @@ class Answers:
     def relegated(self, request_id: RequestId) -> None:
         """It goes on as best effort."""
 
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """Deadlines stay where they are."""
+
     def expired(self, request_id: RequestId) -> None:
         """Dropped from the queue."""
         self._over(request_id, self.wanted[request_id][1], is_answered=False)

@@ -40,7 +40,7 @@ from cluster.router_server import RouterServer
 from tempo_router.config import TempoConfig
 from tempo_router.metrics import percentile
 from tempo_router.option_values import above_zero
-from tempo_router.request import GroupId, Latency, RequestId, RequestSpec
+from tempo_router.request import GroupId, Latency, ProgramCall, RequestId, RequestSpec
 from tempo_router.simulation.step_profiles import EngineShape, LinearStepTime, StepProfile
 from workers.engine import EngineStep
 from workers.simulated_engine import SimulatedEngine
@@ -229,6 +229,9 @@ class Clients:
 
     def relegated(self, request_id: RequestId) -> None:
         """Overload lets SLOs be missed; that is not what is measured."""
+
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """Must not happen here."""
 
     def program_cancelled(self, request_id: RequestId) -> None:
         """Must not happen here."""

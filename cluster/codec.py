@@ -7,7 +7,7 @@ a request grows older by the transfer time that nobody counted (well under a mil
 from typing import assert_never
 
 from cluster import wire_pb2 as wire
-from tempo_router.actions import Retune
+from tempo_router.actions import Redate, Relegate, Retune
 from tempo_router.events import CallFinished, Progressed, ReplicaCapacity, ReplicaLoad, StepReport
 from tempo_router.metrics import Outcome
 from tempo_router.request import (
@@ -80,6 +80,23 @@ def retarget_message(dispatch_id: int, slo: Slo) -> wire.Retarget:
     message = wire.Retarget(dispatch_id=dispatch_id)
     _write_slo(message, slo)
     return message
+
+
+def target_news(action: Relegate | Redate) -> wire.RouterToIngress:
+    """A request was given up, or has another deadline."""
+    news = wire.TargetNews(request_id=action.request_id)
+    if isinstance(action, Redate):
+        news.redated.program_id, news.redated.ttlt_s = action.slo.program_id, action.slo.ttlt_s
+    else:
+        news.is_relegated = True
+    return wire.RouterToIngress(target_news=[news])
+
+
+def redated_from_news(news: wire.TargetNews) -> ProgramCall | None:
+    """The new target; None if the request was given up."""
+    if not news.HasField("redated"):
+        return None
+    return ProgramCall(ProgramId(news.redated.program_id), news.redated.ttlt_s)
 
 
 def slo_from_retarget(message: wire.Retarget) -> Slo:

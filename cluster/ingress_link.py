@@ -12,19 +12,19 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
 
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
-from cluster.codec import header_from_spec, message_from_outcome
+from cluster.codec import header_from_spec, message_from_outcome, redated_from_news
 from cluster.link import Link, RefusedError
 from tempo_router.config import TransportConfig
 from tempo_router.errors import ProgramError, RequestTooLargeError, RouterUnavailableError, TempoError
 from tempo_router.metrics import Outcome
-from tempo_router.request import RequestId, RequestSpec
+from tempo_router.request import ProgramCall, RequestId, RequestSpec
 
 log = structlog.get_logger()
 
@@ -96,6 +96,10 @@ class LinkListener(Protocol):
 
     def relegated(self, request_id: RequestId) -> None:
         """The request goes on as best effort."""
+        ...
+
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """The deadline of its program moved: this is its target, and it has a chance again if it had none."""
         ...
 
     def expired(self, request_id: RequestId) -> None:
@@ -387,9 +391,7 @@ class IngressLink:
             request = self.open.get(RequestId(eviction.request_id))
             if request is not None and request.spec.attempt == eviction.attempt:
                 self._listener.attempt_lost(request.spec.request_id)
-        for request_id in message.relegated:
-            if request_id in self.open:
-                self._listener.relegated(RequestId(request_id))
+        self._targets_said(message)
         for request_id in message.expired:
             if self.open.pop(RequestId(request_id), None) is not None:
                 self._listener.expired(RequestId(request_id))
@@ -399,6 +401,18 @@ class IngressLink:
         self._programs_said(message)
         if message.HasField("workers"):
             self._set_workers(message.workers)
+
+    def _targets_said(self, message: wire.RouterToIngress) -> None:
+        for news in message.target_news:
+            request = self.open.get(RequestId(news.request_id))
+            if request is None:
+                continue
+            slo = redated_from_news(news)
+            if slo is None:
+                self._listener.relegated(request.spec.request_id)
+            else:
+                request.spec = replace(request.spec, slo=slo)
+                self._listener.redated(request.spec.request_id, slo)
 
     def _programs_said(self, message: wire.RouterToIngress) -> None:
         for answer in message.program_answers:

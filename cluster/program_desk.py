@@ -43,6 +43,8 @@ log = structlog.get_logger()
 
 SWEEP_S = 0.5
 MOST_LISTED = 1000
+STALE_DEADLINE_S = 1.0
+"""More than clocks of two machines and a slow link make of the same deadline. Guessed."""
 
 
 class ViewProgram(msgspec.Struct):
@@ -220,6 +222,19 @@ class ProgramDesk:
         graph = self.book.find(program_id)
         if graph is not None:
             graph.answered(call_id, prompt_tokens, output_tokens)
+
+    def fate(self, program_id: ProgramId, deadline_s: float, now_s: float) -> Event | None:
+        """What the core must hear when a call states this deadline: the program was given up, or has another one.
+
+        deadline_s, now_s: on the monotonic clock. None if the call is right, as almost all are.
+        """
+        graph = self.book.find(program_id)
+        if graph is None or graph.is_over or graph.deadline_s is None:
+            return None
+        if graph.status == "relegated":
+            return ProgramRelegated(now_s, program_id)
+        true_s = now_s + graph.deadline_s - self._epoch_s()
+        return ProgramRetargeted(now_s, program_id, true_s) if abs(true_s - deadline_s) > STALE_DEADLINE_S else None
 
     # ---- what is asked ----
 

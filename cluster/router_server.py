@@ -29,16 +29,29 @@ from cluster.codec import (
     progressed_from_message,
     retarget_message,
     spec_from_header,
+    target_news,
 )
 from cluster.event_recorder import EventRecorder
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
-from cluster.program_desk import ExplainRequest, ProgramDesk, ViewConsole
+from cluster.program_desk import STALE_DEADLINE_S, ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, until_first_ends
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
+from tempo_router.actions import (
+    Abort,
+    Action,
+    Admit,
+    Dispatch,
+    Evict,
+    Expire,
+    Redate,
+    Reject,
+    Relegate,
+    Retarget,
+    Retune,
+)
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
@@ -49,6 +62,7 @@ from tempo_router.events import (
     Cancelled,
     DrainStarted,
     Event,
+    ProgramRelegated,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -65,7 +79,7 @@ from tempo_router.prediction import LengthHistograms
 from tempo_router.program_graph import ProgramGraph
 from tempo_router.program_history import ProgramHistory
 from tempo_router.program_view import Outlook
-from tempo_router.request import DispatchId, ProgramId, ReplicaId, RequestId, RequestSpec
+from tempo_router.request import DispatchId, ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
@@ -292,8 +306,8 @@ class RouterServer:
                 worker = self._workers.get(replica_id)
                 if worker is not None:
                     worker.outbox.merge(wire.RouterToWorker(aborts=[dispatch_id]))
-            case Relegate(request_id=request_id):
-                self._tell(request_id, wire.RouterToIngress(relegated=[request_id]))
+            case Relegate() | Redate():
+                self._tell(action.request_id, target_news(action))
             case Expire(request_id=request_id):
                 self._tell(request_id, wire.RouterToIngress(expired=[request_id]))
                 self._forget(request_id)
@@ -375,7 +389,7 @@ class RouterServer:
         self.handle(Settled(time.monotonic()))
         self._announce_workers()
         for session in self._ingresses.values():
-            self._evict_unknown(session)
+            self._welcome_streams(session)
         self.programs.settled()
 
     async def _forget_lost_owners(self) -> None:
@@ -501,7 +515,7 @@ class RouterServer:
         for header in hello.streaming:
             self._own(spec_from_header(header, time.monotonic()), session.ingress_id)
         if self._is_settled:
-            self._evict_unknown(session)
+            self._welcome_streams(session)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
@@ -511,11 +525,14 @@ class RouterServer:
             if request_id not in listed:
                 self._cancel(request_id)
 
-    def _evict_unknown(self, session: IngressSession) -> None:
+    def _welcome_streams(self, session: IngressSession) -> None:
         """Streams that no attached worker runs are lost: their ingress must submit them again."""
+        now_s = time.monotonic()
         for header in session.streaming:
             request_id = RequestId(header.request_id)
-            if not self._core.knows(request_id, header.attempt):
+            if self._core.knows(request_id, header.attempt):
+                self._catch_up(spec_from_header(header, now_s), now_s)
+            else:
                 eviction = wire.Eviction(request_id=request_id, attempt=header.attempt)
                 session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
                 self._forget_if_gone(request_id)
@@ -569,10 +586,28 @@ class RouterServer:
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
+        self._catch_up(spec, now_s)
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
+
+    def _catch_up(self, said: RequestSpec, now_s: float) -> None:
+        """What became of a request's program, the core (it is new) or the request's owner (it was away) may not know.
+
+        said: the request as somebody who has it described it.
+        """
+        if not isinstance(said.slo, ProgramCall):
+            return
+        fate = self.programs.fate(said.slo.program_id, said.arrival_s + said.slo.ttlt_s, now_s)
+        if fate is not None:
+            self.handle(fate)
+        known = self._core.spec_of(said.request_id)
+        slo = known.slo if known is not None else None
+        if isinstance(slo, ProgramCall) and abs(slo.ttlt_s - said.slo.ttlt_s) > STALE_DEADLINE_S:
+            self._tell(said.request_id, target_news(Redate(said.request_id, slo)))
+            if isinstance(fate, ProgramRelegated):
+                self._tell(said.request_id, target_news(Relegate(said.request_id)))
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
@@ -645,6 +680,8 @@ class RouterServer:
             self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
+        for one in running:
+            self._catch_up(one.spec, now_s)
         if hello.is_draining:
             self.handle(ReplicaDraining(now_s, worker.worker_id))
         log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))

@@ -621,13 +621,45 @@ class ToolOutput(_message.Message):
 Global___ToolOutput: _TypeAlias = ToolOutput  # noqa: Y015
 
 @_typing.final
+class TargetNews(_message.Message):
+    """In the order in which it happened: a request was given up, or its program has this deadline, counted from the
+    request's arrival, and it is given up no longer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    IS_RELEGATED_FIELD_NUMBER: _builtins.int
+    REDATED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    is_relegated: _builtins.bool
+    @_builtins.property
+    def redated(self) -> Global___ProgramCall: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        is_relegated: _builtins.bool = ...,
+        redated: Global___ProgramCall | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["is_relegated", b"is_relegated", "news", b"news", "redated", b"redated"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_relegated", b"is_relegated", "news", b"news", "redated", b"redated", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_news: _TypeAlias = _typing.Literal["is_relegated", "redated"]  # noqa: Y015
+    _WhichOneofArgType_news: _TypeAlias = _typing.Literal["news", b"news"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_news) -> _WhichOneofReturnType_news | None: ...
+
+Global___TargetNews: _TypeAlias = TargetNews  # noqa: Y015
+
+@_typing.final
 class RouterToIngress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
     VERDICTS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
-    RELEGATED_FIELD_NUMBER: _builtins.int
+    TARGET_NEWS_FIELD_NUMBER: _builtins.int
     EXPIRED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     PROGRAM_ANSWERS_FIELD_NUMBER: _builtins.int
@@ -643,7 +675,7 @@ class RouterToIngress(_message.Message):
     @_builtins.property
     def evictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Eviction]: ...
     @_builtins.property
-    def relegated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def target_news(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetNews]: ...
     @_builtins.property
     def expired(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -668,7 +700,7 @@ class RouterToIngress(_message.Message):
         hello: Global___RouterHello | None = ...,
         verdicts: _abc.Iterable[Global___Verdict] | None = ...,
         evictions: _abc.Iterable[Global___Eviction] | None = ...,
-        relegated: _abc.Iterable[_builtins.str] | None = ...,
+        target_news: _abc.Iterable[Global___TargetNews] | None = ...,
         expired: _abc.Iterable[_builtins.str] | None = ...,
         workers: Global___WorkerSet | None = ...,
         program_answers: _abc.Iterable[Global___ProgramAnswer] | None = ...,
@@ -678,7 +710,7 @@ class RouterToIngress(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "programs_over", b"programs_over", "relegated", b"relegated", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "programs_over", b"programs_over", "target_news", b"target_news", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

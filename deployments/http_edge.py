@@ -278,7 +278,7 @@ class _Exchange:
         self._opener: asyncio.Task[None] | None = None
         self._echo = parsed.service_tier is not None and path == "/v1/responses"
         self._may_continue = path == "/v1/responses" and context.program is not None
-        self._is_told = context.program is None or context.is_relegated
+        self._is_told_relegated = context.is_relegated
         self.response_id = ""
 
     async def run(self, app: AsgiApp, scope: Scope, receive: Receive) -> None:
@@ -379,9 +379,9 @@ class _Exchange:
                     message["body"] = body[: -len(_DONE)] + self._summary() + _DONE
                 elif self._echo or self._context.failure is not None:
                     message["body"] = self._rewritten(body)
-                if self._context.is_relegated and not self._is_told:
-                    self._is_told = True
-                    message["body"] = self._relegation() + message["body"]
+                if self._context.is_relegated != self._is_told_relegated and self._context.program is not None:
+                    self._is_told_relegated = self._context.is_relegated
+                    message["body"] = self._news_of_target() + message["body"]
             await self._send_to_client(message)
             return
         self._is_flowing = False
@@ -396,11 +396,16 @@ class _Exchange:
         if found is not None:
             self.response_id = found.group(1).decode()
 
-    def _relegation(self) -> bytes:
-        """The event that tells a client, as soon as it is known, that its target is out of reach."""
-        event: dict[str, Any] = {"event": "relegated", "class": slo_class(self._context.slo)}
-        if self._context.program is not None:
-            event["program"] = self._context.program.program_id
+    def _news_of_target(self) -> bytes:
+        """The event that tells a program's client at once that its target is out of reach, or is no longer."""
+        context = self._context
+        event: dict[str, Any] = {
+            "event": "relegated" if context.is_relegated else "reinstated", "class": slo_class(context.slo),
+        }  # fmt: skip
+        if context.program is not None:
+            event["program"] = context.program.program_id
+        if not context.is_relegated:
+            event |= applied_targets_ms(context.slo)
         return b": tempo " + json.dumps(event).encode() + b"\n\n"
 
     def _rewritten(self, body: bytes) -> bytes:
@@ -448,7 +453,7 @@ class _Exchange:
         ticket = context.program
         if ticket is not None:
             headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
-            if ticket.is_relegated or context.is_relegated:
+            if context.is_relegated:
                 headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 

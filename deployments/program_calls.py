@@ -6,7 +6,7 @@ from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from deployments.request_context import RequestContext
 from tempo_router.program_ops import EndCall
-from tempo_router.request import BestEffort, ProgramCall, ProgramId
+from tempo_router.request import ProgramCall, ProgramId
 
 
 async def join(
@@ -25,8 +25,7 @@ async def join(
         # Counted from the arrival, which was a little before the router looked at its clock.
         left_s = ticket.left_s + max(0.0, time.monotonic() - context.arrival_s)
         context.slo, context.tier = ProgramCall(ProgramId(ticket.program_id), left_s), ""
-    elif ticket.is_relegated:
-        context.slo, context.tier = BestEffort(), ""
+        context.is_relegated = ticket.is_relegated
 
 
 def leave(

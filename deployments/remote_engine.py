@@ -34,7 +34,7 @@ from deployments.request_context import (
 )
 from tempo_router.errors import RouterUnavailableError, TempoError
 from tempo_router.metrics import DeliveryTracker
-from tempo_router.request import GroupId, RequestId, RequestSpec, Slo
+from tempo_router.request import GroupId, ProgramCall, RequestId, RequestSpec, Slo
 
 log = structlog.get_logger()
 
@@ -297,6 +297,15 @@ class RemoteEngine(AsyncMPClient):
         call = self._calls.get(request_id)
         if call is not None and call.context is not None:
             call.context.report_relegated()
+
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        """The deadline of its program moved: it is judged by this target, and has a chance again if it had none."""
+        call = self._calls.get(request_id)
+        if call is not None:
+            call.spec = replace(call.spec, slo=slo)
+            call.tracker.redated(slo)
+            if call.context is not None:
+                call.context.report_redated(slo)
 
     def expired(self, request_id: RequestId) -> None:
         """The router dropped a request that could no longer meet its SLO."""

@@ -15,7 +15,7 @@ from tempo_router.errors import TempoError
 from tempo_router.metrics import Outcome
 from tempo_router.program_graph import CallStatus
 from tempo_router.program_ops import CallTicket
-from tempo_router.request import Slo
+from tempo_router.request import ProgramCall, Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,11 @@ class RequestContext:
     def report_relegated(self) -> None:
         """The SLO can no longer be met; the request goes on as best effort."""
         self.is_relegated = True
+
+    def report_redated(self, slo: ProgramCall) -> None:
+        """The deadline of its program moved; the request counts again if it had been given up."""
+        self.slo = slo
+        self.is_relegated = False
 
     def report_failure(self, failure: RequestFailure) -> None:
         """Say why the request will end early, before the engine client ends it. The first reason is kept."""

@@ -377,11 +377,14 @@ def _shown(value: object) -> object:
 
 
 def applied_targets_ms(slo: Slo) -> dict[str, float]:
-    """The targets as responses print them: milliseconds by field name; empty for best effort."""
+    """The targets as responses print them: milliseconds by field name; empty for best effort.
+
+    0 for a deadline that had passed when the request came.
+    """
     match slo:
         case Latency(ttft_s=ttft_s, tbt_s=tbt_s):
             return {"ttft_ms": ttft_s * 1000, "tbt_ms": tbt_s * 1000}
         case BestEffort():
             return {}
         case _:
-            return {"ttlt_ms": slo.ttlt_s * 1000}
+            return {"ttlt_ms": max(slo.ttlt_s, 0.0) * 1000}

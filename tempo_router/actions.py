@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tempo_router.request import DispatchId, ReplicaId, RequestId, Slo
+from tempo_router.request import DispatchId, ProgramCall, ReplicaId, RequestId, Slo
 from tempo_router.standing import UNRANKED, Standing
 
 
@@ -101,4 +101,15 @@ class Retarget:
     slo: Slo
 
 
-Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget
+@dataclass(frozen=True, slots=True)
+class Redate:
+    """The deadline of a request's program moved: its owner judges it by this target, and it has a chance again.
+
+    slo: counted from the request's own arrival.
+    """
+
+    request_id: RequestId
+    slo: ProgramCall
+
+
+Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget | Redate

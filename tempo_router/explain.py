@@ -5,10 +5,22 @@ with what the client saw. Ring buffer: the oldest are forgotten. Times are secon
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
+from tempo_router.actions import (
+    Abort,
+    Action,
+    Admit,
+    Dispatch,
+    Evict,
+    Expire,
+    Redate,
+    Reject,
+    Relegate,
+    Retarget,
+    Retune,
+)
 from tempo_router.metrics import Outcome
 from tempo_router.prediction import Lengths
 from tempo_router.request import (
@@ -123,6 +135,10 @@ class DecisionLog:
                 record.add(at_s, "aborted", replica=action.replica_id)
             case Retarget():
                 record.add(at_s, "retargeted", replica=action.replica_id, reason="its program's deadline moved")
+            case Redate():
+                record.spec = replace(record.spec, slo=action.slo)
+                why = "its program's deadline moved; it counts again if it had been given up"
+                record.add(at_s, "redated", ttlt_s=round(action.slo.ttlt_s, 3), reason=why)
             case _:
                 assert_never(action)
 
@@ -135,7 +151,7 @@ class DecisionLog:
             record.add(at_s, "preempted", replica=replica_id, reason=why)
 
     def _record_of(
-        self, action: Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retarget
+        self, action: Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retarget | Redate
     ) -> Explanation | None:
         match action:
             case Abort(dispatch_id=dispatch_id):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from tempo_router.request import BestEffort, Latency, Slo, SloClass, slo_class
+from tempo_router.request import BestEffort, Latency, ProgramCall, Slo, SloClass, slo_class
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 8.0
@@ -130,6 +130,10 @@ class DeliveryTracker:
         self._max_gap_s: float | None = None
         self._tokens = 0
         self._late = 0
+
+    def redated(self, slo: ProgramCall) -> None:
+        """Another deadline counts from now on, of an answer that counts as a whole."""
+        self._slo = slo
 
     @property
     def tokens(self) -> int:

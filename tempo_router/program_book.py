@@ -113,12 +113,10 @@ class ProgramBook:
 
     def ticket(self, graph: ProgramGraph, call: GraphCall, now_s: float) -> CallTicket:
         """What the call's request needs to know."""
-        is_relegated = graph.status == "relegated"
-        left_s = None if graph.deadline_s is None or is_relegated else graph.deadline_s - now_s
+        left_s = None if graph.deadline_s is None else graph.deadline_s - now_s
         return CallTicket(
             graph.program_id, call.call_id, call.attempt, call.stage, graph.app,
-            left_s if left_s is None or left_s > 0.0 else None,
-            is_relegated or (left_s is not None and left_s <= 0.0),
+            left_s, graph.status == "relegated" or (left_s is not None and left_s <= 0.0),
         )  # fmt: skip
 
     def relegate(self, graph: ProgramGraph, now_s: float) -> list[Change]:

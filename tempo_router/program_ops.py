@@ -102,7 +102,8 @@ ProgramOp = CreateProgram | BeginCall | EndCall | ExtendProgram | FinishProgram 
 class CallTicket:
     """The answer to BeginCall: what the call's request needs.
 
-    left_s: seconds until the program's deadline, above zero; None without one, or when it is out of reach.
+    left_s: seconds until the program's deadline, zero or less once it has passed; None without one.
+    is_relegated: the deadline is out of reach.
     """
 
     program_id: str

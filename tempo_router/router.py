@@ -8,10 +8,9 @@ Who waits is in `waiting_line`, who runs in `fleet`; `dispatcher` moves requests
 """
 
 from collections import Counter, deque
-from dataclasses import replace
 from typing import assert_never
 
-from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retarget, Retune
+from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, RejectReason, Relegate, Retune
 from tempo_router.backlog import expected_wait_s
 from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
@@ -37,7 +36,8 @@ from tempo_router.events import (
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
-from tempo_router.ledger import Ledger, Program
+from tempo_router.ledger import Ledger
+from tempo_router.moved_deadlines import MovedDeadlines
 from tempo_router.outlook import least_s, outlook
 from tempo_router.plan_turns import PlanTurns
 from tempo_router.policies import Context, build_policy
@@ -76,9 +76,6 @@ plan over 250 requests comes at most every 0.02 s, over 2,500 every 0.1 s. On an
 P95 of the time to first token was 0.35 s with plans at most every 0.1 s, and is 0.30 s, at equal goodput."""
 _MOST_PLANNED = 1024
 """Waiting requests in one plan, at most, and twice the slots of the fleet: some 5 ms (docs/benchmarks.md)."""
-_MOVED_S = 1e-3
-"""Less is what clocks and roundings do to a deadline that every call states anew."""
-
 _SURE = 0.1
 """A program needs more than this quantile of what programs like it needed, nine times in ten."""
 _FIRST_MEAN_LENGTH = 230.0
@@ -127,6 +124,7 @@ class RouterCore:
             self._timers,
             has_plan=self._plan is not None,
         )
+        self._moved = MovedDeadlines(self._ledger, self._line, self._timers, self._plan)
         self._samples: deque[LengthSample] = deque(maxlen=_MAX_SAMPLES)
         self._steps = StepTimeModel()
         self._ended_early: dict[RequestId, tuple[RequestSpec, int]] = {}
@@ -272,7 +270,7 @@ class RouterCore:
             # A resubmission after a router's restart crossed with what the replica told; or late news.
             actions.append(Admit(spec.request_id, spec.attempt, 0.0, 1.0))
             return
-        spec = self._retargeted(spec)
+        spec = self._moved.of(spec)
         request = self._new_waiting(spec)
         if spec.attempt == 0:
             refusal = self._refusal(request)
@@ -316,7 +314,8 @@ class RouterCore:
         ahead_s = self._line.backlog.ahead_s(slo_class(spec.slo), self._policy.is_class_blind)
         takers = self._fleet.takers()
         wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
-        if request.hopeless_at_s <= self._now_s:
+        program = self._ledger.program(spec)
+        if request.hopeless_at_s <= self._now_s or (program is not None and program.is_lost):
             return Admit(spec.request_id, spec.attempt, wait_s, 0.0)
         if isinstance(spec.slo, BestEffort):
             return Admit(spec.request_id, spec.attempt, wait_s, 1.0)
@@ -335,8 +334,8 @@ class RouterCore:
         known_s = before.deadline_s if before is not None else None
         self._ledger.arrived(request)
         program = self._ledger.program(spec)
-        if program is not None and known_s is not None and abs(program.deadline_s - known_s) > _MOVED_S:
-            self._retarget(program, actions)
+        if program is not None and known_s is not None:
+            self._moved.stated(program, known_s, actions)
         is_new = program is None or (program.done_calls == 0 and len(program.live) == 1)
         if program is not None:
             self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
@@ -348,13 +347,6 @@ class RouterCore:
         self._timers.set(request)
         if program is not None and program.is_lost:
             self._dispatcher.give_up(request, self._context(), actions)
-
-    def _retarget(self, program: Program, actions: list[Action]) -> None:
-        """The program's deadline moved with its newest call: those that run hear of it."""
-        for job in program.live.values():
-            if isinstance(job, Call) and not job.is_aborted and job.replica.capacity.has_step_planner:
-                slo = ProgramCall(program.program_id, program.deadline_s - job.spec.arrival_s)
-                actions.append(Retarget(job.replica.replica_id, job.dispatch_id, slo))
 
     def _retire(self, request_id: RequestId, actions: list[Action]) -> None:
         """The owner gave this request up, or its attempt was overtaken: it neither waits nor runs from now on."""
@@ -426,45 +418,8 @@ class RouterCore:
 
     def _on_program_retargeted(self, program_id: ProgramId, deadline_s: float, actions: list[Action]) -> None:
         program = self._ledger.programs.get(program_id)
-        if program is None or (abs(program.deadline_s - deadline_s) <= _MOVED_S and not program.is_lost):
-            return
-        program.move_deadline(deadline_s)
-        program.is_retargeted, program.is_lost = True, False
-        self._retarget(program, actions)
-        for job in program.live.values():
-            assert isinstance(job, WaitingRequest | Call)
-            job.spec = self._retargeted(job.spec)
-            if self._plan is not None:
-                self._plan.retarget(job)
-            if isinstance(job, Call):
-                self._forgive_call(job, actions)
-            else:
-                self._forgive(job)
-        self._plan_at_s = self._now_s
-
-    def _forgive(self, request: WaitingRequest) -> None:
-        """It has time again."""
-        request.is_relegated = False
-        request.standing = request.standing._replace(is_relegated=False)
-        request.hopeless_at_s = hopeless_at_s(request.spec, request.lengths, self._steps.pace())
-        self._timers.set(request)
-        if request.is_queued:
-            self._line.queue.rekey(request, self._context())
-
-    def _forgive_call(self, call: Call, actions: list[Action]) -> None:
-        if call.is_aborted or not call.is_relegated:
-            return
-        call.standing = call.standing._replace(is_relegated=False)
-        if call.replica.capacity.has_step_planner:
-            actions.append(Retune(call.replica.replica_id, ((call.dispatch_id, call.standing),), self._step_cap_s()))
-
-    def _retargeted(self, spec: RequestSpec) -> RequestSpec:
-        """The spec with its program's deadline, if that moved: those who send it may not have heard."""
-        program = self._ledger.program(spec)
-        if program is None or not program.is_retargeted:
-            return spec
-        left_s = max(program.deadline_s - spec.arrival_s, _MOVED_S)
-        return replace(spec, slo=ProgramCall(program.program_id, left_s))
+        if program is not None and self._moved.move(program, deadline_s, self._context(), actions):
+            self._plan_at_s = self._now_s
 
     # ---- replicas ----
 
@@ -490,7 +445,7 @@ class RouterCore:
             if call.is_aborted:
                 self._abort(call, actions)  # The first word may have been lost with the link.
             return
-        spec = self._retargeted(reported.spec)
+        spec = self._moved.of(reported.spec)
         call = Call(reported.dispatch_id, spec, replica, self._lengths.lookup(spec), reported.new_tokens)
         self._fleet.add(call)
         if not self._is_wanted(call):

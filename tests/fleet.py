@@ -13,7 +13,7 @@ from cluster.ingress_link import IngressLink, Verdict
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.config import TempoConfig
-from tempo_router.request import BestEffort, GroupId, RequestId, RequestSpec, Slo
+from tempo_router.request import BestEffort, GroupId, ProgramCall, RequestId, RequestSpec, Slo
 from workers.simulated_engine import start_simulated_engine
 from workers.worker import Worker
 
@@ -37,6 +37,7 @@ class Client:
     ended: dict[RequestId, str] = field(default_factory=dict)
     resumed: list[RequestId] = field(default_factory=list)
     relegations: list[RequestId] = field(default_factory=list)
+    redates: list[tuple[RequestId, ProgramCall]] = field(default_factory=list)
 
     def frame_received(self, worker_id: str, frame: wire.WorkerToIngress) -> None:
         for delta in frame.deltas:
@@ -57,6 +58,9 @@ class Client:
 
     def relegated(self, request_id: RequestId) -> None:
         self.relegations.append(request_id)
+
+    def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
+        self.redates.append((request_id, slo))
 
     def program_cancelled(self, request_id: RequestId) -> None:
         self.ended[request_id] = "program cancelled"

@@ -13,7 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retarget, Retune
+from tempo_router.actions import (
+    Abort,
+    Action,
+    Admit,
+    Dispatch,
+    Evict,
+    Expire,
+    Redate,
+    Reject,
+    Relegate,
+    Retarget,
+    Retune,
+)
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError, TempoError
 from tempo_router.events import (
@@ -362,6 +374,8 @@ class _Run:
                 self._call_refused(request_id, "expired", None)
             case Evict(request_id=request_id):
                 raise TempoError(f"{request_id!r} was evicted, but no simulated replica is ever lost")
+            case Redate(request_id=request_id):
+                raise TempoError(f"{request_id!r} has another deadline, but those of simulated programs stay")
             case Admit() | Relegate():
                 pass
 

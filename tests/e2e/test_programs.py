@@ -130,13 +130,41 @@ async def test_a_late_program_is_relegated_at_once_and_its_client_hears_of_it(ht
                 break
     assert program["id"] in event
     answer = await call(http, program["id"])
-    assert (answer.headers["x-tempo-class"], answer.headers["x-tempo-program-relegated"]) == ("best_effort", "true")
+    assert (answer.headers["x-tempo-class"], answer.headers["x-tempo-program-relegated"]) == ("program", "true")
+    assert (answer.headers["x-tempo-ttlt-ms"], answer.headers["x-tempo-slo-met"]) == ("0", "false")
     seen = await view(http, program["id"])
     assert seen["status"] == "relegated"
     assert sum(seen["stage_budgets_s"]) == pytest.approx(seen["deadline"] - seen["created"])
     extended = (await http.post(f"/v1/programs/{program['id']}/extend", json={"deadline_s": 60})).json()
     assert extended["status"] == "running"
-    assert (await call(http, program["id"])).headers["x-tempo-class"] == "program"
+    after = await call(http, program["id"])
+    assert "x-tempo-program-relegated" not in after.headers
+    assert after.headers["x-tempo-slo-met"] == "true"
+
+
+async def test_a_call_that_began_while_its_program_was_relegated_counts_again_once_that_has_more_time(
+    http: httpx.AsyncClient,
+) -> None:
+    program = await create(http, deadline_s=0.2)
+    async with asyncio.timeout(30):
+        # Another process cannot set an event of ours.
+        while (await view(http, program["id"]))["status"] != "relegated":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    news = []
+    async with http.stream("POST", "/v1/completions", json=body, headers={"x-tempo-program": program["id"]}) as stream:
+        assert stream.headers["x-tempo-program-relegated"] == "true"
+        is_extended = False
+        async for line in stream.aiter_lines():
+            if line.startswith(": tempo "):
+                news.append(json.loads(line.removeprefix(": tempo ")))
+            elif line.startswith("data: {") and not is_extended:
+                is_extended = True
+                answer = await http.post(f"/v1/programs/{program['id']}/extend", json={"deadline_s": 300})
+                assert answer.json()["status"] == "running"
+    assert [(one.get("event"), one.get("program")) for one in news] == [("reinstated", program["id"]), (None, None)]
+    assert 290_000 < news[0]["ttlt_ms"] <= 310_000
+    assert (news[-1]["class"], news[-1]["is_met"], news[-1]["relegated"]) == ("program", True, False)
 
 
 @pytest.mark.parametrize(

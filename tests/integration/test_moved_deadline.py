@@ -1,6 +1,7 @@
 """`POST /v1/programs/{id}/extend` as the router carries it out: real gRPC and Redis, a simulated engine."""
 
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cluster.embedded_redis import start_embedded_redis
 from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.program_ops import CreateProgram, ExtendProgram, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.redis
 PROGRAM = "moved"
 
 
-async def test_only_another_deadline_moves_what_runs(tmp_path: Path) -> None:
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     redis = start_embedded_redis(tmp_path)
     store = await RedisStore.connect(redis.url, "moved")
     config = TempoConfig(
@@ -26,6 +29,13 @@ async def test_only_another_deadline_moves_what_runs(tmp_path: Path) -> None:
     )
     fleet = Fleet(config, store)
     await fleet.start()
+    yield fleet
+    await fleet.close()
+    await store.close()
+    redis.stop()
+
+
+async def test_only_another_deadline_moves_what_runs(fleet: Fleet) -> None:
     client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
     core = fleet.router._core
     began_s = time.time()
@@ -51,6 +61,34 @@ async def test_only_another_deadline_moves_what_runs(tmp_path: Path) -> None:
     # No further call will come, but these run: their deadline stays.
     await programs.ask(FinishProgram(PROGRAM, "", "finish"))
     assert program.deadline_s == moved_s
-    await fleet.close()
-    await store.close()
-    redis.stop()
+
+
+async def test_a_call_of_a_relegated_program_hears_of_more_time_and_so_does_a_router_that_did_not_see_it(
+    fleet: Fleet,
+) -> None:
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    began_s = time.time()
+    await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 0.2))
+    book = fleet.router.programs.book
+    await eventually(lambda: book.of_tenant(PROGRAM, "").status == "relegated", "the program is late")
+    ticket = await programs.begin(Identity("explicit", PROGRAM), tenant="", app="", now_epoch_s=time.time())
+    assert ticket.is_relegated
+    assert ticket.left_s is not None
+    assert ticket.left_s < 0
+    spec = call("late", output_tokens=2000, slo=ProgramCall(ProgramId(PROGRAM), ticket.left_s))
+    assert (await submit(client, spec)).success_probability == 0.0
+    await eventually(lambda: spec.request_id in client.relegations, "the client is told that it comes too late")
+
+    await programs.ask(ExtendProgram(PROGRAM, "", began_s + 900))
+    await eventually(lambda: [name for name, _ in client.redates] == [spec.request_id], "the client hears of more time")
+    left_s = client.redates[0][1].ttlt_s
+    assert left_s == pytest.approx(900 - (time.time() - began_s), abs=2.0)
+    assert client.link.open[spec.request_id].spec.slo == ProgramCall(ProgramId(PROGRAM), left_s)
+
+    # A router that died in between: its successor hears the old deadline from a client who missed the news.
+    client.link.open[spec.request_id].spec = spec
+    await fleet.replace_router()
+    await eventually(lambda: len(client.redates) == 2, "the client hears of it from the next router")
+    assert client.redates[1][1].ttlt_s == pytest.approx(left_s, abs=2.0)
+    program = fleet.router._core.ledger.programs[ProgramId(PROGRAM)]
+    assert not any(job.is_relegated for job in program.live.values())

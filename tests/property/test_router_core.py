@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Reject, Relegate, Retune
+from tempo_router.actions import Abort, Action, Admit, Dispatch, Evict, Expire, Redate, Reject, Relegate, Retune
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import (
     Arrived,
@@ -172,14 +173,29 @@ class RouterMachine(RuleBasedStateMachine):
         if old is not None:
             assert Abort(old.dispatch_id, old.replica_id) in actions
 
-    @rule(left_s=st.sampled_from((0.5, 20.0, 600.0)))
-    def program_deadline_moves(self, left_s: float) -> None:
-        program = AGENT.program_id
+    @rule(left_s=st.sampled_from((0.5, 20.0, 600.0)), is_heard=st.booleans())
+    def program_deadline_moves(self, left_s: float, is_heard: bool) -> None:
+        """All its live requests hear of it. is_heard: their owners do before they say anything of them again."""
         deadline_s = self.now_s + left_s
-        is_known = program in self.core.ledger.programs
-        self.tell(ProgramRetargeted(self.now_s, program, deadline_s))
-        if is_known:
-            assert abs(self.core.ledger.programs[program].deadline_s - deadline_s) < 1e-2
+        program = self.core.ledger.programs.get(AGENT.program_id)
+        actions = self.tell(ProgramRetargeted(self.now_s, AGENT.program_id, deadline_s))
+        if program is None:
+            return
+        assert abs(program.deadline_s - deadline_s) < 1e-2
+        redates = {one.request_id: one for one in actions if isinstance(one, Redate)}
+        if not redates:
+            return
+        expired = {one.request_id for one in actions if isinstance(one, Expire)}
+        assert redates.keys() - expired == program.live.keys()
+        for request_id in redates.keys() - expired:
+            spec = self.spec_of(request_id)
+            moved = replace(spec, slo=redates[request_id].slo)
+            assert moved.deadline_s == pytest.approx(deadline_s, abs=1e-2)
+            if is_heard and request_id in self.waiting:
+                self.waiting[request_id] = moved
+            elif is_heard:
+                place = self.running[request_id] = self.running[request_id]._replace(spec=moved)
+                self.replicas[place.replica_id].calls[place.dispatch_id].spec = moved
 
     @rule()
     def program_is_relegated(self) -> None:

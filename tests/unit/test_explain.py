@@ -2,7 +2,7 @@
 
 import pytest
 
-from tempo_router.actions import Abort, Admit, Dispatch, Evict, Expire, Reject, Relegate
+from tempo_router.actions import Abort, Admit, Dispatch, Evict, Expire, Redate, Reject, Relegate
 from tempo_router.attainment import Attainment
 from tempo_router.explain import DecisionLog, missed_by_s
 from tempo_router.metrics import Outcome
@@ -51,6 +51,17 @@ def test_a_record_tells_the_life_of_a_request():
     }  # fmt: skip
     assert (shown["slo_met"], shown["missed_by_s"]) == (False, 2.0)
     assert list(shown["estimated_output_tokens"]) == ["0.1", "0.5", "0.9"]
+
+
+def test_a_request_whose_deadline_moved_is_explained_by_the_new_one():
+    log = DecisionLog(10)
+    name = arrived(log, "r", slo=ProgramCall(ProgramId("p"), 5.0))
+    log.decided(Relegate(name), 12.0)
+    log.decided(Redate(name, ProgramCall(ProgramId("p"), 60.0)), 13.0)
+    log.ended(name, outcome(False, ttlt_s=61.0), 71.0)
+    assert told(log, "r")[1:] == [(2.0, "relegated"), (3.0, "redated"), (61.0, "ended")]
+    [shown] = [one.shown() for one in log.find("r", "")]
+    assert (shown["targets_s"], shown["missed_by_s"]) == ({"ttlt": 60.0}, 1.0)
 
 
 def test_what_an_engine_preempts_is_told_with_the_reason():

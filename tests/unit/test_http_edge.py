@@ -20,7 +20,8 @@ from deployments.request_context import (
 from tempo_router.config import IngressConfig, TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.metrics import Outcome
-from tempo_router.request import BestEffort, Deadline, Latency
+from tempo_router.program_ops import CallTicket
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId
 
 CHAT = "/v1/chat/completions"
 ADMITTED = AdmissionVerdict(is_admitted=True, expected_wait_s=0.25, success_probability=0.9)
@@ -192,6 +193,36 @@ async def test_a_stream_without_done_gets_the_comment_at_its_end():
     assert response.text.startswith("event: message_stop\ndata: {}\n\n: tempo {")
     ended = json.loads(response.text.split(": tempo ")[1])
     assert (ended["is_met"], ended["relegated"], ended["output_tokens"], ended["ttlt_ms"]) == (False, True, 7, 900.0)
+
+
+async def test_a_stream_of_a_program_tells_when_its_target_is_out_of_reach_and_when_it_is_back():
+    moved = ProgramCall(ProgramId("p"), 90.0)
+
+    async def answer(vllm, scope, receive, send):
+        async def chunks():
+            found = context()
+            found.program = CallTicket("p", "c", 0, 1, "", 60.0)
+            found.report_verdict(ADMITTED)
+            yield b'data: {"a": 1}\n\n'
+            found.report_relegated()
+            yield b'data: {"b": 2}\n\n'
+            yield b'data: {"c": 3}\n\n'
+            found.report_redated(moved)
+            yield b'data: {"d": 4}\n\n'
+            found.report_outcome(MET)
+            yield b"data: [DONE]\n\n"
+
+        await stream(send, chunks())
+
+    app, _ = edge(answer)
+    events = (await post(app, {"stream": True})).text.split("\n\n")
+    news = [json.loads(one.removeprefix(": tempo ")) for one in events if one.startswith(": tempo ")]
+    assert [(one.get("event"), one.get("program")) for one in news] == [
+        ("relegated", "p"), ("reinstated", "p"), (None, None)
+    ]  # fmt: skip
+    assert news[1]["ttlt_ms"] == 90_000
+    assert (news[-1]["class"], news[-1]["relegated"]) == ("program", False)
+    assert [one for one in events if one.startswith("data")][3] == 'data: {"d": 4}'
 
 
 @pytest.mark.parametrize("answer", [answer_refused_stream])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tempo_router.actions import Dispatch, Expire, Relegate, Retarget, Retune
+from tempo_router.actions import Admit, Dispatch, Expire, Redate, Relegate, Retarget, Retune
 from tempo_router.events import Arrived, ProgramRelegated, ProgramRetargeted, ReplicaLost, Ticked
 from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId
 from tests.builders import CHAT, arrived, attached, capacity, progressed, router
@@ -36,6 +36,8 @@ def test_what_waits_and_what_runs_has_the_new_deadline(policy):
     told = [one.slo for one in actions if isinstance(one, Retarget)]
     assert told == [ProgramCall(PROGRAM, 60.0)], "counted from the running call's own arrival"
     assert deadline_of(core, "running") == deadline_of(core, "waiting") == pytest.approx(60.0)
+    heard = {one.request_id: one.slo for one in actions if isinstance(one, Redate)}
+    assert heard == {name: core.spec_of(RequestId(name)).slo for name in ("running", "waiting")}
     assert core.spec_of(RequestId("other")).slo == CHAT
     core.audit()
 
@@ -49,6 +51,31 @@ def test_a_relegated_program_has_another_chance(policy):
     forgiven = [standing for one in actions if isinstance(one, Retune) for _, standing in one.standings]
     assert forgiven
     assert not any(standing.is_relegated for standing in forgiven)
+    core.audit()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "tempo"])
+def test_a_call_that_began_while_its_program_was_relegated_has_a_chance_too(policy):
+    core = started(policy)
+    core.handle(ProgramRelegated(2.0, PROGRAM))
+    told = core.handle(arrived("late", at_s=3.0, slo=ProgramCall(PROGRAM, 597.0)))
+    assert [one.success_probability for one in told if isinstance(one, Admit)] == [0.0]
+    assert Relegate(RequestId("late")) in told
+    moved = core.handle(ProgramRetargeted(4.0, PROGRAM, 1200.0))
+    assert Redate(RequestId("late"), ProgramCall(PROGRAM, 1197.0)) in moved
+    core.handle(ReplicaLost(5.0, ReplicaId("gpu0")))
+    core.handle(replace(attached("gpu1", at_s=6.0), capacity=replace(capacity(1), has_step_planner=True)))
+    program = core.ledger.programs[PROGRAM]
+    assert not any(job.is_relegated for job in program.live.values())
+    core.audit()
+
+
+def test_a_deadline_that_has_passed_is_nobodys_chance():
+    core = router()
+    told = core.handle(arrived("late", at_s=3.0, slo=ProgramCall(PROGRAM, -1.0)))
+    assert [one.success_probability for one in told if isinstance(one, Admit)] == [0.0]
+    assert Relegate(RequestId("late")) in told
+    assert deadline_of(core, "late") == core.ledger.programs[PROGRAM].deadline_s == pytest.approx(2.0)
     core.audit()
 
 

@@ -10,15 +10,17 @@ from cluster.codec import (
     message_from_retune,
     message_from_standing,
     message_from_step,
+    redated_from_news,
     retarget_message,
     slo_from_retarget,
     standing_from_message,
     standings_from_message,
     step_from_message,
+    target_news,
 )
-from tempo_router.actions import Retune
+from tempo_router.actions import Redate, Relegate, Retune
 from tempo_router.events import StepReport
-from tempo_router.request import DispatchId, ReplicaId
+from tempo_router.request import DispatchId, ProgramCall, ProgramId, ReplicaId, RequestId
 from tempo_router.standing import Standing
 from tests.builders import AGENT, BACKGROUND, CHAT, TOOL
 
@@ -53,6 +55,17 @@ def test_a_plan_survives_the_wire(known, cap_s):
     read = wire.Retune.FromString(message_from_retune(retune).SerializeToString())
     assert tuple(standings_from_message(read)) == retune.standings
     assert (read.step_cap_s if read.HasField("step_cap_s") else None) == cap_s
+
+
+def test_news_of_targets_keep_their_order_when_messages_are_merged():
+    name, moved = RequestId("r"), ProgramCall(ProgramId("p"), 60.0)
+    merged = target_news(Relegate(name))
+    for one in (Redate(name, moved), Relegate(name)):
+        merged.MergeFrom(target_news(one))
+    read = wire.RouterToIngress.FromString(merged.SerializeToString())
+    assert [(news.request_id, redated_from_news(news)) for news in read.target_news] == [
+        ("r", None), ("r", moved), ("r", None)
+    ]  # fmt: skip
 
 
 def test_a_plan_with_a_column_that_is_too_short_is_refused():
