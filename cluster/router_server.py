@@ -7,9 +7,8 @@ a worker. All of it comes back from the peers' hellos when the router is new.
 
 import asyncio
 import dataclasses
-import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
@@ -32,13 +31,14 @@ from cluster.codec import (
     target_news,
 )
 from cluster.event_recorder import EventRecorder
+from cluster.learnt_lengths import LearntLengths
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
 from cluster.outbox import Outbox
 from cluster.program_desk import STALE_DEADLINE_S, ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
-from cluster.served_stream import first_message, until_first_ends
+from cluster.served_stream import first_message, serve_stream
 from tempo_router.actions import (
     Abort,
     Action,
@@ -54,7 +54,7 @@ from tempo_router.actions import (
 )
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidEventError, InvalidSnapshotError, LeaseLostError, StoreUnavailableError
+from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
 from tempo_router.event_log import Asked, Beginning
 from tempo_router.events import (
     Arrived,
@@ -84,8 +84,6 @@ from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
 
-LENGTHS_SNAPSHOT = "lengths"
-ANSWERS_SNAPSHOT = "answers"
 INGRESS_GRACE_S = 5.0
 """How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
 token streams break too, and the workers abort. This covers a broken control stream alone."""
@@ -124,6 +122,7 @@ class RouterServer:
         self._owner = owner
         self._host = host
         self._core = RouterCore(config.scheduling)
+        self._learnt: LearntLengths | None = None
         self._estimates: LengthEstimates | None = None
         self._ingresses: dict[str, IngressSession] = {}
         self._workers: dict[ReplicaId, WorkerSession] = {}
@@ -151,10 +150,14 @@ class RouterServer:
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
         history = self.make_history()
         self._patterns = history if isinstance(history, PatternHistory) else None
-        lengths, beginning = await self._restore_lengths()
-        self._core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
+        learnt = self._learnt = LearntLengths(self._store, self.epoch)
+        lengths, beginning = await learnt.histograms()
+        self._core = core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
         if self._config.scheduling.length_model == "auto":
-            self._estimates = await self._start_estimates()
+            self._estimates = LengthEstimates(
+                self._config.scheduling, drain=core.drain_samples, on_predicted=self.handle
+            )
+            await learnt.remind(self._estimates)
         self._programs = self._open_desk()
         known = await self._programs.restore()
         if self._config.record_events is not None:
@@ -167,9 +170,11 @@ class RouterServer:
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
         self.address = f"{self._host}:{port}"
-        loops = (self._settle, self._tick, self._keep_lease, self._keep_lengths)
-        for loop in (*loops, self._programs.writer.run, self._programs.sweep, self._forget_lost_owners):
+        loops = (self._settle, self._tick, self._keep_lease, self._forget_lost_owners)
+        for loop in (*loops, self._programs.writer.run, self._programs.sweep):
             self._tasks.append(asyncio.create_task(loop(), name=loop.__qualname__))
+        keeping = learnt.keep(lengths, self._estimates, self._config.transport.snapshot_s)
+        self._tasks.append(asyncio.create_task(keeping, name="memory of lengths"))
         if self._estimates is not None:
             self._tasks.append(asyncio.create_task(self._estimates.run(), name="estimates of lengths"))
         log.info("router_started", address=self.address, epoch=self.epoch)
@@ -199,6 +204,10 @@ class RouterServer:
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, LeaseLostError) as error:
             log.warning("last_snapshot_not_written", problem=str(error))
+
+    async def _save_lengths(self) -> None:
+        if self._learnt is not None:
+            await self._learnt.save(self._core.lengths, self._estimates)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait until all open ones have ended. Returns whether they have, in time."""
@@ -417,34 +426,6 @@ class RouterServer:
                     log.warning("redis_away", problem=str(error), effect="serving goes on; nothing learnt is stored")
                 is_away = True
 
-    async def _keep_lengths(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.transport.snapshot_s)
-            try:
-                await self._save_lengths()
-            except StoreUnavailableError:
-                log.debug("snapshot_postponed")
-
-    async def _save_lengths(self) -> None:
-        snapshot = json.dumps(self._core.lengths.snapshot()).encode()
-        await self._store.save_snapshot(LENGTHS_SNAPSHOT, snapshot, self.epoch)
-        if self._estimates is not None:
-            await self._estimates.save(lambda answers: self._store.save_snapshot(ANSWERS_SNAPSHOT, answers, self.epoch))
-
-    async def _restore_lengths(self) -> tuple[LengthHistograms, Any]:
-        """(what was learnt, the snapshot that says so or None)."""
-        lengths = LengthHistograms()
-        saved = await self._store.load_snapshot(LENGTHS_SNAPSHOT)
-        if saved is None:
-            return lengths, None
-        try:
-            snapshot = json.loads(saved)
-            lengths.restore(snapshot)
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("snapshot_unreadable", problem=str(error), effect="lengths are learnt anew")
-            return LengthHistograms(), None
-        return lengths, snapshot
-
     def _open_desk(self) -> ProgramDesk:
         config = self._config.programs
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
@@ -476,16 +457,6 @@ class RouterServer:
             self._tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
             self._cancel(request_id)
 
-    async def _start_estimates(self) -> LengthEstimates:
-        estimates = LengthEstimates(self._config.scheduling, drain=self._core.drain_samples, on_predicted=self.handle)
-        saved = await self._store.load_snapshot(ANSWERS_SNAPSHOT)
-        if saved is not None:
-            try:
-                estimates.restore(saved)
-            except InvalidSnapshotError as error:
-                log.warning("snapshot_unreadable", problem=str(error), effect="answers are collected anew")
-        return estimates
-
     # ---- ingresses ----
 
     async def serve_ingress(self, requests: AsyncIterator[wire.IngressToRouter], context: Any) -> None:
@@ -495,7 +466,7 @@ class RouterServer:
         session = self._attach_ingress(hello.hello)
         outbox = session.outbox
         try:
-            await _serve(context, outbox, requests, lambda message: self._ingress_said(session, message))
+            await serve_stream(context, outbox, requests, lambda message: self._ingress_said(session, message))
         finally:
             if session.outbox is outbox and not self._is_stopping:
                 self._ingress_away(session)
@@ -660,7 +631,7 @@ class RouterServer:
         await self._check_epoch(first.hello.seen_epoch, context)
         worker = self._attach_worker(first.hello)
         try:
-            await _serve(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
+            await serve_stream(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
         finally:
             if self._workers.get(worker.worker_id) is worker and not self._is_stopping:
                 self._worker_lost(worker)
@@ -756,19 +727,3 @@ class _Control(wire_pb2_grpc.RouterControlServicer):
 
 async def _fail(error: Exception) -> None:
     raise error
-
-
-async def _serve(
-    context: Any, outbox: Outbox[Any], requests: AsyncIterator[Any], on_message: Callable[[Any], None]
-) -> None:
-    """Write what the outbox gives and read what comes, until either side ends."""
-
-    async def write() -> None:
-        while True:
-            await context.write(await outbox.take())
-
-    async def read() -> None:
-        async for message in requests:
-            on_message(message)
-
-    await until_first_ends(write(), read())

@@ -1,12 +1,14 @@
 """The server side of a bidirectional gRPC stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
+
+from cluster.outbox import Outbox
 
 log = structlog.get_logger()
 
@@ -36,3 +38,19 @@ async def until_first_ends(*work: Coroutine[Any, Any, Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def serve_stream(
+    context: Any, outbox: Outbox[Any], requests: AsyncIterator[Any], on_message: Callable[[Any], None]
+) -> None:
+    """Write what the outbox gives and read what comes, until either side ends."""
+
+    async def write() -> None:
+        while True:
+            await context.write(await outbox.take())
+
+    async def read() -> None:
+        async for message in requests:
+            on_message(message)
+
+    await until_first_ends(write(), read())

@@ -12,8 +12,9 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
+from cluster.learnt_lengths import LENGTHS_SNAPSHOT
 from cluster.redis_store import RedisStore
-from cluster.router_server import LENGTHS_SNAPSHOT, RouterServer
+from cluster.router_server import RouterServer
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import (
