@@ -169,6 +169,7 @@ class Clients:
 
     def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
         """Must not happen here."""
+        raise RuntimeError(f"{request_id} has another deadline: {slo}")
 
     def program_cancelled(self, request_id: RequestId) -> None:
         """As good as refused."""

@@ -82,21 +82,21 @@ def retarget_message(dispatch_id: int, slo: Slo) -> wire.Retarget:
     return message
 
 
-def target_news(action: Relegate | Redate) -> wire.RouterToIngress:
-    """A request was given up, or has another deadline."""
+def target_news(action: Relegate | Redate, now_s: float) -> wire.RouterToIngress:
+    """A request was given up, or has another deadline. now_s: the clock of the action."""
     news = wire.TargetNews(request_id=action.request_id)
     if isinstance(action, Redate):
-        news.redated.program_id, news.redated.ttlt_s = action.slo.program_id, action.slo.ttlt_s
+        news.redated.program_id, news.redated.left_s = action.program_id, action.deadline_s - now_s
     else:
         news.is_relegated = True
     return wire.RouterToIngress(target_news=[news])
 
 
-def redated_from_news(news: wire.TargetNews) -> ProgramCall | None:
-    """The new target; None if the request was given up."""
+def redated_from_news(news: wire.TargetNews, arrival_s: float, now_s: float) -> ProgramCall | None:
+    """The new target of a request that arrived then, on the clock of now_s; None if it was given up."""
     if not news.HasField("redated"):
         return None
-    return ProgramCall(ProgramId(news.redated.program_id), news.redated.ttlt_s)
+    return ProgramCall(ProgramId(news.redated.program_id), now_s + news.redated.left_s - arrival_s)
 
 
 def slo_from_retarget(message: wire.Retarget) -> Slo:

@@ -407,7 +407,7 @@ class IngressLink:
             request = self.open.get(RequestId(news.request_id))
             if request is None:
                 continue
-            slo = redated_from_news(news)
+            slo = redated_from_news(news, request.spec.arrival_s, time.monotonic())
             if slo is None:
                 self._listener.relegated(request.spec.request_id)
             else:

@@ -22,6 +22,7 @@ from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramRelegated, ProgramRetargeted
 from tempo_router.graph_outline import ended_stages
+from tempo_router.ledger import Program
 from tempo_router.pattern_history import KnownPrograms, PatternHistory
 from tempo_router.patterns import Outline
 from tempo_router.program_book import Change, ProgramBook
@@ -223,18 +224,17 @@ class ProgramDesk:
         if graph is not None:
             graph.answered(call_id, prompt_tokens, output_tokens)
 
-    def fate(self, program_id: ProgramId, deadline_s: float, now_s: float) -> Event | None:
-        """What the core must hear when a call states this deadline: the program was given up, or has another one.
-
-        deadline_s, now_s: on the monotonic clock. None if the call is right, as almost all are.
-        """
-        graph = self.book.find(program_id)
+    def correct(self, program: Program) -> None:
+        """Tell the core what it does not know of a program: it has it from calls whose senders may not know either."""
+        graph = self.book.find(program.program_id)
         if graph is None or graph.is_over or graph.deadline_s is None:
-            return None
-        if graph.status == "relegated":
-            return ProgramRelegated(now_s, program_id)
-        true_s = now_s + graph.deadline_s - self._epoch_s()
-        return ProgramRetargeted(now_s, program_id, true_s) if abs(true_s - deadline_s) > STALE_DEADLINE_S else None
+            return
+        now_s = time.monotonic()
+        deadline_s = now_s + graph.deadline_s - self._epoch_s()
+        if abs(deadline_s - program.deadline_s) > STALE_DEADLINE_S:
+            self._handle(ProgramRetargeted(now_s, program.program_id, deadline_s))
+        if graph.status == "relegated" and not program.is_lost:
+            self._handle(ProgramRelegated(now_s, program.program_id))
 
     # ---- what is asked ----
 

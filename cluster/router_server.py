@@ -62,7 +62,6 @@ from tempo_router.events import (
     Cancelled,
     DrainStarted,
     Event,
-    ProgramRelegated,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -97,7 +96,7 @@ class IngressSession:
     outbox: Outbox[wire.RouterToIngress] = field(default_factory=Outbox)
     is_connected: bool = False
     gone: asyncio.TimerHandle | None = None
-    streaming: list[wire.RequestHeader] = field(default_factory=list)
+    streaming: list[RequestSpec] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -316,7 +315,7 @@ class RouterServer:
                 if worker is not None:
                     worker.outbox.merge(wire.RouterToWorker(aborts=[dispatch_id]))
             case Relegate() | Redate():
-                self._tell(action.request_id, target_news(action))
+                self._tell(action.request_id, target_news(action, time.monotonic()))
             case Expire(request_id=request_id):
                 self._tell(request_id, wire.RouterToIngress(expired=[request_id]))
                 self._forget(request_id)
@@ -395,11 +394,13 @@ class RouterServer:
         """Only listen at first: or the first worker to attach would get everything that waits."""
         await asyncio.sleep(self._config.scheduling.settle_s)
         self._is_settled = True
+        self.programs.settled()
+        for program in list(self._core.ledger.programs.values()):
+            self.programs.correct(program)
         self.handle(Settled(time.monotonic()))
         self._announce_workers()
         for session in self._ingresses.values():
-            self._welcome_streams(session)
-        self.programs.settled()
+            self._compare_streams(session)
 
     async def _forget_lost_owners(self) -> None:
         """Ingresses that went while there was no router never come back: what they served is over."""
@@ -478,15 +479,15 @@ class RouterServer:
             session.gone = None
         session.outbox = Outbox()
         session.is_connected = True
-        session.streaming = list(hello.streaming)
+        session.streaming = [spec_from_header(header, time.monotonic()) for header in hello.streaming]
         session.outbox.put(wire.RouterToIngress(hello=wire.RouterHello(epoch=self.epoch)))
         if self._is_settled:
             session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
-        for header in hello.streaming:
-            self._own(spec_from_header(header, time.monotonic()), session.ingress_id)
+        for spec in session.streaming:
+            self._own(spec, session.ingress_id)
         if self._is_settled:
-            self._welcome_streams(session)
+            self._compare_streams(session)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
@@ -496,17 +497,18 @@ class RouterServer:
             if request_id not in listed:
                 self._cancel(request_id)
 
-    def _welcome_streams(self, session: IngressSession) -> None:
-        """Streams that no attached worker runs are lost: their ingress must submit them again."""
-        now_s = time.monotonic()
-        for header in session.streaming:
-            request_id = RequestId(header.request_id)
-            if self._core.knows(request_id, header.attempt):
-                self._catch_up(spec_from_header(header, now_s), now_s)
+    def _compare_streams(self, session: IngressSession) -> None:
+        """Streams that no attached worker runs are lost: their ingress must submit them again.
+
+        Of the others it may have missed what became of their targets.
+        """
+        for spec in session.streaming:
+            if self._core.knows(spec.request_id, spec.attempt):
+                self._catch_up(spec)
             else:
-                eviction = wire.Eviction(request_id=request_id, attempt=header.attempt)
+                eviction = wire.Eviction(request_id=spec.request_id, attempt=spec.attempt)
                 session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
-                self._forget_if_gone(request_id)
+                self._forget_if_gone(spec.request_id)
         session.streaming = []
 
     def _ingress_said(self, session: IngressSession, message: wire.IngressToRouter) -> None:
@@ -557,28 +559,34 @@ class RouterServer:
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
-        self._catch_up(spec, now_s)
+        if self._is_settled:
+            self._catch_up(spec)
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 
-    def _catch_up(self, said: RequestSpec, now_s: float) -> None:
+    def _catch_up(self, said: RequestSpec) -> None:
         """What became of a request's program, the core (it is new) or the request's owner (it was away) may not know.
 
-        said: the request as somebody who has it described it.
+        said: the request as somebody who has it described it. Not before all could say again what was not stored.
         """
         if not isinstance(said.slo, ProgramCall):
             return
-        fate = self.programs.fate(said.slo.program_id, said.arrival_s + said.slo.ttlt_s, now_s)
-        if fate is not None:
-            self.handle(fate)
-        known = self._core.spec_of(said.request_id)
+        program = self._core.ledger.programs.get(said.slo.program_id)
+        if program is not None:
+            self.programs.correct(program)
+        request_id = said.request_id
+        known = self._core.spec_of(request_id)
         slo = known.slo if known is not None else None
-        if isinstance(slo, ProgramCall) and abs(slo.ttlt_s - said.slo.ttlt_s) > STALE_DEADLINE_S:
-            self._tell(said.request_id, target_news(Redate(said.request_id, slo)))
-            if isinstance(fate, ProgramRelegated):
-                self._tell(said.request_id, target_news(Relegate(said.request_id)))
+        if known is not None and isinstance(slo, ProgramCall):
+            now_s, deadline_s = time.monotonic(), known.arrival_s + slo.ttlt_s
+            if abs(deadline_s - said.arrival_s - said.slo.ttlt_s) > STALE_DEADLINE_S:
+                redate = Redate(request_id, slo.program_id, deadline_s)
+                self._decisions.decided(redate, now_s)
+                self._tell(request_id, target_news(redate, now_s))
+            if self._core.is_relegated(request_id):
+                self._tell(request_id, target_news(Relegate(request_id), now_s))
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
@@ -651,8 +659,9 @@ class RouterServer:
             self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
-        for one in running:
-            self._catch_up(one.spec, now_s)
+        if self._is_settled:
+            for one in running:
+                self._catch_up(one.spec)
         if hello.is_draining:
             self.handle(ReplicaDraining(now_s, worker.worker_id))
         log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))

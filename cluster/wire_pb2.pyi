@@ -622,8 +622,8 @@ Global___ToolOutput: _TypeAlias = ToolOutput  # noqa: Y015
 
 @_typing.final
 class TargetNews(_message.Message):
-    """In the order in which it happened: a request was given up, or its program has this deadline, counted from the
-    request's arrival, and it is given up no longer.
+    """In the order in which it happened: a request was given up, or its program has this deadline and it is given up no
+    longer.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -634,13 +634,13 @@ class TargetNews(_message.Message):
     request_id: _builtins.str
     is_relegated: _builtins.bool
     @_builtins.property
-    def redated(self) -> Global___ProgramCall: ...
+    def redated(self) -> Global___Redated: ...
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         is_relegated: _builtins.bool = ...,
-        redated: Global___ProgramCall | None = ...,
+        redated: Global___Redated | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["is_relegated", b"is_relegated", "news", b"news", "redated", b"redated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -651,6 +651,28 @@ class TargetNews(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_news) -> _WhichOneofReturnType_news | None: ...
 
 Global___TargetNews: _TypeAlias = TargetNews  # noqa: Y015
+
+@_typing.final
+class Redated(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    LEFT_S_FIELD_NUMBER: _builtins.int
+    program_id: _builtins.str
+    left_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        program_id: _builtins.str = ...,
+        left_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_s", b"left_s", "program_id", b"program_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Redated: _TypeAlias = Redated  # noqa: Y015
 
 @_typing.final
 class RouterToIngress(_message.Message):

@@ -50,7 +50,7 @@ from deployments.request_context import AdmissionRejected, AdmissionVerdict, Req
 from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
 from tempo_router.config import TempoConfig
 from tempo_router.errors import ConfigError, InvalidSloError, ProgramError, RouterUnavailableError
-from tempo_router.request import slo_class
+from tempo_router.request import ProgramCall, slo_class
 
 WhyNot = Callable[[], str | None]
 """Says what is missing; None: nothing is."""
@@ -278,7 +278,7 @@ class _Exchange:
         self._opener: asyncio.Task[None] | None = None
         self._echo = parsed.service_tier is not None and path == "/v1/responses"
         self._may_continue = path == "/v1/responses" and context.program is not None
-        self._is_told_relegated = context.is_relegated
+        self._is_told_relegated = False
         self.response_id = ""
 
     async def run(self, app: AsgiApp, scope: Scope, receive: Receive) -> None:
@@ -363,6 +363,7 @@ class _Exchange:
             if self._is_flowing or self._is_closed or self._start is None:
                 return
             self._start["headers"] = [*self._start["headers"], *self._response_headers()]
+            self._is_told_relegated = self._context.is_relegated
             await self._send_to_client(self._start)
             while self._held:
                 await self._forward(self._held.pop(0))
@@ -397,13 +398,13 @@ class _Exchange:
             self.response_id = found.group(1).decode()
 
     def _news_of_target(self) -> bytes:
-        """The event that tells a program's client at once that its target is out of reach, or is no longer."""
+        """The event that tells a call of a program at once that its target is out of reach, or is no longer."""
         context = self._context
         event: dict[str, Any] = {
             "event": "relegated" if context.is_relegated else "reinstated", "class": slo_class(context.slo),
         }  # fmt: skip
-        if context.program is not None:
-            event["program"] = context.program.program_id
+        if isinstance(context.slo, ProgramCall):
+            event["program"] = context.slo.program_id
         if not context.is_relegated:
             event |= applied_targets_ms(context.slo)
         return b": tempo " + json.dumps(event).encode() + b"\n\n"
@@ -453,7 +454,8 @@ class _Exchange:
         ticket = context.program
         if ticket is not None:
             headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
-            if context.is_relegated:
+            # A call with targets of its own says the same of its program, and by itself whether it meets those.
+            if context.is_relegated if isinstance(context.slo, ProgramCall) else ticket.is_relegated:
                 headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 

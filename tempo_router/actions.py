@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tempo_router.request import DispatchId, ProgramCall, ReplicaId, RequestId, Slo
+from tempo_router.request import DispatchId, ProgramId, ReplicaId, RequestId, Slo
 from tempo_router.standing import UNRANKED, Standing
 
 
@@ -103,13 +103,14 @@ class Retarget:
 
 @dataclass(frozen=True, slots=True)
 class Redate:
-    """The deadline of a request's program moved: its owner judges it by this target, and it has a chance again.
+    """The deadline of a request's program moved: its owner judges it by this one, and it has a chance again.
 
-    slo: counted from the request's own arrival.
+    deadline_s: on the router's clock.
     """
 
     request_id: RequestId
-    slo: ProgramCall
+    program_id: ProgramId
+    deadline_s: float
 
 
 Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget | Redate

@@ -136,9 +136,10 @@ class DecisionLog:
             case Retarget():
                 record.add(at_s, "retargeted", replica=action.replica_id, reason="its program's deadline moved")
             case Redate():
-                record.spec = replace(record.spec, slo=action.slo)
+                ttlt_s = action.deadline_s - record.spec.arrival_s
+                record.spec = replace(record.spec, slo=ProgramCall(action.program_id, ttlt_s))
                 why = "its program's deadline moved; it counts again if it had been given up"
-                record.add(at_s, "redated", ttlt_s=round(action.slo.ttlt_s, 3), reason=why)
+                record.add(at_s, "redated", ttlt_s=round(ttlt_s, 3), reason=why)
             case _:
                 assert_never(action)
 

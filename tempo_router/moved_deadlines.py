@@ -43,9 +43,9 @@ class MovedDeadlines:
             job.spec = _redated(job.spec, program)
             if self._plan is not None:
                 self._plan.retarget(job)
-            actions.append(Redate(job.spec.request_id, _target(program, job.spec)))
+            actions.append(Redate(job.spec.request_id, program.program_id, deadline_s))
             if isinstance(job, Call):
-                self._forgive_call(job, actions)
+                self._forgive_call(job, context, actions)
             else:
                 self._forgive(job, context)
         return True
@@ -71,10 +71,12 @@ class MovedDeadlines:
         if request.is_queued:
             self._line.queue.rekey(request, context)
 
-    def _forgive_call(self, call: Call, actions: list[Action]) -> None:
+    def _forgive_call(self, call: Call, context: Context, actions: list[Action]) -> None:
         if call.is_aborted or not call.is_relegated:
             return
         call.standing = call.standing._replace(is_relegated=False)
+        if not call.new_tokens:
+            self._timers.set_forgiven(call, context.pace, context.now_s)
         if call.replica.capacity.has_step_planner:
             cap_s = self._plan.step_cap_s if self._plan is not None else None
             actions.append(Retune(call.replica.replica_id, ((call.dispatch_id, call.standing),), cap_s))

@@ -249,6 +249,11 @@ class RouterCore:
         live = self._line.requests.get(request_id) or self._fleet.running.get(request_id)
         return None if live is None else live.spec
 
+    def is_relegated(self, request_id: RequestId) -> bool:
+        """Whether the request waits or runs, and can no longer meet its SLO."""
+        live = self._line.requests.get(request_id) or self._fleet.running.get(request_id)
+        return live is not None and live.is_relegated
+
     @property
     def is_idle(self) -> bool:
         """Nothing waits and nothing runs."""
@@ -299,7 +304,7 @@ class RouterCore:
             return "draining", None
         if self._fleet.kv_sizes and spec.context_tokens + 1 > self._fleet.kv_sizes[-1]:
             return "too_large", None
-        if self._config.hopeless == "refuse" and request.hopeless_at_s <= self._now_s:
+        if self._config.hopeless == "refuse" and self._is_beyond_help(request):
             return "deadline_impossible", None
         config = self._config
         is_full = (
@@ -314,8 +319,7 @@ class RouterCore:
         ahead_s = self._line.backlog.ahead_s(slo_class(spec.slo), self._policy.is_class_blind)
         takers = self._fleet.takers()
         wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
-        program = self._ledger.program(spec)
-        if request.hopeless_at_s <= self._now_s or (program is not None and program.is_lost):
+        if self._is_beyond_help(request):
             return Admit(spec.request_id, spec.attempt, wait_s, 0.0)
         if isinstance(spec.slo, BestEffort):
             return Admit(spec.request_id, spec.attempt, wait_s, 1.0)
@@ -326,6 +330,10 @@ class RouterCore:
         else:
             _, probability = expected_good(spec, request.lengths, pace, self._now_s + wait_s)
         return Admit(spec.request_id, spec.attempt, wait_s, probability)
+
+    def _is_beyond_help(self, request: WaitingRequest) -> bool:
+        program = self._ledger.program(request.spec)
+        return request.hopeless_at_s <= self._now_s or (program is not None and program.is_lost)
 
     def _begin_waiting(self, request: WaitingRequest, actions: list[Action]) -> None:
         spec = request.spec

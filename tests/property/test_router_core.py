@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import NamedTuple
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -189,8 +188,8 @@ class RouterMachine(RuleBasedStateMachine):
         assert redates.keys() - expired == program.live.keys()
         for request_id in redates.keys() - expired:
             spec = self.spec_of(request_id)
-            moved = replace(spec, slo=redates[request_id].slo)
-            assert moved.deadline_s == pytest.approx(deadline_s, abs=1e-2)
+            assert redates[request_id].deadline_s == deadline_s
+            moved = replace(spec, slo=replace(spec.slo, ttlt_s=deadline_s - spec.arrival_s))
             if is_heard and request_id in self.waiting:
                 self.waiting[request_id] = moved
             elif is_heard:

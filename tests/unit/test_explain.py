@@ -57,7 +57,7 @@ def test_a_request_whose_deadline_moved_is_explained_by_the_new_one():
     log = DecisionLog(10)
     name = arrived(log, "r", slo=ProgramCall(ProgramId("p"), 5.0))
     log.decided(Relegate(name), 12.0)
-    log.decided(Redate(name, ProgramCall(ProgramId("p"), 60.0)), 13.0)
+    log.decided(Redate(name, ProgramId("p"), 70.0), 13.0)
     log.ended(name, outcome(False, ttlt_s=61.0), 71.0)
     assert told(log, "r")[1:] == [(2.0, "relegated"), (3.0, "redated"), (61.0, "ended")]
     [shown] = [one.shown() for one in log.find("r", "")]

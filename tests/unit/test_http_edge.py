@@ -202,6 +202,7 @@ async def test_a_stream_of_a_program_tells_when_its_target_is_out_of_reach_and_w
         async def chunks():
             found = context()
             found.program = CallTicket("p", "c", 0, 1, "", 60.0)
+            found.slo = ProgramCall(ProgramId("p"), 60.0)
             found.report_verdict(ADMITTED)
             yield b'data: {"a": 1}\n\n'
             found.report_relegated()
@@ -223,6 +224,25 @@ async def test_a_stream_of_a_program_tells_when_its_target_is_out_of_reach_and_w
     assert news[1]["ttlt_ms"] == 90_000
     assert (news[-1]["class"], news[-1]["relegated"]) == ("program", False)
     assert [one for one in events if one.startswith("data")][3] == 'data: {"d": 4}'
+
+
+@pytest.mark.parametrize(
+    ("slo", "is_told"), [(ProgramCall(ProgramId("p"), 90.0), False), (Latency(2.0, 0.1), True), (BestEffort(), True)]
+)
+async def test_the_header_about_its_program_is_true_whatever_a_call_asks_for(slo, is_told):
+    """The program was relegated when the call began; its own deadline moved since, other targets are the call's own."""
+
+    async def answer(vllm, scope, receive, send):
+        found = context()
+        found.program = CallTicket("p", "c", 0, 1, "", -1.0, is_relegated=True)
+        found.slo, found.is_relegated = slo, False
+        found.report_verdict(ADMITTED)
+        found.report_outcome(MET)
+        await whole(send, {})
+
+    app, _ = edge(answer)
+    headers = (await post(app, {})).headers
+    assert ("x-tempo-program-relegated" in headers) is is_told
 
 
 @pytest.mark.parametrize("answer", [answer_refused_stream])

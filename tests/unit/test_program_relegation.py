@@ -2,7 +2,7 @@
 
 import pytest
 
-from tempo_router.actions import Abort, Expire, Relegate, Retune
+from tempo_router.actions import Abort, Expire, Reject, Relegate, Retune
 from tempo_router.events import ProgramRelegated, RunningCall, Ticked
 from tempo_router.request import DispatchId, ProgramCall, ProgramId, RequestId
 from tests.builders import CHAT, arrived, planned_replica, progressed, request, router
@@ -57,6 +57,15 @@ def test_a_call_that_crossed_with_the_relegation_is_relegated_too(policy):
     assert core.handle(ProgramRelegated(1.0, PROGRAM)) == [], "what is told twice changes nothing"
     told = core.handle(arrived("crossed", at_s=2.0, slo=ProgramCall(PROGRAM, 598.0)))
     assert [one.request_id for one in told if isinstance(one, Relegate)] == ["crossed"]
+    core.audit()
+
+
+def test_where_hopeless_work_is_refused_its_later_calls_are_refused_at_the_door():
+    core = router(hopeless="refuse")
+    calls_of(core, "before")
+    core.handle(ProgramRelegated(1.0, PROGRAM))
+    told = core.handle(arrived("later", at_s=2.0, slo=ProgramCall(PROGRAM, 598.0)))
+    assert told == [Reject(RequestId("later"), 0, "deadline_impossible", None)]
     core.audit()
 
 

@@ -36,8 +36,8 @@ def test_what_waits_and_what_runs_has_the_new_deadline(policy):
     told = [one.slo for one in actions if isinstance(one, Retarget)]
     assert told == [ProgramCall(PROGRAM, 60.0)], "counted from the running call's own arrival"
     assert deadline_of(core, "running") == deadline_of(core, "waiting") == pytest.approx(60.0)
-    heard = {one.request_id: one.slo for one in actions if isinstance(one, Redate)}
-    assert heard == {name: core.spec_of(RequestId(name)).slo for name in ("running", "waiting")}
+    heard = [one for one in actions if isinstance(one, Redate)]
+    assert heard == [Redate(RequestId(name), PROGRAM, 60.0) for name in ("running", "waiting")]
     assert core.spec_of(RequestId("other")).slo == CHAT
     core.audit()
 
@@ -62,11 +62,20 @@ def test_a_call_that_began_while_its_program_was_relegated_has_a_chance_too(poli
     assert [one.success_probability for one in told if isinstance(one, Admit)] == [0.0]
     assert Relegate(RequestId("late")) in told
     moved = core.handle(ProgramRetargeted(4.0, PROGRAM, 1200.0))
-    assert Redate(RequestId("late"), ProgramCall(PROGRAM, 1197.0)) in moved
+    assert Redate(RequestId("late"), PROGRAM, 1200.0) in moved
     core.handle(ReplicaLost(5.0, ReplicaId("gpu0")))
     core.handle(replace(attached("gpu1", at_s=6.0), capacity=replace(capacity(1), has_step_planner=True)))
     program = core.ledger.programs[PROGRAM]
     assert not any(job.is_relegated for job in program.live.values())
+    core.audit()
+
+
+def test_a_call_that_waits_in_its_engine_is_watched_again_once_it_is_forgiven():
+    core = router("gpu0", policy="fcfs", max_running=1)
+    core.handle(arrived("sent", slo=ProgramCall(PROGRAM, 600.0)))
+    core.handle(ProgramRelegated(1.0, PROGRAM))
+    core.handle(ProgramRetargeted(2.0, PROGRAM, 60.0))
+    assert Relegate(RequestId("sent")) in core.handle(Ticked(70.0))
     core.audit()
 
 

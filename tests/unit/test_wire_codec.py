@@ -58,14 +58,14 @@ def test_a_plan_survives_the_wire(known, cap_s):
 
 
 def test_news_of_targets_keep_their_order_when_messages_are_merged():
-    name, moved = RequestId("r"), ProgramCall(ProgramId("p"), 60.0)
-    merged = target_news(Relegate(name))
-    for one in (Redate(name, moved), Relegate(name)):
-        merged.MergeFrom(target_news(one))
+    name, program = RequestId("r"), ProgramId("p")
+    merged = target_news(Relegate(name), 100.0)
+    for one in (Redate(name, program, 160.0), Relegate(name)):
+        merged.MergeFrom(target_news(one, 100.0))
     read = wire.RouterToIngress.FromString(merged.SerializeToString())
-    assert [(news.request_id, redated_from_news(news)) for news in read.target_news] == [
-        ("r", None), ("r", moved), ("r", None)
-    ]  # fmt: skip
+    # It arrived 5 s ago on the reader's clock, and has 60 s left.
+    told = [(news.request_id, redated_from_news(news, 995.0, 1000.0)) for news in read.target_news]
+    assert told == [("r", None), ("r", ProgramCall(program, 65.0)), ("r", None)]
 
 
 def test_a_plan_with_a_column_that_is_too_short_is_refused():
