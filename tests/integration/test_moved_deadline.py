@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster.embedded_redis import start_embedded_redis
@@ -13,7 +14,7 @@ from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.program_ops import CreateProgram, ExtendProgram, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
-from tests.fleet import Fleet, call, eventually, submit
+from tests.fleet import Fleet, break_control_stream, call, eventually, submit
 
 pytestmark = pytest.mark.redis
 PROGRAM = "moved"
@@ -93,3 +94,49 @@ async def test_a_call_of_a_relegated_program_hears_of_more_time_and_so_does_a_ro
     assert [slo.ttlt_s for _, slo in client.redates[1:]] == pytest.approx([left_s] * (len(client.redates) - 1), abs=2.0)
     program = fleet.router._core.ledger.programs[ProgramId(PROGRAM)]
     assert not any(job.is_relegated for job in program.live.values())
+
+
+async def test_an_ingress_that_was_away_when_a_program_was_relegated_hears_of_it_when_it_is_back(fleet: Fleet) -> None:
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    await programs.ask(CreateProgram(PROGRAM, "", "research", time.time() + 300))
+    spec = call("running", output_tokens=2000, slo=ProgramCall(ProgramId(PROGRAM), 300.0))
+    await submit(client, spec)
+    await eventually(lambda: client.tokens.get(spec.request_id, 0) > 0, "it runs")
+
+    session = fleet.router._ingresses[client.link.ingress_id]
+    session.is_connected = False
+    desk = fleet.router.programs
+    desk._changed(desk.book.relegate(desk.book.of_tenant(PROGRAM, ""), time.time()))
+    assert fleet.router._core.is_relegated(spec.request_id)
+    assert client.relegations == [], "what was told meanwhile was lost"
+    await break_control_stream(client.link)
+    await eventually(lambda: client.relegations == [spec.request_id], "it hears of it")
+    assert client.redates == []
+
+
+async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router(fleet: Fleet) -> None:
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    began_s = time.time()
+    await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 0.2))
+    first = fleet.router.programs
+    await eventually(lambda: first.book.of_tenant(PROGRAM, "").status == "relegated", "the program is late")
+    await eventually(lambda: first.writer.waiting == 0, "and that is stored")
+    spec = call("late", output_tokens=2000, slo=ProgramCall(ProgramId(PROGRAM), began_s + 0.2 - time.time()))
+    await submit(client, spec)
+    await eventually(lambda: client.tokens.get(spec.request_id, 0) > 0, "it runs, late as it is")
+
+    first.writer.put = lambda *_, **__: None  # type: ignore[method-assign]
+    client.link.tell_programs("ExtendProgram", msgspec.json.encode(ExtendProgram(PROGRAM, "", began_s + 900)))
+    await eventually(lambda: len(client.redates) == 1, "the client hears of more time")
+    told = len(client.relegations)
+    await fleet.replace_router()
+    second = fleet.router.programs
+    await eventually(lambda: second.book.of_tenant(PROGRAM, "").status == "running", "the next router is asked again")
+    known = fleet.router._core.ledger.programs
+    await eventually(lambda: ProgramId(PROGRAM) in known, "it has the call")
+    await eventually(lambda: fleet.router._is_settled, "all is said")
+    program = known[ProgramId(PROGRAM)]
+    assert not program.is_lost
+    assert program.deadline_s - time.monotonic() == pytest.approx(began_s + 900 - time.time(), abs=1.0)
+    assert client.relegations[told:] == []
+    assert [slo.ttlt_s for _, slo in client.redates] == pytest.approx([900 - 0.5] * len(client.redates), abs=2.0)
