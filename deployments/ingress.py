@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from prometheus_client import REGISTRY
 from ray import serve
 
 from cluster.ingress_link import IngressLink
@@ -53,6 +54,7 @@ class IngressReplica:
             model_name=config.model_name,
             max_model_len=vllm_config.model_config.max_model_len,
             default_slo=config.tiers[config.default_tier].slo(),
+            metrics=own_metrics.RequestMetrics(REGISTRY),
         )
         self._link = IngressLink(
             serve.get_replica_context().replica_id.unique_id,

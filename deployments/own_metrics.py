@@ -1,10 +1,16 @@
-"""What `/metrics` says of Tempo, beside vLLM's own metrics: read from the ingress whenever someone scrapes."""
+"""What `/metrics` says of Tempo, beside vLLM's own metrics: of one ingress (README.md has the list)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from prometheus_client import REGISTRY, CollectorRegistry, Metric
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
+
+from tempo_router.metrics import Outcome
+from tempo_router.request import Slo, slo_class
+
+_TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+_TTLT_BUCKETS_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Replica(Protocol):
@@ -44,3 +50,60 @@ def export(
 ) -> None:
     """Serve them from now on, with the process's other metrics. Once per process."""
     registry.register(OwnMetrics(replicas, are_planned=are_planned))
+
+
+class RequestMetrics:
+    """Counts engine requests of this ingress by class: with `n` = 3 one HTTP request is three.
+
+    registry: where they are served from; None counts for nobody.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        by_class = ("slo_class",)
+        self._ended = Counter(
+            "tempo_requests",
+            "Requests that ended, by class and by what became of the target: met, missed, or none (best effort).",
+            ("slo_class", "target"), registry=registry,
+        )  # fmt: skip
+        self._refused = Counter(
+            "tempo_refused_requests", "Requests that were refused or expired, by reason.", ("slo_class", "reason"),
+            registry=registry,
+        )  # fmt: skip
+        self._relegated = Counter(
+            "tempo_relegated_requests", "Requests whose target came out of reach while they waited or ran.", by_class,
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "tempo_output_tokens",
+            "Answer tokens delivered, by what they were worth: good, late, or none (best effort).",
+            ("slo_class", "worth"), registry=registry,
+        )  # fmt: skip
+        self._ttft_s = Histogram(
+            "tempo_time_to_first_token_seconds", "From the arrival at the ingress.", by_class,
+            buckets=_TTFT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._ttlt_s = Histogram(
+            "tempo_time_to_last_token_seconds", "From the arrival at the ingress.", by_class,
+            buckets=_TTLT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+
+    def refused(self, slo: Slo, reason: str) -> None:
+        """The router did not take a request, or dropped it. reason: one of a closed set."""
+        self._refused.labels(slo_class(slo), reason).inc()
+
+    def relegated(self, slo: Slo) -> None:
+        """A request goes on without hope."""
+        self._relegated.labels(slo_class(slo)).inc()
+
+    def ended(self, outcome: Outcome) -> None:
+        """A request that was admitted ended, however."""
+        name = outcome.slo_class
+        target = "none" if outcome.is_met is None else "met" if outcome.is_met else "missed"
+        self._ended.labels(name, target).inc()
+        unjudged = outcome.output_tokens - outcome.good_tokens - outcome.late_tokens
+        for worth, tokens in (("good", outcome.good_tokens), ("late", outcome.late_tokens), ("none", unjudged)):
+            if tokens:
+                self._tokens.labels(name, worth).inc(tokens)
+        if outcome.ttft_s is not None and outcome.ttlt_s is not None:
+            self._ttft_s.labels(name).observe(outcome.ttft_s)
+            self._ttlt_s.labels(name).observe(outcome.ttlt_s)

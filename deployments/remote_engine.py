@@ -24,6 +24,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cluster import wire_pb2 as wire
 from cluster.ingress_link import IngressLink
 from cluster.ingress_link import Verdict as LinkVerdict
+from deployments.own_metrics import RequestMetrics
 from deployments.prefix_growth import SharedPrefixes
 from deployments.request_context import (
     AdmissionRejected,
@@ -48,7 +49,7 @@ MAX_FRUITLESS_ATTEMPTS = 5
 class OpenCall:
     """One engine request and what of its answer the ingress has seen.
 
-    fruitless_attempts: how many in a row were lost without a token.
+    fruitless_attempts: how many in a row were lost without a token. is_relegated: it was told so last.
     """
 
     request: EngineCoreRequest
@@ -57,6 +58,7 @@ class OpenCall:
     context: RequestContext | None
     tokens: list[int] = field(default_factory=list)
     fruitless_attempts: int = 0
+    is_relegated: bool = False
 
 
 @dataclass(slots=True)
@@ -74,13 +76,16 @@ class RemoteEngine(AsyncMPClient):
     default_slo: for requests that come in without an HTTP request around them.
     """
 
-    def __init__(self, *, model_name: str, max_model_len: int, default_slo: Slo) -> None:
+    def __init__(
+        self, *, model_name: str, max_model_len: int, default_slo: Slo, metrics: RequestMetrics | None = None
+    ) -> None:
         self.resources = _Resources()
         self.engine_ranks_managed = [0]
         self.link: IngressLink | None = None
         self._model_name = model_name
         self._max_model_len = max_model_len
         self._default_slo = default_slo
+        self._metrics = metrics if metrics is not None else RequestMetrics()
         self._supported_tasks: tuple[str, ...] = ()
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._calls: dict[RequestId, OpenCall] = {}
@@ -146,6 +151,7 @@ class RemoteEngine(AsyncMPClient):
         if context is not None:
             context.report_verdict(answer)
         if not answer.is_admitted:
+            self._metrics.refused(spec.slo, str(answer.reject_reason))
             self._forget_refused(spec)
             raise AdmissionRejected(answer)
 
@@ -295,7 +301,12 @@ class RemoteEngine(AsyncMPClient):
     def relegated(self, request_id: RequestId) -> None:
         """The SLO is out of reach; the request goes on as best effort."""
         call = self._calls.get(request_id)
-        if call is not None and call.context is not None:
+        if call is None:
+            return
+        if not call.is_relegated:
+            call.is_relegated = True
+            self._metrics.relegated(call.spec.slo)
+        if call.context is not None:
             call.context.report_relegated()
 
     def redated(self, request_id: RequestId, slo: ProgramCall) -> None:
@@ -303,6 +314,7 @@ class RemoteEngine(AsyncMPClient):
         call = self._calls.get(request_id)
         if call is not None:
             call.spec = replace(call.spec, slo=slo)
+            call.is_relegated = False
             call.tracker.redated(slo)
             if call.context is not None:
                 call.context.report_redated(slo)
@@ -311,6 +323,7 @@ class RemoteEngine(AsyncMPClient):
         """The router dropped a request that could no longer meet its SLO."""
         call = self._calls.get(request_id)
         if call is not None:
+            self._metrics.refused(call.spec.slo, "expired")
             message = "the request waited so long that its SLO can no longer be met; the server is overloaded"
             self._fail(call, RequestFailure("slo_expired", message, 504))
 
@@ -338,6 +351,7 @@ class RemoteEngine(AsyncMPClient):
     def _report_outcome(self, call: OpenCall, *, completed: bool) -> None:
         outcome = call.tracker.finish(time.monotonic(), completed)
         self._live_link.report_outcome(call.spec.request_id, outcome)
+        self._metrics.ended(outcome)
         if call.context is not None:
             call.context.report_outcome(outcome, completed=completed)
 

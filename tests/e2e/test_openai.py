@@ -50,6 +50,20 @@ async def test_the_stream_is_exact_sse_and_ends_with_what_became_of_the_slo(serv
         json.loads(event.removeprefix("data: "))
 
 
+async def test_metrics_tell_what_became_of_requests(server: Served) -> None:
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 5, "ignore_eos": True, "slo": {"ttlt_ms": 60_000}}
+    ended = 'tempo_requests_total{slo_class="deadline",target="met"}'
+    async with httpx.AsyncClient(timeout=60, base_url=server.url) as http:
+
+        async def count() -> float:
+            lines = (await http.get("/metrics")).text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(ended))
+
+        before = await count()
+        assert (await http.post("/v1/chat/completions", json=body)).headers["x-tempo-slo-met"] == "true"
+        assert await count() == before + 1
+
+
 async def test_a_forced_tool_call_has_valid_arguments(client: openai.AsyncOpenAI) -> None:
     parameters = {
         "type": "object",

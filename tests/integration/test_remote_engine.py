@@ -1,20 +1,23 @@
 """vLLM's engine client over streams that are played: what it keeps of a request, and when it gives one up."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 
 from cluster import wire_pb2 as wire
 from cluster.ingress_link import Verdict
+from deployments.own_metrics import RequestMetrics
 from deployments.remote_engine import MAX_FRUITLESS_ATTEMPTS, RemoteEngine
 from deployments.request_context import AdmissionRejected, RequestContext, bound_request
 from tempo_router.errors import RouterUnavailableError
 from tempo_router.metrics import Outcome
-from tempo_router.request import BestEffort, RequestId, RequestSpec
+from tempo_router.request import BestEffort, ProgramCall, ProgramId, RequestId, RequestSpec
 
 pytestmark = pytest.mark.vllm
 
@@ -138,6 +141,30 @@ async def test_a_request_that_makes_progress_outlives_any_number_of_workers(
         engine.attempt_lost(RequestId("r"))
     assert [spec.generated_tokens for spec in link.resubmitted] == list(range(1, 3 * MAX_FRUITLESS_ATTEMPTS + 1))
     assert engine.open_calls == 1
+
+
+async def test_a_request_that_is_given_up_and_forgiven_counts_once_each_time(link: PlayedLink) -> None:
+    """What a router tells twice is counted once; the answer is judged by the deadline that it was told last."""
+    registry = CollectorRegistry()
+    engine = RemoteEngine(model_name="m", max_model_len=100, default_slo=BestEffort(), metrics=RequestMetrics(registry))
+    engine.attach(link, wire.EngineFacts(max_model_len=100))  # type: ignore[arg-type]
+    name, late, moved = RequestId("r"), ProgramCall(ProgramId("p"), -1.0), ProgramCall(ProgramId("p"), 1e9)
+    with bound_request(replace(context(), slo=late)) as http:
+        await engine.add_request_async(request(name))
+    relegated = {"slo_class": "program"}
+    for is_known in (False, True):
+        engine.relegated(name)
+        assert registry.get_sample_value("tempo_relegated_requests_total", relegated) == 1, f"told twice: {is_known}"
+    assert http.is_relegated
+    engine.redated(name, moved)
+    assert not http.is_relegated
+    assert http.slo == moved
+    engine.relegated(name)
+    assert registry.get_sample_value("tempo_relegated_requests_total", relegated) == 2
+    engine.redated(name, moved)
+    last = wire.TokenDelta(request_id=name, token_ids=[9], finish_reason="stop")
+    engine.frame_received("w", wire.WorkerToIngress(deltas=[last]))
+    assert registry.get_sample_value("tempo_requests_total", {"slo_class": "program", "target": "met"}) == 1
 
 
 async def test_a_prompt_shares_its_beginning_only_with_prompts_of_the_same_adapter(
