@@ -142,7 +142,7 @@ def _serve(options: argparse.Namespace) -> int:
     left = descendants.end_descendants(grace_s=5.0)
     if left and status == 0:
         print(f"tempo: ended what was left: {', '.join(left)}", file=sys.stderr)
-    print(f"tempo: stopped{'' if status == 0 else f', with status {status}'}")
+    print("tempo: stopped" if status == 0 else f"tempo: ended with status {status}")
     return status
 
 

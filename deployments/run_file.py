@@ -79,7 +79,7 @@ class RunFile:
     def _taken(self) -> str:
         run = self.read()
         who = f"process {run.pid}" if run is not None else "another process"
-        return f"{who} already serves from {self._path.parent}; stop it (`tempo down`) or choose another data_dir"
+        return f"{who} already serves from {self._path.parent}; stop it (`tempo down`) or add `--set data_dir=PATH`"
 
 
 def _try_lock(fd: int) -> bool:

@@ -94,13 +94,15 @@ def _serve(loaded: ConfigFile, run_file: RunFile, stop: threading.Event) -> None
     with _ray() as (ray_address, dashboard_url):
         _on_sigterm(stop)  # ray.init has put its own handler there
         run_file.write(Run(os.getppid(), url, dashboard_url, ray_address))
+        is_ready = False
         try:
             _deploy(loaded.deploy)
-            if _wait_until_ready(loaded.config.name, url, stop):
+            is_ready = _wait_until_ready(loaded.config.name, url, stop)
+            if is_ready:
                 print(_banner(loaded.config, url), flush=True)
                 stop.wait()
         finally:
-            _stop(loaded.config)
+            _stop(loaded.config, has_served=is_ready)
 
 
 @contextmanager
@@ -174,10 +176,9 @@ def _health(url: str) -> tuple[bool, str]:
         return False, ""
 
 
-def _stop(config: TempoConfig) -> None:
+def _stop(config: TempoConfig, *, has_served: bool) -> None:
     """Let running answers end, then take the application down; of a shared cluster nothing else."""
-    drained = asyncio.run(app.drain(config))
-    if not drained:
+    if has_served and not asyncio.run(app.drain(config)):
         print(f"tempo: some answers did not end within {config.ingress.drain_timeout_s:g} s", file=sys.stderr)
     if "RAY_ADDRESS" in os.environ:
         serve.delete(config.name)

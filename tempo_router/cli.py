@@ -368,7 +368,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"may be repeated (default: {default_policy}); of {', '.join(get_args(PolicyName))}",
     )
-    parser.add_argument("--objective", default="token", help="token, balanced, request or gain (default: token)")
+    parser.add_argument(
+        "--objective", default="balanced", help="token, balanced (as a service by default), request or gain"
+    )
     parser.add_argument(
         "--seed", dest="seeds", action="append", type=whole, help="0 (default): the trace as it is; else permuted"
     )

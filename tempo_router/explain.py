@@ -72,7 +72,10 @@ class Explanation:
             "prompt_tokens": spec.prompt_tokens,
             "prefix_tokens": spec.prefix_tokens,
             "max_output_tokens": spec.max_output_tokens,
-            "estimated_output_tokens": dict(zip(map(str, QUANTILES), self.output_quantiles, strict=True)),
+            "estimated_output_tokens": {
+                str(share): min(tokens, spec.max_output_tokens)
+                for share, tokens in zip(QUANTILES, self.output_quantiles, strict=True)
+            },
             "estimated_gpu_s": round(self.cost_s, 4),
             "density": round(self.density, 3),
             "decisions": self.decisions,
@@ -225,12 +228,13 @@ def missed_by_s(slo: Slo, outcome: Outcome) -> float | None:
 
 
 def _is_called(spec: RequestSpec, name: str) -> bool:
-    """vLLM's front end adds to the id in the response: an index of the prompt, and random digits."""
+    """vLLM's front end adds to an `x-request-id` the route before it, and an index of the prompt and random digits."""
     if name in (spec.call_id, spec.group_id):
         return True
     for known in (spec.request_id, spec.group_id):
-        if known.startswith(f"{name}-") and known.count("-") - name.count("-") <= _ADDED_PARTS:
-            return True
+        for said in (known, known.partition("-")[2]):
+            if said.startswith(f"{name}-") and said.count("-") - name.count("-") <= _ADDED_PARTS:
+                return True
     return False
 
 

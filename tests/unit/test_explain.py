@@ -100,6 +100,7 @@ def test_a_client_finds_its_request_by_the_id_of_its_response():
     arrived(log, "1_cmpl-x-99", group_id="cmpl-x-99", group_size=2)
     assert len(log.find("chatcmpl-abc", "")) == 1
     assert len(log.find("cmpl-x", "")) == 2
+    assert len(log.find("abc", "")) == 1, "the x-request-id that was sent"
     assert not log.find("chatcmpl", "")
     assert not log.find("chatcmpl-abc", "another tenant")
 
