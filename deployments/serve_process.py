@@ -144,16 +144,19 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
     """
     said = ""
     while not stop.wait(_POLL_S):
-        is_ready, reason = _health(url)
-        if is_ready:
-            return True
         status = serve.status().applications.get(name)
         if status is None:
             continue
         messages = [f"{key}: {each.message}" for key, each in status.deployments.items() if each.message]
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise TempoError(_why_failed(f"{name} could not start. {status.message}", messages))
-        if status.status == ApplicationStatus.RUNNING and reason not in ("", said):
+        if status.status != ApplicationStatus.RUNNING:
+            # Without a replica the proxy keeps who asks waiting, and logs each who gives up.
+            continue
+        is_ready, reason = _health(url)
+        if is_ready:
+            return True
+        if reason not in ("", said):
             said = reason
             print(f"tempo: not ready yet: {reason}", flush=True)
     return False
