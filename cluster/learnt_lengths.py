@@ -18,7 +18,7 @@ ANSWERS_SNAPSHOT = "answers"
 
 
 class LearntLengths:
-    """Of one router's life, which must be the newest to write. epoch: its number. Unreadable snapshots are left out."""
+    """Of one router's life. epoch: its number; only the newest can write. Snapshots that cannot be read are left out."""
 
     def __init__(self, store: RedisStore, epoch: int) -> None:
         self._store = store
@@ -38,7 +38,7 @@ class LearntLengths:
             return LengthHistograms(), None
         return lengths, snapshot
 
-    async def remind(self, estimates: LengthEstimates) -> None:
+    async def restore_answers(self, estimates: LengthEstimates) -> None:
         """Give the forest the answers that earlier lives have collected. Raises StoreUnavailableError."""
         saved = await self._store.load_snapshot(ANSWERS_SNAPSHOT)
         if saved is None:

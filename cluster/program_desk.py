@@ -38,7 +38,7 @@ from tempo_router.program_ops import (
     ProgramOp,
 )
 from tempo_router.program_view import Outlook, program_view, summary
-from tempo_router.request import ProgramId
+from tempo_router.request import ProgramCall, ProgramId, RequestSpec
 
 log = structlog.get_logger()
 
@@ -184,6 +184,8 @@ class ProgramDesk:
         """Relegate what is late and close what nobody will finish, now and then, until cancelled."""
         while True:
             await asyncio.sleep(SWEEP_S)
+            if self._deferred is not None:
+                continue  # What an earlier router was asked, and did not store, may give a program more time.
             now_s = self._epoch_s()
             self._changed(self.book.overdue(now_s))
             self._relegate_hopeless(now_s)
@@ -224,17 +226,38 @@ class ProgramDesk:
         if graph is not None:
             graph.answered(call_id, prompt_tokens, output_tokens)
 
-    def correct(self, program: Program) -> None:
-        """Tell the core what it does not know of a program: it has it from calls whose senders may not know either."""
-        graph = self.book.find(program.program_id)
+    def tell_core(self, program_id: ProgramId, program: Program | None) -> None:
+        """Tell the core what it does not know of a program: it has it from calls whose senders may not know either.
+
+        program: as the core knows it; None if it does not.
+        """
+        graph = self.book.find(program_id)
         if graph is None or graph.is_over or graph.deadline_s is None:
             return
+        now_s, deadline_s = self._deadline(graph.deadline_s)
+        if program is not None and abs(deadline_s - program.deadline_s) > STALE_DEADLINE_S:
+            self._handle(ProgramRetargeted(now_s, program_id, deadline_s))
+        if graph.status == "relegated" and not (program is not None and program.is_lost):
+            self._handle(ProgramRelegated(now_s, program_id))
+
+    def corrected(self, spec: RequestSpec) -> RequestSpec:
+        """A call of a program with the deadline that its program has now: its sender may have missed that it moved."""
+        graph = self.book.find(spec.slo.program_id) if isinstance(spec.slo, ProgramCall) else None
+        if graph is None or graph.is_over or graph.deadline_s is None or not isinstance(spec.slo, ProgramCall):
+            return spec
+        ttlt_s = self._deadline(graph.deadline_s)[1] - spec.arrival_s
+        is_stale = abs(ttlt_s - spec.slo.ttlt_s) > STALE_DEADLINE_S
+        return replace(spec, slo=ProgramCall(graph.program_id, ttlt_s)) if is_stale else spec
+
+    def is_cancelled(self, program_id: str) -> bool:
+        """Whether this program was cancelled, as far as is remembered."""
+        graph = self.book.find(program_id) if program_id else None
+        return graph is not None and graph.status == "cancelled"
+
+    def _deadline(self, deadline_epoch_s: float) -> tuple[float, float]:
+        """(now, a date), both on the monotonic clock."""
         now_s = time.monotonic()
-        deadline_s = now_s + graph.deadline_s - self._epoch_s()
-        if abs(deadline_s - program.deadline_s) > STALE_DEADLINE_S:
-            self._handle(ProgramRetargeted(now_s, program.program_id, deadline_s))
-        if graph.status == "relegated" and not program.is_lost:
-            self._handle(ProgramRelegated(now_s, program.program_id))
+        return now_s, now_s + deadline_epoch_s - self._epoch_s()
 
     # ---- what is asked ----
 

@@ -156,7 +156,7 @@ class RouterServer:
             self._estimates = LengthEstimates(
                 self._config.scheduling, drain=core.drain_samples, on_predicted=self.handle
             )
-            await learnt.remind(self._estimates)
+            await learnt.restore_answers(self._estimates)
         self._programs = self._open_desk()
         known = await self._programs.restore()
         if self._config.record_events is not None:
@@ -396,7 +396,7 @@ class RouterServer:
         self._is_settled = True
         self.programs.settled()
         for program in list(self._core.ledger.programs.values()):
-            self.programs.correct(program)
+            self.programs.tell_core(program.program_id, program)
         self.handle(Settled(time.monotonic()))
         self._announce_workers()
         for session in self._ingresses.values():
@@ -503,8 +503,10 @@ class RouterServer:
         Of the others it may have missed what became of their targets.
         """
         for spec in session.streaming:
+            if self._ends_with_its_program(spec):
+                continue
             if self._core.knows(spec.request_id, spec.attempt):
-                self._catch_up(spec)
+                self._tell_owner(spec)
             else:
                 eviction = wire.Eviction(request_id=spec.request_id, attempt=spec.attempt)
                 session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
@@ -552,41 +554,53 @@ class RouterServer:
             self._of_program.setdefault(spec.program_id, set()).add(spec.request_id)
 
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
-        spec = spec_from_header(submit.header, now_s)
+        spec = said = spec_from_header(submit.header, now_s)
         self._own(spec, session.ingress_id)
+        if self._ends_with_its_program(spec):
+            return
+        if self._is_settled:
+            # Before, what was asked of programs and not stored may still be said again.
+            spec = self.programs.corrected(said)
+            self._tell_core(spec)
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
-        if self._is_settled:
-            self._catch_up(spec)
+        self._tell_owner(said)
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
             self._payloads.pop(spec.request_id, None)
 
-    def _catch_up(self, said: RequestSpec) -> None:
-        """What became of a request's program, the core (it is new) or the request's owner (it was away) may not know.
+    def _tell_core(self, spec: RequestSpec) -> None:
+        """What became of a request's program, a core that is newer may not know."""
+        if isinstance(spec.slo, ProgramCall):
+            name = spec.slo.program_id
+            self.programs.tell_core(name, self._core.ledger.programs.get(name))
 
-        said: the request as somebody who has it described it. Not before all could say again what was not stored.
-        """
-        if not isinstance(said.slo, ProgramCall):
+    def _tell_owner(self, said: RequestSpec) -> None:
+        """What became of a request's target, its ingress may have missed while it was away. said: as it knows it."""
+        request_id, known = said.request_id, self._core.spec_of(said.request_id)
+        if known is None:
             return
-        program = self._core.ledger.programs.get(said.slo.program_id)
-        if program is not None:
-            self.programs.correct(program)
-        request_id = said.request_id
-        known = self._core.spec_of(request_id)
-        slo = known.slo if known is not None else None
-        if known is not None and isinstance(slo, ProgramCall):
-            now_s, deadline_s = time.monotonic(), known.arrival_s + slo.ttlt_s
+        now_s = time.monotonic()
+        if isinstance(known.slo, ProgramCall) and isinstance(said.slo, ProgramCall):
+            deadline_s = known.arrival_s + known.slo.ttlt_s
             if abs(deadline_s - said.arrival_s - said.slo.ttlt_s) > STALE_DEADLINE_S:
-                redate = Redate(request_id, slo.program_id, deadline_s)
+                redate = Redate(request_id, known.slo.program_id, deadline_s)
                 self._decisions.decided(redate, now_s)
                 self._tell(request_id, target_news(redate, now_s))
-            if self._core.is_relegated(request_id):
-                self._tell(request_id, target_news(Relegate(request_id), now_s))
+        if self._core.is_relegated(request_id):
+            self._tell(request_id, target_news(Relegate(request_id), now_s))
+
+    def _ends_with_its_program(self, spec: RequestSpec) -> bool:
+        """Whether a request's program was cancelled while its ingress was away; then that is told now."""
+        if not self.programs.is_cancelled(spec.program_id):
+            return False
+        self._tell(spec.request_id, wire.RouterToIngress(cancelled=[spec.request_id]))
+        self._cancel(spec.request_id)
+        return True
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
@@ -661,7 +675,7 @@ class RouterServer:
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
         if self._is_settled:
             for one in running:
-                self._catch_up(one.spec)
+                self._tell_core(one.spec)
         if hello.is_draining:
             self.handle(ReplicaDraining(now_s, worker.worker_id))
         log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))

@@ -363,7 +363,8 @@ class _Exchange:
             if self._is_flowing or self._is_closed or self._start is None:
                 return
             self._start["headers"] = [*self._start["headers"], *self._response_headers()]
-            self._is_told_relegated = self._context.is_relegated
+            # Of a call with targets of its own the headers say nothing of these.
+            self._is_told_relegated = self._context.is_relegated and isinstance(self._context.slo, ProgramCall)
             await self._send_to_client(self._start)
             while self._held:
                 await self._forward(self._held.pop(0))
@@ -454,8 +455,7 @@ class _Exchange:
         ticket = context.program
         if ticket is not None:
             headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
-            # A call with targets of its own says the same of its program, and by itself whether it meets those.
-            if context.is_relegated if isinstance(context.slo, ProgramCall) else ticket.is_relegated:
+            if _is_of_late_program(context):
                 headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 
@@ -492,6 +492,13 @@ class _Exchange:
         context = self._context
         summary = {"class": slo_class(context.slo), "tier": context.tier, **_ended(context)}
         return b": tempo " + json.dumps(summary).encode() + b"\n\n"
+
+
+def _is_of_late_program(context: RequestContext) -> bool:
+    """Whether the program cannot make its deadline; of a call with targets of its own, as it was when the call began."""
+    if isinstance(context.slo, ProgramCall):
+        return context.is_relegated
+    return context.program is not None and context.program.is_relegated
 
 
 def _retrieve(opener: asyncio.Task[None]) -> None:

@@ -122,7 +122,7 @@ def rejected(verdict: AdmissionVerdict) -> ApiError:
             message = "the queue is full; try again later"
             return ApiError(429, message, "rate_limit_error", "queue_full", retry_after_s=retry_after_s or 1.0)
         case "deadline_impossible":
-            message = "the deadline cannot be met, not even by an idle replica"
+            message = "the target, or the deadline of the request's program, cannot be met any more"
             return ApiError(503, message, "server_error", "deadline_impossible", retry_after_s=retry_after_s)
         case "too_large":
             message = "the prompt and its answer are larger than the KV cache of any replica"

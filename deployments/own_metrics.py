@@ -66,7 +66,8 @@ class RequestMetrics:
             ("slo_class", "target"), registry=registry,
         )  # fmt: skip
         self._refused = Counter(
-            "tempo_refused_requests", "Requests that were refused or expired, by reason.", ("slo_class", "reason"),
+            "tempo_refused_requests", "Of the ended ones, those that were refused or expired, by reason.",
+            ("slo_class", "reason"),
             registry=registry,
         )  # fmt: skip
         self._relegated = Counter(
@@ -83,7 +84,7 @@ class RequestMetrics:
             buckets=_TTFT_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self._ttlt_s = Histogram(
-            "tempo_time_to_last_token_seconds", "From the arrival at the ingress.", by_class,
+            "tempo_time_to_last_token_seconds", "From the arrival at the ingress, of whole answers.", by_class,
             buckets=_TTLT_BUCKETS_S, registry=registry,
         )  # fmt: skip
 
@@ -95,8 +96,8 @@ class RequestMetrics:
         """A request goes on without hope."""
         self._relegated.labels(slo_class(slo)).inc()
 
-    def ended(self, outcome: Outcome) -> None:
-        """A request that was admitted ended, however."""
+    def ended(self, outcome: Outcome, *, completed: bool) -> None:
+        """A request ended, however. completed: its answer came to its own end."""
         name = outcome.slo_class
         target = "none" if outcome.is_met is None else "met" if outcome.is_met else "missed"
         self._ended.labels(name, target).inc()
@@ -104,6 +105,7 @@ class RequestMetrics:
         for worth, tokens in (("good", outcome.good_tokens), ("late", outcome.late_tokens), ("none", unjudged)):
             if tokens:
                 self._tokens.labels(name, worth).inc(tokens)
-        if outcome.ttft_s is not None and outcome.ttlt_s is not None:
+        if outcome.ttft_s is not None:
             self._ttft_s.labels(name).observe(outcome.ttft_s)
+        if outcome.ttlt_s is not None and completed:
             self._ttlt_s.labels(name).observe(outcome.ttlt_s)

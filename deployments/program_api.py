@@ -96,23 +96,32 @@ class ProgramApi:
 
     async def view(self, given: str, tenant: str) -> Any:
         """All of a program."""
-        return await self._client.ask(ViewProgram(resolved_id(tenant, given), tenant))
+        return await self._ask_about(given, ViewProgram(resolved_id(tenant, given), tenant))
 
     async def extend(self, given: str, fields: Mapping[str, Any], tenant: str) -> Any:
         """Another deadline: fields are deadline_s or deadline."""
         deadline_s = self._deadline(fields)
         if deadline_s is None:
             raise ProgramError("invalid_program", "give deadline_s or deadline", "deadline_s")
-        return await self._client.ask(ExtendProgram(resolved_id(tenant, given), tenant, deadline_s))
+        return await self._ask_about(given, ExtendProgram(resolved_id(tenant, given), tenant, deadline_s))
 
     async def finish(self, given: str, tenant: str) -> Any:
         """No further call will come."""
-        return await self._client.ask(FinishProgram(resolved_id(tenant, given), tenant, _operation()))
+        return await self._ask_about(given, FinishProgram(resolved_id(tenant, given), tenant, _operation()))
 
     async def cancel(self, given: str, reason: str, tenant: str) -> Any:
         """Give it up, with all that runs."""
         op = CancelProgram(resolved_id(tenant, given), tenant, _operation(), reason or "cancelled by the client")
-        return await self._client.ask(op)
+        return await self._ask_about(given, op)
+
+    async def _ask_about(self, given: str, op: Any) -> Any:
+        """Errors call the program as the client does."""
+        try:
+            return await self._client.ask(op)
+        except ProgramError as error:
+            if error.code != "unknown_program":
+                raise
+            raise ProgramError(error.code, f"there is no program {given[:200]!r}", error.field) from None
 
     async def listed(self, tenant: str, filters: Mapping[str, str]) -> Any:
         """Programs of a tenant: filters are status, app, name, limit, after, as text."""
@@ -199,7 +208,8 @@ def _tenant(fields: Mapping[str, Any], tenant: str) -> str:
 def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name, "")
     if not isinstance(value, str) or len(value) > _MAX_NAME_CHARS or not value.isprintable():
-        raise ProgramError("invalid_program", f"must be text of at most {_MAX_NAME_CHARS} printable characters", name)
+        rule = f"must be text of at most {_MAX_NAME_CHARS} printable characters"
+        raise ProgramError("invalid_program", f"{name}: {rule}", name)
     return value
 
 
@@ -208,7 +218,7 @@ def _seconds(fields: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ProgramError("invalid_program", "must be a number of seconds above zero", name)
+        raise ProgramError("invalid_program", f"{name}={str(value)[:64]}: must be a number of seconds above zero", name)
     return float(value)
 
 

@@ -34,7 +34,7 @@ from deployments.request_context import (
     current_request,
 )
 from tempo_router.errors import RouterUnavailableError, TempoError
-from tempo_router.metrics import DeliveryTracker
+from tempo_router.metrics import DeliveryTracker, refused_outcome
 from tempo_router.request import GroupId, ProgramCall, RequestId, RequestSpec, Slo
 
 log = structlog.get_logger()
@@ -152,6 +152,7 @@ class RemoteEngine(AsyncMPClient):
             context.report_verdict(answer)
         if not answer.is_admitted:
             self._metrics.refused(spec.slo, str(answer.reject_reason))
+            self._metrics.ended(refused_outcome(spec.slo), completed=False)
             self._forget_refused(spec)
             raise AdmissionRejected(answer)
 
@@ -351,7 +352,7 @@ class RemoteEngine(AsyncMPClient):
     def _report_outcome(self, call: OpenCall, *, completed: bool) -> None:
         outcome = call.tracker.finish(time.monotonic(), completed)
         self._live_link.report_outcome(call.spec.request_id, outcome)
-        self._metrics.ended(outcome)
+        self._metrics.ended(outcome, completed=completed)
         if call.context is not None:
             call.context.report_outcome(outcome, completed=completed)
 

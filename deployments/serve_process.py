@@ -94,15 +94,13 @@ def _serve(loaded: ConfigFile, run_file: RunFile, stop: threading.Event) -> None
     with _ray() as (ray_address, dashboard_url):
         _on_sigterm(stop)  # ray.init has put its own handler there
         run_file.write(Run(os.getppid(), url, dashboard_url, ray_address))
-        is_ready = False
         try:
             _deploy(loaded.deploy)
-            is_ready = _wait_until_ready(loaded.config.name, url, stop)
-            if is_ready:
+            if _wait_until_ready(loaded.config.name, url, stop):
                 print(_banner(loaded.config, url), flush=True)
                 stop.wait()
         finally:
-            _stop(loaded.config, has_served=is_ready)
+            _stop(loaded.config)
 
 
 @contextmanager
@@ -150,8 +148,8 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
         messages = [f"{key}: {each.message}" for key, each in status.deployments.items() if each.message]
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise TempoError(_why_failed(f"{name} could not start. {status.message}", messages))
-        if status.status != ApplicationStatus.RUNNING:
-            # Without a replica the proxy keeps who asks waiting, and logs each who gives up.
+        if not _has_ingress(name):
+            # The proxy would keep who asks waiting, and log each who gives up.
             continue
         is_ready, reason = _health(url)
         if is_ready:
@@ -160,6 +158,13 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
             said = reason
             print(f"tempo: not ready yet: {reason}", flush=True)
     return False
+
+
+def _has_ingress(name: str) -> bool:
+    """Whether a replica of the ingress runs, so that requests may have been answered."""
+    status = serve.status().applications.get(name)
+    ingress = status.deployments.get("ingress") if status is not None else None
+    return ingress is not None and ingress.replica_states.get("RUNNING", 0) > 0
 
 
 def _why_failed(summary: str, messages: list[str]) -> str:
@@ -179,9 +184,9 @@ def _health(url: str) -> tuple[bool, str]:
         return False, ""
 
 
-def _stop(config: TempoConfig, *, has_served: bool) -> None:
+def _stop(config: TempoConfig) -> None:
     """Let running answers end, then take the application down; of a shared cluster nothing else."""
-    if has_served and not asyncio.run(app.drain(config)):
+    if _has_ingress(config.name) and not asyncio.run(app.drain(config)):
         print(f"tempo: some answers did not end within {config.ingress.drain_timeout_s:g} s", file=sys.stderr)
     if "RAY_ADDRESS" in os.environ:
         serve.delete(config.name)

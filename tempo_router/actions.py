@@ -22,7 +22,8 @@ class Admit:
 
 RejectReason = Literal["queue_full", "deadline_impossible", "too_large", "draining"]
 """queue_full: the bound on waiting requests or tokens is reached. deadline_impossible: not even an idle replica
-could meet it. too_large: no replica's KV cache could ever hold it. draining: the application is stopping."""
+could meet it, or its program cannot make its deadline. too_large: no replica's KV cache could ever hold it. draining:
+the application is stopping."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,11 +228,11 @@ def missed_by_s(slo: Slo, outcome: Outcome) -> float | None:
 
 
 def _is_called(spec: RequestSpec, name: str) -> bool:
-    """vLLM's front end adds to an `x-request-id` the route before it, and an index of the prompt and random digits."""
+    """vLLM puts the kind of answer before an `x-request-id`, and behind it the index of a prompt and random digits."""
     if name in (spec.call_id, spec.group_id):
         return True
     for known in (spec.request_id, spec.group_id):
-        for said in (known, known.partition("-")[2]):
+        for said in (known, known.removeprefix("chatcmpl-"), known.removeprefix("cmpl-")):
             if said.startswith(f"{name}-") and said.count("-") - name.count("-") <= _ADDED_PARTS:
                 return True
     return False

@@ -36,8 +36,8 @@ class HopelessTimers:
         if not request.is_relegated:
             self._push(max(request.hopeless_at_s, now_s + _MIN_RECHECK_S), call)
 
-    def set_forgiven(self, call: Call, pace: Pace, now_s: float) -> None:
-        """A call that waits in its engine, and was beyond help, has time again."""
+    def set_again(self, call: Call, pace: Pace, now_s: float) -> None:
+        """A call that waits in its engine has another deadline."""
         self._push(max(hopeless_at_s(call.spec, call.lengths, pace), now_s + _MIN_RECHECK_S), call)
 
     def due(self, steps: StepTimeModel, now_s: float) -> list[WaitingRequest | Call]:

@@ -72,11 +72,14 @@ class MovedDeadlines:
             self._line.queue.rekey(request, context)
 
     def _forgive_call(self, call: Call, context: Context, actions: list[Action]) -> None:
-        if call.is_aborted or not call.is_relegated:
+        if call.is_aborted:
             return
+        was_relegated = call.is_relegated
         call.standing = call.standing._replace(is_relegated=False)
         if not call.new_tokens:
-            self._timers.set_forgiven(call, context.pace, context.now_s)
+            self._timers.set_again(call, context.pace, context.now_s)
+        if not was_relegated:
+            return
         if call.replica.capacity.has_step_planner:
             cap_s = self._plan.step_cap_s if self._plan is not None else None
             actions.append(Retune(call.replica.replica_id, ((call.dispatch_id, call.standing),), cap_s))

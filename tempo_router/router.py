@@ -36,7 +36,7 @@ from tempo_router.events import (
 from tempo_router.fleet import Fleet
 from tempo_router.groups import GroupBook
 from tempo_router.hopeless import HopelessTimers
-from tempo_router.ledger import Ledger
+from tempo_router.ledger import Ledger, Program
 from tempo_router.moved_deadlines import MovedDeadlines
 from tempo_router.outlook import least_s, outlook
 from tempo_router.plan_turns import PlanTurns
@@ -69,6 +69,7 @@ from tempo_router.waiting_line import WaitingLine
 _REFRESHED_PER_TICK = 32
 _MAX_ENDED_EARLY = 1024
 _MAX_SAMPLES = 4096
+_MAX_LOST_UNSEEN = 10_000
 _LEAST_PLAN_S = 0.02
 _PLAN_S_PER_JOB = 4e-5
 """An arrival waits no longer for its plan than this times what the last one looked at, ten times what that takes: a
@@ -128,6 +129,7 @@ class RouterCore:
         self._samples: deque[LengthSample] = deque(maxlen=_MAX_SAMPLES)
         self._steps = StepTimeModel()
         self._ended_early: dict[RequestId, tuple[RequestSpec, int]] = {}
+        self._lost_unseen: dict[ProgramId, None] = {}
         self._mean_length = _FIRST_MEAN_LENGTH
         self._now_s = float("-inf")
         self._next_ticket = 0
@@ -332,8 +334,23 @@ class RouterCore:
         return Admit(spec.request_id, spec.attempt, wait_s, probability)
 
     def _is_beyond_help(self, request: WaitingRequest) -> bool:
-        program = self._ledger.program(request.spec)
-        return request.hopeless_at_s <= self._now_s or (program is not None and program.is_lost)
+        return request.hopeless_at_s <= self._now_s or self._is_of_lost_program(request.spec)
+
+    def _is_of_lost_program(self, spec: RequestSpec) -> bool:
+        if not isinstance(spec.slo, ProgramCall):
+            return False
+        program = self._ledger.program(spec)
+        return program.is_lost if program is not None else spec.slo.program_id in self._lost_unseen
+
+    def _came(self, spec: RequestSpec) -> Program | None:
+        """The program of a call that the ledger has just been told of; its fate may have been told before it came."""
+        program = self._ledger.program(spec)
+        if program is not None:
+            if program.program_id in self._lost_unseen:
+                del self._lost_unseen[program.program_id]
+                program.is_lost = True
+            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
+        return program
 
     def _begin_waiting(self, request: WaitingRequest, actions: list[Action]) -> None:
         spec = request.spec
@@ -341,12 +358,10 @@ class RouterCore:
         before = self._ledger.program(spec)
         known_s = before.deadline_s if before is not None else None
         self._ledger.arrived(request)
-        program = self._ledger.program(spec)
+        program = self._came(spec)
         if program is not None and known_s is not None:
             self._moved.stated(program, known_s, actions)
         is_new = program is None or (program.done_calls == 0 and len(program.live) == 1)
-        if program is not None:
-            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
         request.cached_tokens = self._prefixes.cached_tokens(spec)
         if self._plan is not None:
             self._turns.enter(request, is_new=is_new)
@@ -407,13 +422,19 @@ class RouterCore:
             self._line.queue.rekey(request, self._context())
 
     def _on_program_finished(self, program_id: ProgramId, is_complete: bool) -> None:
+        self._lost_unseen.pop(program_id, None)
         program = self._ledger.program_ended(program_id, is_complete=is_complete)
         if program is not None:
             self._history.program_ended(program, is_complete=is_complete)
 
     def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
         program = self._ledger.programs.get(program_id)
-        if program is None or program.is_lost:
+        if program is None:
+            self._lost_unseen[program_id] = None
+            if len(self._lost_unseen) > _MAX_LOST_UNSEEN:
+                del self._lost_unseen[next(iter(self._lost_unseen))]
+            return
+        if program.is_lost:
             return
         program.is_lost = True
         for job in list(program.live.values()):
@@ -425,6 +446,7 @@ class RouterCore:
                 self._take_back(job, actions)
 
     def _on_program_retargeted(self, program_id: ProgramId, deadline_s: float, actions: list[Action]) -> None:
+        self._lost_unseen.pop(program_id, None)
         program = self._ledger.programs.get(program_id)
         if program is not None and self._moved.move(program, deadline_s, self._context(), actions):
             self._plan_at_s = self._now_s
@@ -464,9 +486,7 @@ class RouterCore:
         self._groups.entered(spec)
         self._groups.started(spec, replica.replica_id)
         self._ledger.arrived(call)
-        program = self._ledger.program(spec)
-        if program is not None:
-            self._history.call_came(program, spec.stage, spec.prompt_tokens, self._now_s)
+        program = self._came(spec)
         self._ledger.started(call, replica.replica_id, 0.0)
         if program is not None and program.is_lost:
             self._take_back(call, actions)

@@ -187,6 +187,15 @@ async def test_a_program_that_makes_no_sense_is_refused(http: httpx.AsyncClient,
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+async def test_a_program_that_is_not_there_is_called_as_its_client_called_it(http: httpx.AsyncClient) -> None:
+    for method, path in (("GET", ""), ("POST", "/finish"), ("POST", "/cancel")):
+        answer = await http.request(method, f"/v1/programs/nope{path}")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["message"]) == (
+            404, "unknown_program", "there is no program 'nope'"
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("headers", "status", "param"),
     [

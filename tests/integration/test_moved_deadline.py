@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
-from tempo_router.program_ops import CreateProgram, ExtendProgram, FinishProgram
+from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
 from tests.fleet import Fleet, break_control_stream, call, eventually, submit
 
@@ -140,3 +141,26 @@ async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router
     assert program.deadline_s - time.monotonic() == pytest.approx(began_s + 900 - time.time(), abs=1.0)
     assert client.relegations[told:] == []
     assert [slo.ttlt_s for _, slo in client.redates] == pytest.approx([900 - 0.5] * len(client.redates), abs=2.0)
+
+
+async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_cancelled(fleet: Fleet) -> None:
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    await programs.ask(CreateProgram(PROGRAM, "", "research", time.time() + 300))
+    slo = ProgramCall(ProgramId(PROGRAM), 300.0)
+    running, waiting = (
+        replace(call(name, output_tokens=2000, slo=slo), program_id=PROGRAM) for name in ("running", "waiting")
+    )
+    await submit(client, running)
+    await eventually(lambda: client.tokens.get(running.request_id, 0) > 0, "one runs")
+    await submit(client, waiting)
+
+    fleet.router._ingresses[client.link.ingress_id].is_connected = False
+    desk = fleet.router.programs
+    desk._changed(desk.book.apply(CancelProgram(PROGRAM, "", "cancel"), time.time())[1])
+    assert client.ended == {}, "what was told meanwhile was lost"
+    await break_control_stream(client.link)
+    await eventually(lambda: len(client.ended) == 2, "it hears of it")
+    assert set(client.ended.values()) == {"program cancelled"}
+    assert client.resumed == []
+    await eventually(lambda: fleet.router._core.is_idle, "nothing of it goes on")
+    assert not fleet.router._owners

@@ -40,10 +40,10 @@ def test_a_scrape_tells_of_the_replicas_of_its_moment():
 def test_what_became_of_requests_is_counted_by_class():
     registry = CollectorRegistry()
     metrics = RequestMetrics(registry)
-    metrics.ended(Outcome("latency", 0.25, 3.0, 10, 7, 3, 0.1, False))
-    metrics.ended(Outcome("latency", 0.15, 2.0, 5, 5, 0, 0.1, True))
-    metrics.ended(Outcome("best_effort", 4.0, 9.0, 20, 0, 0, 0.5, None))
-    metrics.ended(refused_outcome(TOOL))
+    metrics.ended(Outcome("latency", 0.25, 3.0, 10, 7, 3, 0.1, False), completed=True)
+    metrics.ended(Outcome("latency", 0.15, 2.0, 5, 5, 0, 0.1, True), completed=True)
+    metrics.ended(Outcome("best_effort", 4.0, 9.0, 20, 0, 0, 0.5, None), completed=False)
+    metrics.ended(refused_outcome(TOOL), completed=False)
     metrics.refused(TOOL, "expired")
     metrics.relegated(AGENT)
 
@@ -63,3 +63,5 @@ def test_what_became_of_requests_is_counted_by_class():
     assert value("tempo_time_to_first_token_seconds_bucket", slo_class="latency", le="0.2") == 1
     assert value("tempo_time_to_last_token_seconds_sum", slo_class="latency") == 5.0
     assert value("tempo_time_to_first_token_seconds_count", slo_class="deadline") is None, "it never had a token"
+    assert value("tempo_time_to_first_token_seconds_count", slo_class="best_effort") == 1
+    assert value("tempo_time_to_last_token_seconds_count", slo_class="best_effort") is None, "it was broken off"

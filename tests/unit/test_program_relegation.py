@@ -2,8 +2,8 @@
 
 import pytest
 
-from tempo_router.actions import Abort, Expire, Reject, Relegate, Retune
-from tempo_router.events import ProgramRelegated, RunningCall, Ticked
+from tempo_router.actions import Abort, Admit, Expire, Reject, Relegate, Retune
+from tempo_router.events import ProgramFinished, ProgramRelegated, ProgramRetargeted, RunningCall, Ticked
 from tempo_router.request import DispatchId, ProgramCall, ProgramId, RequestId
 from tests.builders import CHAT, arrived, planned_replica, progressed, request, router
 
@@ -81,5 +81,20 @@ def test_a_call_that_a_replica_brings_back_to_a_relegated_program_is_relegated_t
     core.audit()
 
 
-def test_a_program_that_is_not_known_is_nobodys_loss():
-    assert router("gpu0").handle(ProgramRelegated(1.0, PROGRAM)) == []
+@pytest.mark.parametrize(("hopeless", "told"), [("relegate", [Admit, Relegate]), ("refuse", [Reject])])
+def test_a_program_that_was_relegated_before_its_first_call_here_is_relegated_with_it(hopeless, told):
+    core = router(hopeless=hopeless)
+    assert core.handle(ProgramRelegated(1.0, PROGRAM)) == [], "nobody's loss yet"
+    actions = core.handle(arrived("first", at_s=2.0, slo=ProgramCall(PROGRAM, 598.0)))
+    assert [type(one) for one in actions] == told
+    core.audit()
+
+
+def test_more_time_before_its_first_call_and_the_end_of_a_program_undo_that():
+    for undo in (ProgramRetargeted(1.5, PROGRAM, 900.0), ProgramFinished(1.5, PROGRAM)):
+        core = router()
+        core.handle(ProgramRelegated(1.0, PROGRAM))
+        core.handle(undo)
+        [admit] = core.handle(arrived("first", at_s=2.0, slo=ProgramCall(PROGRAM, 598.0)))
+        assert isinstance(admit, Admit)
+        assert admit.success_probability > 0
