@@ -18,7 +18,7 @@ ANSWERS_SNAPSHOT = "answers"
 
 
 class LearntLengths:
-    """Of one router's life. epoch: its number; only the newest can write. Snapshots that cannot be read are left out."""
+    """Of one router's life. epoch: its number; only the newest can write. What cannot be read is learnt anew."""
 
     def __init__(self, store: RedisStore, epoch: int) -> None:
         self._store = store

@@ -495,7 +495,7 @@ class _Exchange:
 
 
 def _is_of_late_program(context: RequestContext) -> bool:
-    """Whether the program cannot make its deadline; of a call with targets of its own, as it was when the call began."""
+    """Whether the program cannot make its deadline; for own targets, as it was when the call began."""
     if isinstance(context.slo, ProgramCall):
         return context.is_relegated
     return context.program is not None and context.program.is_relegated
