@@ -164,7 +164,8 @@ def _has_ingress(name: str) -> bool:
     """Whether a replica of the ingress runs, so that requests may have been answered."""
     status = serve.status().applications.get(name)
     ingress = status.deployments.get("ingress") if status is not None else None
-    return ingress is not None and ingress.replica_states.get("RUNNING", 0) > 0
+    states = ingress.replica_states if ingress is not None else {}
+    return any(state.value == "RUNNING" and count > 0 for state, count in states.items())
 
 
 def _why_failed(summary: str, messages: list[str]) -> str:
