@@ -165,7 +165,8 @@ def _has_ingress(name: str) -> bool:
     status = serve.status().applications.get(name)
     ingress = status.deployments.get("ingress") if status is not None else None
     states = ingress.replica_states if ingress is not None else {}
-    return any(state.value == "RUNNING" and count > 0 for state, count in states.items())
+    # Typed as an enum, they are its values.
+    return any(state == "RUNNING" and count > 0 for state, count in states.items())
 
 
 def _why_failed(summary: str, messages: list[str]) -> str:
