@@ -222,4 +222,4 @@ async def test_a_programs_moved_deadline_reaches_the_engine_that_runs_its_call(s
             assert extended.status_code == 200, extended.text
             [record] = (await http.get("/v1/requests/moved/explain")).json()["requests"]
         await http.post(f"/v1/programs/{program}/cancel")
-    assert [one["what"] for one in record["decisions"]] == ["arrived", "queued", "dispatched", "retargeted"]
+    assert [one["what"] for one in record["decisions"]] == ["arrived", "queued", "dispatched", "retargeted", "redated"]
