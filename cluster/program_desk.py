@@ -242,8 +242,10 @@ class ProgramDesk:
 
     def corrected(self, spec: RequestSpec) -> RequestSpec:
         """A call of a program with the deadline that its program has now: its sender may have missed that it moved."""
-        graph = self.book.find(spec.slo.program_id) if isinstance(spec.slo, ProgramCall) else None
-        if graph is None or graph.is_over or graph.deadline_s is None or not isinstance(spec.slo, ProgramCall):
+        if not isinstance(spec.slo, ProgramCall):
+            return spec
+        graph = self.book.find(spec.slo.program_id)
+        if graph is None or graph.is_over or graph.deadline_s is None:
             return spec
         ttlt_s = self._deadline(graph.deadline_s)[1] - spec.arrival_s
         is_stale = abs(ttlt_s - spec.slo.ttlt_s) > STALE_DEADLINE_S
@@ -317,9 +319,8 @@ class ProgramDesk:
                 self._answer_unstored()
         self._changed(changes)
         if isinstance(op, ExtendProgram):
-            now_monotonic_s = time.monotonic()
-            deadline_s = now_monotonic_s + op.deadline_s - now_s
-            self._handle(ProgramRetargeted(now_monotonic_s, ProgramId(op.program_id), deadline_s))
+            now_here_s, deadline_s = self._deadline(op.deadline_s)
+            self._handle(ProgramRetargeted(now_here_s, ProgramId(op.program_id), deadline_s))
 
         def stored() -> None:
             self._unanswered.pop(message.op_id, None)

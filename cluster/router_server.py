@@ -564,10 +564,12 @@ class RouterServer:
             self._tell_core(spec)
         if submit.HasField("payload"):
             self._payloads[spec.request_id] = submit.payload
+        is_again = self._core.knows(spec.request_id, spec.attempt)
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
         self.handle(Arrived(now_s, spec))
-        self._tell_owner(said)
+        if is_again or spec is not said:
+            self._tell_owner(said)
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):

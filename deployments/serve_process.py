@@ -24,7 +24,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 
 from cluster.redis_store import RedisStore
 from deployments import app, descendants
@@ -148,7 +148,7 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
         messages = [f"{key}: {each.message}" for key, each in status.deployments.items() if each.message]
         if status.status == ApplicationStatus.DEPLOY_FAILED:
             raise TempoError(_why_failed(f"{name} could not start. {status.message}", messages))
-        if not _has_ingress(name):
+        if not _has_ingress(status):
             # The proxy would keep who asks waiting, and log each who gives up.
             continue
         is_ready, reason = _health(url)
@@ -160,9 +160,8 @@ def _wait_until_ready(name: str, url: str, stop: threading.Event) -> bool:
     return False
 
 
-def _has_ingress(name: str) -> bool:
-    """Whether a replica of the ingress runs, so that requests may have been answered."""
-    status = serve.status().applications.get(name)
+def _has_ingress(status: ApplicationStatusOverview | None) -> bool:
+    """Whether a replica of the ingress runs, so that requests may have been answered. status: of the application."""
     ingress = status.deployments.get("ingress") if status is not None else None
     states = ingress.replica_states if ingress is not None else {}
     # Typed as an enum, they are its values.
@@ -188,7 +187,7 @@ def _health(url: str) -> tuple[bool, str]:
 
 def _stop(config: TempoConfig) -> None:
     """Let running answers end, then take the application down; of a shared cluster nothing else."""
-    if _has_ingress(config.name) and not asyncio.run(app.drain(config)):
+    if _has_ingress(serve.status().applications.get(config.name)) and not asyncio.run(app.drain(config)):
         print(f"tempo: some answers did not end within {config.ingress.drain_timeout_s:g} s", file=sys.stderr)
     if "RAY_ADDRESS" in os.environ:
         serve.delete(config.name)
