@@ -389,7 +389,7 @@ class IngressLink:
             self._on_verdict(verdict)
         for eviction in message.evictions:
             request = self.open.get(RequestId(eviction.request_id))
-            if request is not None and request.spec.attempt == eviction.attempt:
+            if request is not None and request.spec.attempt == eviction.attempt and not _is_refused(request):
                 self._listener.attempt_lost(request.spec.request_id)
         self._targets_said(message)
         for request_id in message.expired:
@@ -499,8 +499,17 @@ class IngressLink:
         self._has_worker.set()
 
     def worker_lost(self, worker_id: str) -> None:
-        """Its stream broke: every request that it was answering goes on elsewhere. The router hears of it at once."""
-        self._to_router(wire.IngressToRouter(unreachable_workers=[worker_id]))
+        """Its stream broke: every request that it was answering goes on elsewhere. The router hears of it at once.
+
+        A whole answer may have been lost with the stream, of a request whose worker is not known here: the router says
+        which of those it has no more.
+        """
+        unserved = [
+            wire.Attempt(request_id=request.spec.request_id, attempt=request.spec.attempt)
+            for request in self.open.values()
+            if request.worker_id is None
+        ]
+        self._to_router(wire.IngressToRouter(unreachable_workers=[worker_id], unserved=unserved))
         lost = [request for request in self.open.values() if request.worker_id == worker_id]
         for request in lost:
             request.worker_id = None
@@ -509,6 +518,11 @@ class IngressLink:
     def _spawn(self, work: Any, name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
         self._tasks.add(task)
+
+
+def _is_refused(request: OpenRequest) -> bool:
+    """Whether its verdict has come and its submitter has not yet looked at it."""
+    return request.verdict.done() and not request.verdict.cancelled() and not request.verdict.result().is_admitted
 
 
 def _admit(request: OpenRequest) -> None:

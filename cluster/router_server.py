@@ -505,13 +505,18 @@ class RouterServer:
         for spec in session.streaming:
             if self._ends_with_its_program(spec):
                 continue
-            if self._core.knows(spec.request_id, spec.attempt):
+            if not self._evict_unknown(session, spec.request_id, spec.attempt):
                 self._tell_owner(spec)
-            else:
-                eviction = wire.Eviction(request_id=spec.request_id, attempt=spec.attempt)
-                session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
-                self._forget_if_gone(spec.request_id)
         session.streaming = []
+
+    def _evict_unknown(self, session: IngressSession, request_id: RequestId, attempt: int) -> bool:
+        """Have an attempt that neither waits nor runs submitted again. False if it does."""
+        if self._core.knows(request_id, attempt):
+            return False
+        eviction = wire.Eviction(request_id=request_id, attempt=attempt)
+        session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
+        self._forget_if_gone(request_id)
+        return True
 
     def _ingress_said(self, session: IngressSession, message: wire.IngressToRouter) -> None:
         # One message may hold what was sent as several. A worker is reported lost before its requests are submitted
@@ -525,6 +530,10 @@ class RouterServer:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
+        if self._is_settled:
+            # Its engine may have ended an answer whose frames broke with the stream: nobody runs it any more.
+            for one in message.unserved:
+                self._evict_unknown(session, RequestId(one.request_id), one.attempt)
         for outcome in message.outcomes:
             self._ended(RequestId(outcome.request_id), outcome_from_message(outcome), now_s)
 

@@ -390,6 +390,7 @@ class IngressToRouter(_message.Message):
     SUBMITS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_WORKERS_FIELD_NUMBER: _builtins.int
+    UNSERVED_FIELD_NUMBER: _builtins.int
     PROGRAM_OPS_FIELD_NUMBER: _builtins.int
     OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -403,6 +404,10 @@ class IngressToRouter(_message.Message):
     @_builtins.property
     def unreachable_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
+    def unserved(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
+        """with unreachable_workers: open, and no token came"""
+
+    @_builtins.property
     def program_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramOp]: ...
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]: ...
@@ -413,16 +418,39 @@ class IngressToRouter(_message.Message):
         submits: _abc.Iterable[Global___Submit] | None = ...,
         cancels: _abc.Iterable[Global___Cancel] | None = ...,
         unreachable_workers: _abc.Iterable[_builtins.str] | None = ...,
+        unserved: _abc.Iterable[Global___Attempt] | None = ...,
         program_ops: _abc.Iterable[Global___ProgramOp] | None = ...,
         outcomes: _abc.Iterable[Global___Outcome] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "outcomes", b"outcomes", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "outcomes", b"outcomes", "program_ops", b"program_ops", "submits", b"submits", "unreachable_workers", b"unreachable_workers", "unserved", b"unserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngressToRouter: _TypeAlias = IngressToRouter  # noqa: Y015
+
+@_typing.final
+class Attempt(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    attempt: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class RouterHello(_message.Message):

@@ -27,7 +27,7 @@ from tempo_router.errors import (
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
-from tests.fleet import WAIT_S, Fleet, break_control_stream, call, eventually, submit
+from tests.fleet import WAIT_S, Fleet, break_control_stream, break_token_streams, call, eventually, submit
 
 CONFIG = TempoConfig(
     engine=EngineConfig(
@@ -312,6 +312,24 @@ async def test_no_router_is_an_error_in_time_and_the_request_is_forgotten(fleet:
     with pytest.raises(RouterUnavailableError, match=r"within 0\.2 s"):
         await submit(client, call("nobody"))
     assert not client.link.open
+
+
+async def test_an_answer_that_was_lost_whole_with_its_stream_is_given_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine has ended it and the router forgot it, and its ingress never learnt which worker had it."""
+    await fleet.start()
+    client, worker = fleet.clients[0], next(iter(fleet.workers.values()))
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "_to_ingress", lambda *_: None)
+        await submit(client, call("lost", output_tokens=3))
+        await eventually(lambda: fleet.router._core.is_idle, "the router has it no more")
+    assert "lost" in client.link.open
+    break_token_streams(worker)
+    await eventually(lambda: client.ended.get(RequestId("lost")) == "length", "it is answered after all")
+    assert client.tokens[RequestId("lost")] == 3
+    assert client.resumed == ["lost"]
+    await eventually(fleet.is_empty, "nothing is left anywhere")
 
 
 async def test_learnt_lengths_survive_the_router(fleet: Fleet) -> None:
