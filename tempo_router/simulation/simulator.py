@@ -6,6 +6,7 @@ calls is refused or given up, the rest of the program is withdrawn.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -171,6 +172,7 @@ class _Run:
         self._sequence = 0
         self.events = 0
         self._agenda: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._untold: deque[Event] = deque()
         self._calls: dict[RequestId, tuple[_UnitRun, int]] = {}
         self._specs: dict[RequestId, RequestSpec] = {}
         self._dispatches: dict[DispatchId, tuple[_UnitRun, int]] = {}
@@ -354,8 +356,18 @@ class _Run:
         self._tell(Ticked(self._now_s))
 
     def _tell(self, event: Event) -> None:
-        for action in self._core.handle(event):
-            self._carry_out(action)
+        """Give the core an event and carry out what it decides.
+
+        What that leads to, such as the rest of a program being cancelled, is told once all of it is carried out: one
+        of the later actions may be about the same calls.
+        """
+        self._untold.append(event)
+        if len(self._untold) > 1:
+            return
+        while self._untold:
+            for action in self._core.handle(self._untold[0]):
+                self._carry_out(action)
+            self._untold.popleft()
 
     def _carry_out(self, action: Action) -> None:
         match action:

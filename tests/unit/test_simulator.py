@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tempo_router.actions import Action, Dispatch, Expire
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError
-from tempo_router.request import BestEffort, Deadline, Latency
+from tempo_router.events import Cancelled, Event
+from tempo_router.request import BestEffort, Deadline, Latency, RequestId
 from tempo_router.simulation import simulator
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.report import Report
@@ -261,3 +263,25 @@ def test_empty_hours_cost_no_events():
     assert [unit.status for unit in report.units] == ["finished", "finished"]
     assert report.duration_s > 1e8
     assert run.events < 1000
+
+
+def test_what_an_action_leads_to_waits_until_the_other_actions_are_carried_out(monkeypatch: pytest.MonkeyPatch):
+    """A call of a program expires and its sibling is sent, by one event: the sibling is sent, then cancelled."""
+    calls = (TraceCall("late", 500, 20), TraceCall("sibling", 50, 20))
+    trace = Trace("pair", (Unit("pair", 0.0, Deadline(30.0), calls),))
+    run = _Run(trace, setup("edf"), None)
+    handle, heard = run._core.handle, []
+
+    def with_an_end(event: Event) -> list[Action]:
+        heard.append(event)
+        actions = handle(event)
+        if any(isinstance(one, Dispatch) and one.request_id == "sibling" for one in actions):
+            actions = [*handle(Cancelled(event.at_s, RequestId("late"))), Expire(RequestId("late")), *actions]
+        return actions
+
+    monkeypatch.setattr(run._core, "handle", with_an_end)
+    report = run.run()
+
+    assert [unit.status for unit in report.units] == ["expired"]
+    assert [event.request_id for event in heard if isinstance(event, Cancelled)] == ["sibling"]
+    assert run._core.spec_of(RequestId("sibling")) is None, "the sibling runs on"
