@@ -188,10 +188,19 @@ def _variants(blank: Cell, policies: Sequence[str], objectives: Sequence[str], *
 
 def _traces(options: argparse.Namespace) -> list[Trace]:
     traces = [read_trace(path) for path in options.traces] or [generate(QUICK_WORKLOAD, seed=0)]
+    # What was made of a trace has a name of its own, or the report would take its rows for those of the trace.
     if options.window_s is not None:
-        traces = [transform.first_s(trace, options.window_s) for trace in traces]
+        traces = [
+            replace(transform.first_s(trace, options.window_s), name=f"{trace.name} first {options.window_s:g} s")
+            for trace in traces
+        ]
     if options.slo_scale != 1.0:
-        traces = [transform.with_slo_scale(trace, options.slo_scale) for trace in traces]
+        traces = [
+            replace(
+                transform.with_slo_scale(trace, options.slo_scale), name=f"{trace.name} targets x {options.slo_scale:g}"
+            )
+            for trace in traces
+        ]
     names = [trace.name for trace in traces]
     for name in names:
         if names.count(name) > 1:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tempo_router.errors import ConfigError
 from tempo_router.simulation.experiment import REFERENCE_SLOTS
 
 Row = Mapping[str, Any]
@@ -155,9 +156,19 @@ Lines = Mapping[Line, Mapping[int, Row]]
 
 
 def grouped(rows: Iterable[Row]) -> dict[Place, dict[Line, dict[int, Row]]]:
-    """Rows by place, line and seed, places in order; of two rows of the same cell the later one counts."""
+    """Rows by place, line and seed, places in order; of two rows of the same cell the later one counts.
+
+    Raises ConfigError where rows of one place are of two traces: their arrivals or targets are not the same.
+    """
     places: dict[Place, dict[Line, dict[int, Row]]] = {}
+    digests: dict[Place, str] = {}
     for row in rows:
+        place, digest = place_of(row), row["trace_digest"]
+        if digests.setdefault(place, digest) != digest:
+            raise ConfigError(
+                f"two different traces are called {place.trace!r} (digests {digests[place]} and {digest}); their rows"
+                " cannot be compared: render them in separate reports"
+            )
         places.setdefault(place_of(row), {}).setdefault(line_of(row), {})[row["seed"]] = row
     return {place: places[place] for place in sorted(places)}
 

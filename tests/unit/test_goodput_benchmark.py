@@ -257,6 +257,15 @@ def test_targets_can_be_multiples_of_what_units_take_alone_on_each_engine(trace_
     assert stretched[PROFILE, "tiny 2x unloaded"] == pytest.approx([3 * seconds for seconds in twice])
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(("--slo-scale", "0.5"), "tiny targets x 0.5"), (("--window-s", "6"), "tiny first 6 s"), ((), "tiny")],
+)
+def test_a_changed_trace_has_another_name_so_that_its_rows_are_told_apart(trace_path, tmp_path, change, name):
+    parsed = options(trace_path, tmp_path / "r.json", "--loads", "1.5", "--policies", "fcfs", *change)
+    assert {cell.trace.name for cell in goodput.plan_of(parsed).cells} == {name}
+
+
 class Recorder(ThreadPoolExecutor):
     """Notes in which order cells are run."""
 

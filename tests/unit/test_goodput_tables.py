@@ -21,6 +21,7 @@ from benchmarks.goodput_tables import (
     replicas_markdown,
     summary_csv,
 )
+from tempo_router.errors import ConfigError
 from tests.goodput_rows import full_rows, goodput_row, only_place
 
 PROFILE = "llama-3-8b:h100-80g:1"
@@ -266,3 +267,9 @@ def test_summary_has_one_line_for_each_policy_and_place():
     lines = summary_csv(rows).splitlines()
     assert len(lines) == 1 + sum(len(lines) for lines in grouped(rows).values())
     assert len({line.count(",") for line in lines}) == 1
+
+
+def test_rows_of_two_traces_with_one_name_are_refused():
+    rows = [goodput_row(seed=0), goodput_row(seed=1, trace_digest="fedcba9876543210")]
+    with pytest.raises(ConfigError, match=r"two different traces are called 'mixed' .*0123456789abcdef.*fedcba"):
+        grouped(rows)
