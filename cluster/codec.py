@@ -7,7 +7,7 @@ a request grows older by the transfer time that nobody counted (well under a mil
 from typing import assert_never
 
 from cluster import wire_pb2 as wire
-from tempo_router.actions import Redate, Relegate, Retune
+from tempo_router.actions import Admit, Redate, Reject, Relegate, Retune
 from tempo_router.events import CallFinished, Progressed, ReplicaCapacity, ReplicaLoad, StepReport
 from tempo_router.metrics import Outcome
 from tempo_router.request import (
@@ -80,6 +80,20 @@ def retarget_message(dispatch_id: int, slo: Slo) -> wire.Retarget:
     message = wire.Retarget(dispatch_id=dispatch_id)
     _write_slo(message, slo)
     return message
+
+
+def verdict_message(action: Admit | Reject) -> wire.RouterToIngress:
+    """Whether a request was taken in, as its ingress is told."""
+    verdict = wire.Verdict(request_id=action.request_id, attempt=action.attempt)
+    if isinstance(action, Admit):
+        verdict.is_admitted = True
+        verdict.expected_wait_s = action.expected_wait_s
+        verdict.success_probability = action.success_probability
+    else:
+        verdict.reject_reason = action.reason
+        if action.retry_after_s is not None:
+            verdict.retry_after_s = action.retry_after_s
+    return wire.RouterToIngress(verdicts=[verdict])
 
 
 def target_news(action: Relegate | Redate, now_s: float) -> wire.RouterToIngress:

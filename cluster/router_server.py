@@ -1,8 +1,8 @@
 """The router's shell: RouterCore behind gRPC.
 
 Messages become events, stamped with this process's clock; actions become messages. What the shell remembers beside the
-core is only what the core has no use for: who owns a request, which stream leads to whom, and payloads on their way to
-a worker. All of it comes back from the peers' hellos when the router is new.
+core is only what the core has no use for: which stream leads to whom, and whose the open requests are. All of it comes
+back from the peers' hellos when the router is new.
 """
 
 import asyncio
@@ -29,11 +29,13 @@ from cluster.codec import (
     retarget_message,
     spec_from_header,
     target_news,
+    verdict_message,
 )
 from cluster.event_recorder import EventRecorder
 from cluster.learnt_lengths import LearntLengths
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
+from cluster.open_requests import OpenRequests
 from cluster.outbox import Outbox
 from cluster.program_desk import STALE_DEADLINE_S, ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
@@ -125,20 +127,15 @@ class RouterServer:
         self._estimates: LengthEstimates | None = None
         self._ingresses: dict[str, IngressSession] = {}
         self._workers: dict[ReplicaId, WorkerSession] = {}
-        self._owners: dict[RequestId, str] = {}
-        self._payloads: dict[RequestId, wire.Payload] = {}
-        self._dispatched: dict[DispatchId, tuple[RequestId, ReplicaId]] = {}
+        self._open = OpenRequests()
         self._is_settled = False
         self._is_stopping = False
         self._programs: ProgramDesk | None = None
         self._patterns: PatternHistory | None = None
         self._decisions = DecisionLog(config.ingress.explained_requests)
         self._attainment = Attainment()
-        self._program_of: dict[RequestId, str] = {}
-        self._of_program: dict[str, set[RequestId]] = {}
         self._failure: Exception | None = None
         self._recorder: EventRecorder | None = None
-        self._empty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
 
@@ -213,11 +210,9 @@ class RouterServer:
         self.handle(DrainStarted(time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
-                while self._owners:
-                    self._empty.clear()
-                    await self._empty.wait()
+                await self._open.until_empty()
         except TimeoutError:
-            log.warning("drain_timed_out", open_requests=len(self._owners), timeout_s=timeout_s)
+            log.warning("drain_timed_out", open_requests=len(self._open), timeout_s=timeout_s)
             return False
         return True
 
@@ -250,9 +245,7 @@ class RouterServer:
         """Counts for logs, status pages and tests."""
         return {
             "epoch": self.epoch,
-            "open_requests": len(self._owners),
-            "payloads": len(self._payloads),
-            "dispatched": len(self._dispatched),
+            **self._open.counts(),
             "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
             "workers": list(self._workers),
             "programs": self._programs_snapshot(),
@@ -304,10 +297,10 @@ class RouterServer:
     def _carry_out(self, action: Action) -> None:  # noqa: C901  # one case per action
         match action:
             case Admit():
-                self._tell_verdict(action)
+                self._tell(action.request_id, verdict_message(action))
             case Reject():
-                self._tell_verdict(action)
-                self._forget(action.request_id)
+                self._tell(action.request_id, verdict_message(action))
+                self._open.forget(action.request_id)
             case Dispatch():
                 self._dispatch(action)
             case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
@@ -318,11 +311,11 @@ class RouterServer:
                 self._tell(action.request_id, target_news(action, time.monotonic()))
             case Expire(request_id=request_id):
                 self._tell(request_id, wire.RouterToIngress(expired=[request_id]))
-                self._forget(request_id)
+                self._open.forget(request_id)
             case Evict(request_id=request_id, attempt=attempt):
                 eviction = wire.Eviction(request_id=request_id, attempt=attempt)
                 self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
-                self._forget(request_id)
+                self._open.forget(request_id)
             case Retune(replica_id=replica_id):
                 worker = self._workers.get(replica_id)
                 if worker is not None:
@@ -334,59 +327,37 @@ class RouterServer:
             case _:
                 assert_never(action)
 
-    def _tell_verdict(self, action: Admit | Reject) -> None:
-        verdict = wire.Verdict(request_id=action.request_id, attempt=action.attempt)
-        if isinstance(action, Admit):
-            verdict.is_admitted = True
-            verdict.expected_wait_s = action.expected_wait_s
-            verdict.success_probability = action.success_probability
-        else:
-            verdict.reject_reason = action.reason
-            if action.retry_after_s is not None:
-                verdict.retry_after_s = action.retry_after_s
-        self._tell(action.request_id, wire.RouterToIngress(verdicts=[verdict]))
-
     def _tell(self, request_id: RequestId, message: wire.RouterToIngress) -> None:
         """Send to the owner. One that is away learns from the comparison of its next hello with what we know."""
-        session = self._ingresses.get(self._owners.get(request_id, ""))
+        session = self._ingresses.get(self._open.owner(request_id) or "")
         if session is not None and session.is_connected:
             session.outbox.merge(message)
 
     def _dispatch(self, action: Dispatch) -> None:
         worker = self._workers[action.replica_id]
-        spec = self._core.spec_of(action.request_id)
-        if spec is None:
-            raise RuntimeError(f"the core dispatched {action.request_id!r}, which it does not know")
+        spec, owner = self._core.spec_of(action.request_id), self._open.owner(action.request_id)
+        if spec is None or owner is None:
+            raise RuntimeError(
+                f"the core dispatched {action.request_id!r}, which {'it' if spec is None else 'nobody'} has"
+            )
         message = wire.Dispatch(
             dispatch_id=action.dispatch_id,
             header=header_from_spec(spec, time.monotonic()),
-            ingress_id=self._owners[action.request_id],
+            ingress_id=owner,
             priority=action.priority,
         )
         if worker.facts.has_step_planner:
             message.standing.CopyFrom(message_from_standing(action.standing))
             message.length_atoms.extend(self._core.lengths_of(action.request_id).atoms)
-        payload = self._payloads.pop(action.request_id, None)
+        payload = self._open.take_payload(action.request_id)
         if payload is not None:
             message.payload.CopyFrom(payload)
-        self._dispatched[action.dispatch_id] = (action.request_id, action.replica_id)
+        self._open.dispatched(action.dispatch_id, action.request_id, action.replica_id)
         worker.outbox.merge(wire.RouterToWorker(dispatches=[message]))
-
-    def _forget(self, request_id: RequestId) -> None:
-        self._owners.pop(request_id, None)
-        program_id = self._program_of.pop(request_id, None)
-        if program_id is not None:
-            members = self._of_program[program_id]
-            members.discard(request_id)
-            if not members:
-                del self._of_program[program_id]
-        self._payloads.pop(request_id, None)
-        if not self._owners:
-            self._empty.set()
 
     def _forget_if_gone(self, request_id: RequestId) -> None:
         if self._core.spec_of(request_id) is None:
-            self._forget(request_id)
+            self._open.forget(request_id)
 
     # ---- background ----
 
@@ -454,7 +425,7 @@ class RouterServer:
 
     def _cancel_program(self, program_id: str) -> None:
         """End all requests of a program; their ingresses tell the clients."""
-        for request_id in list(self._of_program.get(program_id, ())):
+        for request_id in self._open.of_program(program_id):
             self._tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
             self._cancel(request_id)
 
@@ -485,15 +456,14 @@ class RouterServer:
             session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for spec in session.streaming:
-            self._own(spec, session.ingress_id)
+            self._open.own(spec, session.ingress_id)
         if self._is_settled:
             self._compare_streams(session)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
         """What the ingress no longer has, it cancelled or finished while its stream was down."""
-        owned = [request_id for request_id, owner in self._owners.items() if owner == session.ingress_id]
-        for request_id in owned:
+        for request_id in self._open.of_ingress(session.ingress_id):
             if request_id not in listed:
                 self._cancel(request_id)
 
@@ -556,15 +526,9 @@ class RouterServer:
             "programs": self.programs.newest(asked.most, asked.tenant),
         }
 
-    def _own(self, spec: RequestSpec, ingress_id: str) -> None:
-        self._owners[spec.request_id] = ingress_id
-        if spec.program_id:
-            self._program_of[spec.request_id] = spec.program_id
-            self._of_program.setdefault(spec.program_id, set()).add(spec.request_id)
-
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = said = spec_from_header(submit.header, now_s)
-        self._own(spec, session.ingress_id)
+        self._open.own(spec, session.ingress_id)
         if self._ends_with_its_program(spec):
             return
         if self._is_settled:
@@ -572,7 +536,7 @@ class RouterServer:
             spec = self.programs.corrected(said)
             self._tell_core(spec)
         if submit.HasField("payload"):
-            self._payloads[spec.request_id] = submit.payload
+            self._open.keep_payload(spec.request_id, submit.payload)
         is_again = self._core.knows(spec.request_id, spec.attempt)
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
@@ -582,7 +546,7 @@ class RouterServer:
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
-            self._payloads.pop(spec.request_id, None)
+            self._open.take_payload(spec.request_id)
 
     def _tell_core(self, spec: RequestSpec) -> None:
         """What became of a request's program, a core that is newer may not know."""
@@ -615,14 +579,13 @@ class RouterServer:
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
-        self._forget(request_id)
+        self._open.forget(request_id)
 
     def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
         """This ingress lost its tokens from that worker: what it had there goes on elsewhere, at once."""
         lost = [
             CallFinished(dispatch_id, "lost", 0)
-            for dispatch_id, (request_id, where) in self._dispatched.items()
-            if where == worker_id and self._owners.get(request_id) == session.ingress_id
+            for dispatch_id in self._open.dispatches_between(session.ingress_id, worker_id)
         ]
         worker = self._workers.get(worker_id)
         if lost and worker is not None:
@@ -675,13 +638,13 @@ class RouterServer:
         worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts, load)
         worker.outbox.put(wire.RouterToWorker(hello=wire.RouterHello(epoch=self.epoch)))
         self._workers[worker.worker_id] = worker
-        self._forget_dispatches(worker.worker_id)
+        self._open.end_dispatches(worker.worker_id)
         running = []
         for call in hello.running:
             dispatch_id = DispatchId(call.dispatch_id)
             spec = spec_from_header(call.header, now_s)
-            self._own(spec, self._owners.get(spec.request_id, call.ingress_id))
-            self._dispatched[dispatch_id] = (spec.request_id, worker.worker_id)
+            self._open.own(spec, self._open.owner(spec.request_id) or call.ingress_id)
+            self._open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
         if self._is_settled:
@@ -698,11 +661,7 @@ class RouterServer:
         del self._workers[worker.worker_id]
         self._announce_workers()
         self.handle(ReplicaLost(time.monotonic(), worker.worker_id))
-        self._forget_dispatches(worker.worker_id)
-
-    def _forget_dispatches(self, worker_id: ReplicaId) -> None:
-        for dispatch_id in [known for known, (_, where) in self._dispatched.items() if where == worker_id]:
-            del self._dispatched[dispatch_id]
+        self._open.end_dispatches(worker.worker_id)
 
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
@@ -725,14 +684,14 @@ class RouterServer:
         for spec, tokens in answered:
             self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
-            known = self._dispatched.pop(finished.dispatch_id, None)
-            if known is not None:
-                self._forget_if_gone(known[0])
+            request_id = self._open.end_dispatch(finished.dispatch_id)
+            if request_id is not None:
+                self._forget_if_gone(request_id)
 
     def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
         """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
-        known = self._dispatched.get(dispatch_id)
-        spec = self._core.spec_of(known[0]) if known is not None else None
+        request_id = self._open.dispatched_as(dispatch_id)
+        spec = self._core.spec_of(request_id) if request_id is not None else None
         return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 
     async def _check_epoch(self, seen_epoch: int, context: Any) -> None:

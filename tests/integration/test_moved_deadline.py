@@ -163,4 +163,4 @@ async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_canc
     assert set(client.ended.values()) == {"program cancelled"}
     assert client.resumed == []
     await eventually(lambda: fleet.router._core.is_idle, "nothing of it goes on")
-    assert not fleet.router._owners
+    assert not fleet.router._open
