@@ -212,7 +212,7 @@ async def saturated_tokens_per_s(options: argparse.Namespace, store: RedisStore,
 async def run_program(service: Service, unit: Unit, *, way: str, deadline_s: float, stages: float) -> dict[str, Any]:
     """One program as its client lives it: stage by stage, until it is done or its deadline has passed."""
     began_s = time.monotonic()
-    programs = ProgramClient(service.answers.link)
+    programs = ProgramClient(service.answers.link.programs)
     is_known = way != "per call"
     if is_known:
         await programs.ask(CreateProgram(unit.unit_id, "", unit.app, time.time() + deadline_s))

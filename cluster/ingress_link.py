@@ -21,17 +21,13 @@ from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
 from cluster.codec import header_from_spec, message_from_outcome, redated_from_news
 from cluster.link import Link, RefusedError
+from cluster.program_questions import ROUTER_LOST, ProgramQuestions
 from tempo_router.config import TransportConfig
-from tempo_router.errors import ProgramError, RequestTooLargeError, RouterUnavailableError, TempoError
+from tempo_router.errors import RequestTooLargeError, RouterUnavailableError, TempoError
 from tempo_router.metrics import Outcome
 from tempo_router.request import ProgramCall, RequestId, RequestSpec
 
 log = structlog.get_logger()
-
-MOST_ASKED = 50_000
-"""Operations on programs that are kept for a later router, at most. Guessed."""
-
-ROUTER_LOST = "no router answered; the request was not taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +49,6 @@ class OpenRequest:
     payload: tuple[bytes, ...]
     verdict: asyncio.Future[Verdict]
     worker_id: str | None = None
-
-
-@dataclass(slots=True)
-class _Asked:
-    """An operation on programs. answer: None when nobody waits for one."""
-
-    message: wire.ProgramOp
-    answer: asyncio.Future[bytes] | None
-
-
-class GraphRunner(Protocol):
-    """Who runs declared graphs here. Called on the event loop; programs that are not run here are ignored."""
-
-    def tool_output(self, program_id: str, node: str, output: bytes) -> None:
-        """The output of a tool came, as JSON."""
-        ...
-
-    def program_over(self, program_id: str) -> None:
-        """The program was cancelled."""
-        ...
-
-
-class _NoGraphs:
-    def tool_output(self, program_id: str, node: str, output: bytes) -> None:
-        """Nobody waits for it."""
-
-    def program_over(self, program_id: str) -> None:
-        """Nobody minds."""
 
 
 class LinkListener(Protocol):
@@ -116,6 +84,7 @@ class IngressLink:
 
     locate_router: host:port of the current router; asked before each connection attempt.
     engine_version: what this ingress can decode; a vLLM worker of another version is refused.
+    programs: what is asked of the router about them.
     """
 
     def __init__(
@@ -142,9 +111,7 @@ class IngressLink:
             ends=_RouterEnds(self),
             transport=transport,
         )
-        self.graphs: GraphRunner = _NoGraphs()
-        self._asked: dict[str, _Asked] = {}
-        self._asked_ids = itertools.count(1)
+        self.programs = ProgramQuestions(ingress_id, send=self._router.send, wait_s=router_wait_s)
         self._workers: dict[str, _WorkerLink] = {}
         self._utility_ids = itertools.count(1)
         self._has_worker = asyncio.Event()
@@ -261,56 +228,6 @@ class IngressLink:
         self._abort_at(worker_id, attempt_id)
         return None
 
-    # ---- programs ----
-
-    async def ask_programs(self, kind: str, body: bytes) -> bytes:
-        """Have an operation on programs carried out and wait for its result, both JSON.
-
-        Raises ProgramError, or RouterUnavailableError when no router answers in time. What was sent is carried out
-        all the same when a router comes.
-        """
-        asked = self._ask(kind, body, asyncio.get_running_loop().create_future())
-        assert asked.answer is not None
-        try:
-            async with asyncio.timeout(self._router_wait_s):
-                return await asyncio.shield(asked.answer)
-        except TimeoutError:
-            raise RouterUnavailableError(f"{ROUTER_LOST} within {self._router_wait_s} s") from None
-
-    def tell_programs(self, kind: str, body: bytes) -> None:
-        """Have an operation carried out that nobody waits for; it is kept until it is stored."""
-        self._ask(kind, body, None)
-
-    @property
-    def unstored_operations(self) -> int:
-        """Operations on programs that a new router would be told again."""
-        return len(self._asked)
-
-    def _ask(self, kind: str, body: bytes, answer: "asyncio.Future[bytes] | None") -> _Asked:
-        message = wire.ProgramOp(op_id=f"{self.ingress_id}:{next(self._asked_ids)}", kind=kind, body=body)
-        asked = self._asked[message.op_id] = _Asked(message, answer)
-        if len(self._asked) > MOST_ASKED:
-            # A router that has been away for so long, or a Redis: the oldest news are of no use to anyone any more.
-            oldest = self._asked.pop(next(iter(self._asked)))
-            log.warning("program_news_dropped", kind=oldest.message.kind)
-        self._to_router(wire.IngressToRouter(program_ops=[message]))
-        return asked
-
-    def _on_program_answer(self, answer: wire.ProgramAnswer) -> None:
-        asked = self._asked.get(answer.op_id)
-        if asked is None:
-            return
-        if answer.is_stored:
-            del self._asked[answer.op_id]
-        if asked.answer is None or asked.answer.done():
-            return
-        if answer.error_code:
-            asked.answer.set_exception(ProgramError(answer.error_code, answer.error, answer.field))  # type: ignore[arg-type]
-            # Whoever asked may have left.
-            asked.answer.exception()
-        elif answer.HasField("result"):
-            asked.answer.set_result(answer.result)
-
     async def call_utility(self, call: bytes) -> list[tuple[bytes, ...]]:
         """Run an administrative call on every attached worker. Raises TempoError if there is none, or on a failure."""
         workers = [worker for worker in self._workers.values() if worker.link.is_open]
@@ -377,8 +294,7 @@ class IngressLink:
 
     def router_ready(self) -> None:
         """The stream is open: what waits goes to this router, oldest first, programs before their requests."""
-        for asked in self._asked.values():
-            self._to_router(wire.IngressToRouter(program_ops=[asked.message]))
+        self.programs.repeat()
         waiting = [request for request in self.open.values() if request.worker_id is None]
         for request in sorted(waiting, key=lambda request: request.spec.arrival_s):
             self._send_submit(request)
@@ -398,7 +314,7 @@ class IngressLink:
         for request_id in message.cancelled:
             if self.open.pop(RequestId(request_id), None) is not None:
                 self._listener.program_cancelled(RequestId(request_id))
-        self._programs_said(message)
+        self.programs.router_said(message)
         if message.HasField("workers"):
             self._set_workers(message.workers)
 
@@ -413,14 +329,6 @@ class IngressLink:
             else:
                 request.spec = replace(request.spec, slo=slo)
                 self._listener.redated(request.spec.request_id, slo)
-
-    def _programs_said(self, message: wire.RouterToIngress) -> None:
-        for answer in message.program_answers:
-            self._on_program_answer(answer)
-        for output in message.tool_outputs:
-            self.graphs.tool_output(output.program_id, output.node, output.output)
-        for program_id in message.programs_over:
-            self.graphs.program_over(program_id)
 
     def _on_verdict(self, verdict: wire.Verdict) -> None:
         request = self.open.get(RequestId(verdict.request_id))

@@ -74,7 +74,7 @@ class IngressReplica:
         app = await vllm_frontend.build_app(
             self._llm, model_name=config.model_name, model_path=model, frontend_kwargs=config.engine.frontend_kwargs
         )
-        self._programs = ProgramClient(self._link)
+        self._programs = ProgramClient(self._link.programs)
         self._edge = HttpEdge(
             app, config, not_ready_because=lambda: self._link.not_ready_because, programs=self._programs
         )

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cluster.ingress_link import GraphRunner
 from cluster.program_desk import ContinueResponse
+from cluster.program_questions import GraphRunner
 from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
 from tempo_router.program_graph import NewCall
@@ -18,7 +18,7 @@ _continued = msgspec.json.Decoder(tuple[str, str] | None)
 
 
 class ProgramLink(Protocol):
-    """What carries operations to the router (cluster.ingress_link.IngressLink).
+    """What carries operations to the router (cluster.program_questions.ProgramQuestions).
 
     graphs: who runs declared graphs here.
     """
@@ -30,11 +30,11 @@ class ProgramLink(Protocol):
         """Who asks."""
         ...
 
-    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+    async def ask(self, kind: str, body: bytes) -> bytes:
         """Carry out and wait for the result. Raises ProgramError, RouterUnavailableError."""
         ...
 
-    def tell_programs(self, kind: str, body: bytes) -> None:
+    def tell(self, kind: str, body: bytes) -> None:
         """Carry out, whenever."""
         ...
 
@@ -51,7 +51,7 @@ class ProgramClient:
 
     async def ask(self, op: Any) -> Any:
         """The result of an operation, decoded. Raises ProgramError, RouterUnavailableError."""
-        return msgspec.json.decode(await self._link.ask_programs(type(op).__name__, msgspec.json.encode(op)))
+        return msgspec.json.decode(await self._link.ask(type(op).__name__, msgspec.json.encode(op)))
 
     async def begin(self, identity: Identity, *, tenant: str, app: str, now_epoch_s: float) -> CallTicket:
         """A call begins: its place in its program. Raises ProgramError, RouterUnavailableError.
@@ -87,7 +87,7 @@ class ProgramClient:
             deadline_s=deadline_s,
         )
         try:
-            return _tickets.decode(await self._link.ask_programs("BeginCall", msgspec.json.encode(op)))
+            return _tickets.decode(await self._link.ask("BeginCall", msgspec.json.encode(op)))
         except ProgramError:
             raise
         except BaseException:
@@ -96,11 +96,11 @@ class ProgramClient:
 
     def end(self, op: EndCall) -> None:
         """A call ended; this is carried out even if the router is away now."""
-        self._link.tell_programs("EndCall", msgspec.json.encode(op))
+        self._link.tell("EndCall", msgspec.json.encode(op))
 
     async def _parent_of(self, identity: Identity, tenant: str) -> tuple[str, str] | None:
         op = ContinueResponse(tenant, identity.continues)
         found: tuple[str, str] | None = _continued.decode(
-            await self._link.ask_programs("ContinueResponse", msgspec.json.encode(op))
+            await self._link.ask("ContinueResponse", msgspec.json.encode(op))
         )
         return found

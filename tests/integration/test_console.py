@@ -44,7 +44,7 @@ class Console:
     def __init__(self, fleet: Fleet, url: str) -> None:
         self.fleet = fleet
         self.url = url
-        self.programs = ProgramClient(fleet.clients[0].link)
+        self.programs = ProgramClient(fleet.clients[0].link.programs)
 
     async def create(self, name: str, deadline_s: float, tenant: str = "t") -> None:
         await self.programs.ask(CreateProgram(name, tenant, "research", time.time() + deadline_s, name=name))
@@ -69,7 +69,7 @@ async def console(tmp_path: Path) -> AsyncIterator[Console]:
     await fleet.start(workers=2)
     link, port = fleet.clients[0].link, free_port()
     edge = HttpEdge(
-        nothing_else, CONFIG, not_ready_because=lambda: link.not_ready_because, programs=ProgramClient(link)
+        nothing_else, CONFIG, not_ready_because=lambda: link.not_ready_because, programs=ProgramClient(link.programs)
     )
     server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
     serving = asyncio.create_task(server.serve())

@@ -32,7 +32,7 @@ async def test_a_preemption_by_the_engine_is_told_to_who_asks(tmp_path: Path) ->
     await asyncio.gather(*(submit(client, spec) for spec in specs))
     await eventually(lambda: all(spec.request_id in client.ended for spec in specs), "all are answered")
 
-    programs = ProgramClient(client.link)
+    programs = ProgramClient(client.link.programs)
     told = {spec.request_id: (await programs.ask(ExplainRequest(spec.request_id, "")))[0] for spec in specs}
     preemptions = [one for record in told.values() for one in record["decisions"] if one["what"] == "preempted"]
     assert preemptions

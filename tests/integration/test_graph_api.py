@@ -48,7 +48,7 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Model
     fleet = Fleet(CONFIG, store)
     await fleet.start()
     model, port, link = Model(), free_port(), fleet.clients[0].link
-    edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=ProgramClient(link))
+    edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=ProgramClient(link.programs))
     server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
     serving = asyncio.create_task(server.serve())
     await eventually(lambda: server.started, "it is served")

@@ -74,7 +74,7 @@ async def handle(tmp_path: Path) -> AsyncIterator[LocalHandle]:
     store = await RedisStore.connect(redis.url, "handle")
     fleet = Fleet(CONFIG, store)
     await fleet.start()
-    programs = ProgramClient(fleet.clients[0].link)
+    programs = ProgramClient(fleet.clients[0].link.programs)
     yield LocalHandle(Replica(HttpEdge(Model(), CONFIG, not_ready_because=lambda: None, programs=programs)))
     await fleet.close()
     await store.close()

@@ -38,7 +38,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 async def test_only_another_deadline_moves_what_runs(fleet: Fleet) -> None:
-    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
     core = fleet.router._core
     began_s = time.time()
     await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 300))
@@ -68,7 +68,7 @@ async def test_only_another_deadline_moves_what_runs(fleet: Fleet) -> None:
 async def test_a_call_of_a_relegated_program_hears_of_more_time_and_so_does_a_router_that_did_not_see_it(
     fleet: Fleet,
 ) -> None:
-    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
     began_s = time.time()
     await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 0.2))
     book = fleet.router.programs.book
@@ -98,7 +98,7 @@ async def test_a_call_of_a_relegated_program_hears_of_more_time_and_so_does_a_ro
 
 
 async def test_an_ingress_that_was_away_when_a_program_was_relegated_hears_of_it_when_it_is_back(fleet: Fleet) -> None:
-    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
     await programs.ask(CreateProgram(PROGRAM, "", "research", time.time() + 300))
     spec = call("running", output_tokens=2000, slo=ProgramCall(ProgramId(PROGRAM), 300.0))
     await submit(client, spec)
@@ -116,7 +116,7 @@ async def test_an_ingress_that_was_away_when_a_program_was_relegated_hears_of_it
 
 
 async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router(fleet: Fleet) -> None:
-    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
     began_s = time.time()
     await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 0.2))
     first = fleet.router.programs
@@ -127,7 +127,7 @@ async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router
     await eventually(lambda: client.tokens.get(spec.request_id, 0) > 0, "it runs, late as it is")
 
     first.writer.put = lambda *_, **__: None  # type: ignore[method-assign]
-    client.link.tell_programs("ExtendProgram", msgspec.json.encode(ExtendProgram(PROGRAM, "", began_s + 900)))
+    client.link.programs.tell("ExtendProgram", msgspec.json.encode(ExtendProgram(PROGRAM, "", began_s + 900)))
     await eventually(lambda: len(client.redates) == 1, "the client hears of more time")
     told = len(client.relegations)
     await fleet.replace_router()
@@ -144,7 +144,7 @@ async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router
 
 
 async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_cancelled(fleet: Fleet) -> None:
-    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link)
+    client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
     await programs.ask(CreateProgram(PROGRAM, "", "research", time.time() + 300))
     slo = ProgramCall(ProgramId(PROGRAM), 300.0)
     running, waiting = (

@@ -70,7 +70,7 @@ class Killable:
                 self.gone.add(number)
                 await self.fleet.clients[number].link.stop()
         began_s = time.monotonic()
-        programs = ProgramClient(self.fleet.clients[self.ingresses[0]].link)
+        programs = ProgramClient(self.fleet.clients[self.ingresses[0]].link.programs)
         await programs.ask(CreateProgram(f"probe-{began_s}", "", "probe", time.time() + 600))
         self.recovery_s.append((kind, round(time.monotonic() - began_s, 3)))
 
@@ -135,7 +135,7 @@ class Life:
         """Whether it came to its end; not if its ingress was killed meanwhile, as a broken connection tells."""
         ingress = self.rng.choice(self.killable.ingresses)
         client = self.killable.fleet.clients[ingress]
-        asking = asyncio.ensure_future(ask(ProgramClient(client.link), client, tries))
+        asking = asyncio.ensure_future(ask(ProgramClient(client.link.programs), client, tries))
         while not asking.done() and ingress not in self.killable.gone:
             await asyncio.wait((asking,), timeout=0.1)
         if not asking.done():
@@ -202,7 +202,7 @@ async def test_every_program_ends_with_the_right_graph(
     desk = killable.fleet.router.programs
     await eventually(lambda: desk.writer.waiting == 0 and not desk.writer.is_away, "everything is stored")
     links = [killable.fleet.clients[number].link for number in killable.ingresses]
-    await eventually(lambda: not any(link.unstored_operations for link in links), "nobody keeps anything")
+    await eventually(lambda: not any(link.programs.unstored for link in links), "nobody keeps anything")
     store = ProgramStore(killable.store)
     for run in runs:
         graph = await store.load(run.program_id)

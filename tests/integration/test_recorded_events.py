@@ -83,7 +83,7 @@ async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path:
     client = fleet.clients[0]
     await asyncio.gather(*(run_stages(client, f"early-{number}", range(3)) for number in range(20)))
     await asyncio.gather(*(run_stages(client, f"long-{number}", range(1)) for number in range(6)))
-    await eventually(lambda: not client.link.unstored_operations, "all is stored")
+    await eventually(lambda: not client.link.programs.unstored, "all is stored")
     first = fleet.router
     await fleet.replace_router()
     assert first._recorder is not None
@@ -108,7 +108,7 @@ async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path:
 
 async def run_stages(client: Client, program_id: str, stages: range) -> None:
     """Some of a program's three stages, one call after another, and what is foretold of it after each."""
-    programs, rng = ProgramClient(client.link), random.Random(program_id)
+    programs, rng = ProgramClient(client.link.programs), random.Random(program_id)
     if not stages.start:
         await programs.ask(CreateProgram(program_id, "", "app", time.time() + 30))
     for stage in stages:

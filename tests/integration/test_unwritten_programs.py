@@ -73,7 +73,7 @@ class Outage:
         self.fleet = Fleet(CONFIG, self.store)
         await self.fleet.start()
         self.client = self.fleet.clients[0]
-        self.programs = ProgramClient(self.client.link)
+        self.programs = ProgramClient(self.client.link.programs)
         self.api = ProgramApi(self.programs, time.time)
 
     @property
@@ -97,7 +97,7 @@ class Outage:
     async def end_outage(self) -> None:
         self.redis = await asyncio.to_thread(start_embedded_redis, self.folder)
         await eventually(lambda: not self.writer.is_away and not self.writer.waiting, "all is written")
-        await eventually(lambda: not self.client.link.unstored_operations, "the ingress keeps nothing")
+        await eventually(lambda: not self.client.link.programs.unstored, "the ingress keeps nothing")
 
     async def post(self, fields: dict[str, Any]) -> tuple[int, Any]:
         return await self.api.answer("POST", "/v1/programs", b"", json.dumps(fields).encode(), "")

@@ -652,10 +652,10 @@ class NoRouter:
     ingress_id = "ingress"
     graphs: Any = None
 
-    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+    async def ask(self, kind: str, body: bytes) -> bytes:
         raise RouterUnavailableError("no router answered")
 
-    def tell_programs(self, kind: str, body: bytes) -> None:
+    def tell(self, kind: str, body: bytes) -> None:
         raise AssertionError("nothing began, so nothing ends")
 
 
@@ -676,14 +676,14 @@ async def test_without_a_router_a_call_of_a_program_is_refused_as_any_other():
 class Silent(NoRouter):
     """Nobody answers; what was asked may still be carried out, so its end is told, too."""
 
-    def tell_programs(self, kind: str, body: bytes) -> None:
+    def tell(self, kind: str, body: bytes) -> None:
         assert kind == "EndCall"
 
 
 class StoreAway(NoRouter):
     """Redis is away and too much waits for it."""
 
-    async def ask_programs(self, kind: str, body: bytes) -> bytes:
+    async def ask(self, kind: str, body: bytes) -> bytes:
         raise ProgramError("store_unavailable", "programs cannot be stored at the moment")
 
 
