@@ -1,8 +1,7 @@
-"""The HTTP edge around a small ASGI application that answers as vLLM's does: what is held, refused, added."""
+"""The HTTP edge around an application that answers as vLLM's does: what is held, refused, added."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,112 +12,25 @@ from deployments.program_client import ProgramClient
 from deployments.request_context import (
     AdmissionRejected,
     AdmissionVerdict,
-    RequestContext,
     RequestFailure,
     current_request,
 )
-from tempo_router.config import IngressConfig, TempoConfig
+from tempo_router.config import TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
-from tempo_router.metrics import Outcome
 from tempo_router.program_ops import CallTicket
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId
-
-CHAT = "/v1/chat/completions"
-ADMITTED = AdmissionVerdict(is_admitted=True, expected_wait_s=0.25, success_probability=0.9)
-QUEUE_FULL = AdmissionVerdict(is_admitted=False, reject_reason="queue_full", retry_after_s=2.3)
-MET = Outcome("latency", 0.1, 0.4, 4, 4, 0, 0.1, is_met=True)
-MISSED = Outcome("latency", 0.2, 0.9, 3, 1, 2, 0.5, is_met=False)
-
-Answer = Callable[["Vllm", dict[str, Any], Any, Any], Awaitable[None]]
-
-
-class Vllm:
-    """Stands for vLLM's application: remembers what reached it and answers as the test says."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-        self.bodies: list[Any] = []
-        self.contexts: list[RequestContext | None] = []
-        self.was_disconnected = False
-
-    async def __call__(self, scope, receive, send):
-        if scope["method"] == "POST":
-            message = await receive()
-            assert not message["more_body"]
-            declared = dict(scope["headers"]).get(b"content-length")
-            assert declared is None or int(declared) == len(message["body"])
-            self.bodies.append(message["body"])
-        self.contexts.append(current_request())
-        await self.answer(self, scope, receive, send)
-
-
-def context() -> RequestContext:
-    found = current_request()
-    assert found is not None
-    return found
-
-
-async def whole(send, fields: dict[str, Any], status: int = 200, headers=()) -> None:
-    body = json.dumps(fields).encode()
-    length = (b"content-length", str(len(body)).encode())
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(b"content-type", b"application/json"), length, *headers],
-        }
-    )
-    await send({"type": "http.response.body", "body": body})
-
-
-async def stream(send, chunks: AsyncIterator[bytes]) -> None:
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    async for chunk in chunks:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def answer_whole(vllm, scope, receive, send) -> None:
-    context().report_verdict(ADMITTED)
-    context().report_outcome(MET)
-    await whole(send, {"id": "1", "service_tier": None, "nested": {"service_tier": None}})
-
-
-async def answer_stream(vllm, scope, receive, send) -> None:
-    async def chunks():
-        context().report_verdict(ADMITTED)
-        yield b'data: {"a": 1}\n\n'
-        context().report_outcome(MET)
-        yield b'data: {"b": 2}\n\n'
-        yield b"data: [DONE]\n\n"
-
-    await stream(send, chunks())
-
-
-async def answer_refused_stream(vllm, scope, receive, send) -> None:
-    """As vLLM does: the stream has begun when the engine client raises, and the error becomes an event."""
-
-    async def chunks():
-        context().report_verdict(QUEUE_FULL)
-        yield b'data: {"error": {}}\n\n'
-        yield b"data: [DONE]\n\n"
-
-    await stream(send, chunks())
-
-
-def edge(answer: Answer = answer_whole, **ingress: Any) -> tuple[HttpEdge, Vllm]:
-    vllm = Vllm(answer)
-    config = TempoConfig(ingress=IngressConfig(**ingress))
-    return HttpEdge(vllm, config, not_ready_because=lambda: None, epoch_s=lambda: 1_800_000_000.0), vllm
-
-
-async def post(app: HttpEdge, fields: Any, path: str = CHAT, headers=None) -> httpx.Response:
-    content = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        response = await client.post(path, content=content, headers=headers)
-    assert app.open_requests == 0
-    return response
+from tests.http_edge import (
+    ADMITTED,
+    CHAT,
+    MET,
+    Vllm,
+    answer_whole,
+    context,
+    edge,
+    post,
+    scope_of,
+    whole,
+)
 
 
 async def test_a_whole_answer_carries_what_was_applied_and_how_it_ended():
@@ -156,76 +68,6 @@ async def test_the_context_holds_the_slo_while_the_application_runs_and_is_gone_
     assert current_request() is None
 
 
-async def test_a_stream_ends_with_a_comment_before_done_and_is_otherwise_untouched():
-    app, _ = edge(answer_stream)
-    response = await post(app, {"stream": True})
-    assert response.headers["x-tempo-tier"] == "chat"
-    assert (response.headers["x-tempo-ttft-ms"], response.headers["x-tempo-tbt-ms"]) == ("2000", "100")
-    assert "x-tempo-slo-met" not in response.headers
-    events = response.text.split("\n\n")
-    assert events[:2] == ['data: {"a": 1}', 'data: {"b": 2}']
-    assert events[3:] == ["data: [DONE]", ""]
-    assert json.loads(events[2].removeprefix(": tempo ")) == {
-        "class": "latency",
-        "tier": "chat",
-        "is_met": True,
-        "ttft_ms": 100.0,
-        "ttlt_ms": 400.0,
-        "output_tokens": 4,
-        "late_tokens": 0,
-        "relegated": False,
-    }
-
-
-async def test_a_stream_without_done_gets_the_comment_at_its_end():
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            context().report_relegated()
-            for outcome in (MET, MISSED):
-                context().report_outcome(outcome)
-            yield b"event: message_stop\ndata: {}\n\n"
-
-        await stream(send, chunks())
-
-    app, _ = edge(answer)
-    response = await post(app, {"stream": True}, path="/v1/messages")
-    assert response.text.startswith("event: message_stop\ndata: {}\n\n: tempo {")
-    ended = json.loads(response.text.split(": tempo ")[1])
-    assert (ended["is_met"], ended["relegated"], ended["output_tokens"], ended["ttlt_ms"]) == (False, True, 7, 900.0)
-
-
-async def test_a_stream_of_a_program_tells_when_its_target_is_out_of_reach_and_when_it_is_back():
-    moved = ProgramCall(ProgramId("p"), 90.0)
-
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            found = context()
-            found.program = CallTicket("p", "c", 0, 1, "", 60.0)
-            found.slo = ProgramCall(ProgramId("p"), 60.0)
-            found.report_verdict(ADMITTED)
-            yield b'data: {"a": 1}\n\n'
-            found.report_relegated()
-            yield b'data: {"b": 2}\n\n'
-            yield b'data: {"c": 3}\n\n'
-            found.report_redated(moved)
-            yield b'data: {"d": 4}\n\n'
-            found.report_outcome(MET)
-            yield b"data: [DONE]\n\n"
-
-        await stream(send, chunks())
-
-    app, _ = edge(answer)
-    events = (await post(app, {"stream": True})).text.split("\n\n")
-    news = [json.loads(one.removeprefix(": tempo ")) for one in events if one.startswith(": tempo ")]
-    assert [(one.get("event"), one.get("program")) for one in news] == [
-        ("relegated", "p"), ("reinstated", "p"), (None, None)
-    ]  # fmt: skip
-    assert news[1]["ttlt_ms"] == 90_000
-    assert (news[-1]["class"], news[-1]["relegated"]) == ("program", False)
-    assert [one for one in events if one.startswith("data")][3] == 'data: {"d": 4}'
-
-
 @pytest.mark.parametrize(
     ("slo", "is_told"), [(ProgramCall(ProgramId("p"), 90.0), False), (Latency(2.0, 0.1), True), (BestEffort(), True)]
 )
@@ -243,16 +85,6 @@ async def test_the_header_about_its_program_is_true_whatever_a_call_asks_for(slo
     app, _ = edge(answer)
     headers = (await post(app, {})).headers
     assert ("x-tempo-program-relegated" in headers) is is_told
-
-
-@pytest.mark.parametrize("answer", [answer_refused_stream])
-async def test_a_refused_stream_never_starts_with_200(answer):
-    app, _ = edge(answer)
-    response = await post(app, {"stream": True})
-    assert (response.status_code, response.headers["retry-after"]) == (429, "3")
-    assert response.headers["content-type"] == "application/json"
-    assert response.json()["error"]["code"] == "queue_full"
-    assert int(response.headers["content-length"]) == len(response.content)
 
 
 @pytest.mark.parametrize(
@@ -285,54 +117,6 @@ async def test_each_reason_of_refusal_has_its_status(reason, retry_after_s, stat
     assert ("access-control-allow-origin" in response.headers) is not is_raised
 
 
-async def test_the_start_of_a_stream_is_sent_on_admission_before_any_token():
-    """A client that waits long in the queue learns at once that it waits, and for how long."""
-    admitted, go_on = asyncio.Event(), asyncio.Event()
-    sent: list[dict[str, Any]] = []
-
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            await admitted.wait()
-            context().report_verdict(ADMITTED)
-            await go_on.wait()
-            yield b"data: [DONE]\n\n"
-
-        await stream(send, chunks())
-
-    started = asyncio.Event()
-
-    async def send(message):
-        sent.append(message)
-        started.set()
-
-    app, _ = edge(answer)
-    running = asyncio.create_task(app(*scope_of({"stream": True}), send))
-    await turns()
-    assert not sent
-    admitted.set()
-    await asyncio.wait_for(started.wait(), 5)
-    assert [message["type"] for message in sent] == ["http.response.start"]
-    go_on.set()
-    await asyncio.wait_for(running, 5)
-    assert b"".join(message.get("body", b"") for message in sent).endswith(b"data: [DONE]\n\n")
-
-
-async def test_a_stream_of_two_prompts_waits_for_both_verdicts():
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            yield b'data: {"a": 1}\n\n'
-            await turns()
-            context().report_verdict(QUEUE_FULL)
-            yield b'data: {"error": {}}\n\n'
-
-        await stream(send, chunks())
-
-    app, _ = edge(answer)
-    response = await post(app, {"stream": True, "prompt": ["a", "b"]}, path="/v1/completions")
-    assert response.status_code == 429
-
-
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [("a", 1), ([1, 2, 3], 1), (["a", "b"], 2), ([[1], [2], [3]], 3), ([], 1), (None, 1)],
@@ -344,24 +128,6 @@ async def test_prompts_are_counted(prompt, prompts):
     assert vllm.contexts[0].expected_groups == prompts
 
 
-async def test_a_failure_after_admission_is_named_in_a_stream_and_the_stream_ends_properly():
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            yield b'data: {"a": 1}\n\n'
-            context().report_failure(RequestFailure("worker_lost", "the worker was lost", 503))
-            yield b'data: {"error": {"message": "Internal server error"}}\n\n'
-            yield b"data: [DONE]\n\n"
-
-        await stream(send, chunks())
-
-    app, _ = edge(answer)
-    events = (await post(app, {"stream": True})).text.split("\n\n")
-    assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "worker_lost"
-    assert json.loads(events[2].removeprefix(": tempo "))["is_met"] is False
-    assert events[3] == "data: [DONE]"
-
-
 async def test_a_failure_of_a_whole_answer_gets_its_own_status():
     async def answer(vllm, scope, receive, send):
         context().report_verdict(ADMITTED)
@@ -370,20 +136,6 @@ async def test_a_failure_of_a_whole_answer_gets_its_own_status():
 
     response = await post(edge(answer)[0], {})
     assert (response.status_code, response.json()["error"]["code"]) == (504, "slo_expired")
-
-
-async def test_an_exception_in_a_running_stream_ends_it_with_an_error_event():
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            yield b'data: {"a": 1}\n\n'
-            raise RuntimeError("boom")
-
-        await stream(send, chunks())
-
-    events = (await post(edge(answer)[0], {"stream": True})).text.split("\n\n")
-    assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "internal_error"
-    assert events[-2] == "data: [DONE]"
 
 
 async def test_an_exception_before_any_answer_is_a_500_in_openais_shape():
@@ -498,72 +250,12 @@ async def test_more_requests_than_allowed_get_503():
     assert app.open_requests == 0
 
 
-async def test_the_disconnect_of_a_client_reaches_the_application_and_the_count_returns_to_zero():
-    async def answer(vllm, scope, receive, send):
-        vllm.was_disconnected = (await receive())["type"] == "http.disconnect"
-
-    app, vllm = edge(answer)
-    scope, receive = scope_of({"stream": True})
-    await app(scope, receive, ignore)
-    assert vllm.was_disconnected
-    assert app.open_requests == 0
-
-
-async def test_a_cancelled_request_leaves_nothing_behind():
-    entered = asyncio.Event()
-
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            entered.set()
-            await asyncio.Event().wait()
-            yield b""
-
-        await stream(send, chunks())
-
-    app, _ = edge(answer)
-    before = asyncio.all_tasks()
-    running = asyncio.create_task(app(*scope_of({"stream": True}), ignore))
-    await asyncio.wait_for(entered.wait(), 5)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    await turns()
-    assert (app.open_requests, asyncio.all_tasks()) == (0, before)
-
-
-async def test_a_client_that_leaves_while_sending_never_reaches_the_application():
-    app, vllm = edge()
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
-
-    async def receive():
-        return next(messages)
-
-    await app(scope_of({})[0], receive, ignore)
-    assert (vllm.bodies, app.open_requests) == ([], 0)
-
-
 async def test_service_tier_is_echoed_where_the_response_has_it():
     app, _ = edge()
     response = await post(app, {"service_tier": "priority"})
     assert response.json() == {"id": "1", "service_tier": "priority", "nested": {"service_tier": None}}
     assert response.headers["x-tempo-tier"] == "interactive"
     assert (await post(app, {})).json()["service_tier"] is None
-
-
-async def test_service_tier_is_echoed_in_the_events_of_the_responses_api():
-    async def answer(vllm, scope, receive, send):
-        async def chunks():
-            context().report_verdict(ADMITTED)
-            yield b'event: response.created\ndata: {"response":{"service_tier":"auto","id":"r"},"n":1}\n\n'
-            yield b'event: delta\ndata: {"delta":"\\"service_tier\\":"}\n\n'
-
-        await stream(send, chunks())
-
-    response = await post(edge(answer)[0], {"stream": True, "service_tier": "tool"}, path="/v1/responses")
-    events = response.text.split("\n\n")
-    assert events[0] == 'event: response.created\ndata: {"response":{"service_tier":"tool","id":"r"},"n":1}'
-    assert events[1] == 'event: delta\ndata: {"delta":"\\"service_tier\\":"}'
 
 
 async def test_other_paths_pass_untouched():
@@ -604,34 +296,6 @@ async def test_the_class_of_work_without_a_target_is_told_too():
     assert (response.headers["x-tempo-class"], response.headers["x-tempo-tier"]) == ("best_effort", "background")
     assert vllm.contexts[0] is not None
     assert vllm.contexts[0].slo == BestEffort()
-
-
-@pytest.mark.parametrize("stream_value", [True, 1, "true", "on"])
-async def test_a_stream_is_what_vllm_takes_for_one(stream_value):
-    app, vllm = edge()
-    await post(app, {"stream": stream_value, "slo": {"ttft_ms": 300}})
-    assert vllm.contexts[0] is not None
-    assert vllm.contexts[0].slo == Latency(0.3, 0.1)
-
-
-def scope_of(fields: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Awaitable[dict[str, Any]]]]:
-    messages = iter([{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}])
-
-    async def receive():
-        return next(messages, {"type": "http.disconnect"})
-
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"content-type", b"application/json")]}
-    return scope, receive
-
-
-async def ignore(message) -> None:
-    pass
-
-
-async def turns() -> None:
-    """Let every task that can run do so."""
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def test_what_is_no_http_reaches_the_application():
