@@ -120,6 +120,15 @@ class Dispatcher:
         self._hold = None
         self._line.queue_what_fits(self._fleet.kv_sizes, context)
 
+    def hurried_step_s(self, replica: Replica, duration_s: float) -> float:
+        """How long such a step of a replica counts, at most, for what a step takes while somebody is in a hurry.
+
+        Where nobody with a target runs, its step planner makes steps longer than the cap.
+        """
+        if not self._has_plan or duration_s <= self.step_cap_s or not replica.capacity.has_step_planner:
+            return float("inf")
+        return self.step_cap_s if all(goes_last(call) for call in replica.calls.values()) else float("inf")
+
     def look_again(self) -> None:
         """Time passed: forget that the last look found no room."""
         self._blocked_kv = None

@@ -542,8 +542,9 @@ class RouterCore:
             return  # Late news from a replica already given up for lost.
         replica.load = event.load
         if event.step is not None:
-            replica.steps.observe(event.step)
-            self._steps.observe(event.step)
+            tau_at_most_s = self._dispatcher.hurried_step_s(replica, event.step.duration_s)
+            replica.steps.observe(event.step, tau_at_most_s=tau_at_most_s)
+            self._steps.observe(event.step, tau_at_most_s=tau_at_most_s)
         replica.progress(calls, event.tokens)
         produced = [
             (call.spec, tokens)

@@ -5,18 +5,20 @@ reads no clock. Nearly every step all decoding calls run; then a step costs O(pr
 of decoding calls are counted by the number of steps, and the order is looked at only where there is a choice.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tempo_router.columns import DECODING, HELD, PREFILLING, Floats, Ints, LiveTable
+from tempo_router.events import StepReport
 from tempo_router.eviction import is_worth, may_lose
 from tempo_router.first_prompts import FirstPrompts
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.ledger import Ledger
 from tempo_router.live_call import LiveCall, StepClock, StepPlan
-from tempo_router.policies.base import ColumnPolicy, Context, Policy
+from tempo_router.policies.base import ColumnPolicy, Context, Policy, goes_last
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, RequestSpec, Slo
 from tempo_router.standing import Standing
@@ -30,6 +32,10 @@ _MOST_PLACED = 2
 """Prompts that a step may come to between two looks, over the slots; a router seldom sends so many. Without a bound a
 step would sort all that wait whenever one comes: 2 ms for 5,000."""
 
+_UNHURRIED_WASTE, _UNHURRIED_S = 0.1, 0.1
+"""While nobody has a target that can be met, a step is so long that what every step costs is a tenth of it, but at most
+0.1 s: whoever comes waits for the one or two steps that are under way."""
+
 LEAST_CHUNK = 64
 """Prompt tokens that a capped step takes at least, so that prompts come in whatever the cap (docs/scheduling.md)."""
 
@@ -38,7 +44,8 @@ class StepPlanner:
     """Plans the steps of one engine. `add`, then in turns `plan` and `stepped`; `remove` what has ended.
 
     slots: sequences in one step. max_step_tokens: tokens in one step, whatever the rule. kv: the engine's blocks.
-    steps: step-time model of this engine, fed by its owner. step_cap_s: longest step of a capped rule; None: its own.
+    steps: step-time model of this engine, fed through `measured`. step_cap_s: longest step of a capped rule while
+    anybody has a target that can be met; None: the rule's own.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class StepPlanner:
         self._prefilling: dict[DispatchId, LiveCall] = {}
         self._decoding: dict[DispatchId, LiveCall] = {}
         self._held: dict[DispatchId, LiveCall] = {}
+        self._hurried: set[DispatchId] = set()
         self._paces = StreamPaces()
         self._context_tokens = 0
         self._crossings = [0] * kv.block_size
@@ -138,6 +146,7 @@ class StepPlanner:
         self._live[call_id] = call
         self._prefilling[call_id] = call
         self._newcomers.append(call)
+        self._note_target(call)
         self._table.add(call)
         self._is_dirty = True
         return call
@@ -150,6 +159,7 @@ class StepPlanner:
         if call.spec.prefix_id:
             self._kv.keep(call.spec.prefix_id, context)
         del self._live[call.call_id]
+        self._hurried.discard(call.call_id)
         self._table.remove(call)
         self._is_dirty = True
 
@@ -158,6 +168,7 @@ class StepPlanner:
         call = self._live.get(call_id)
         if call is not None and standing != call.standing:
             call.standing = standing
+            self._note_target(call)
             self._table.retune(call)
 
     def retarget(self, call_id: DispatchId, slo: Slo) -> None:
@@ -166,6 +177,7 @@ class StepPlanner:
         if call is None or slo == call.spec.slo:
             return
         call.spec = replace(call.spec, slo=slo)
+        self._note_target(call)
         self._table.retarget(call)
         self._paces.unfollow(call)
         if call.is_decoding:
@@ -173,6 +185,13 @@ class StepPlanner:
         self._paces.look_again()
         self._arrange_at_s = -1.0
         self._is_dirty = True
+
+    def _note_target(self, call: LiveCall) -> None:
+        """It is in a hurry while it has a target that can be met."""
+        if goes_last(call):
+            self._hurried.discard(call.call_id)
+        else:
+            self._hurried.add(call.call_id)
 
     # ---- what an engine did that was not planned ----
 
@@ -227,6 +246,10 @@ class StepPlanner:
             if not prefills and not self._decoding:
                 return None
         return StepPlan(tuple(prefills), len(self._decoding), self._context_tokens + len(self._decoding))
+
+    def measured(self, report: StepReport) -> None:
+        """How long a step took, for the costs and the budget of later ones."""
+        self._steps.observe(report, tau_at_most_s=math.inf if self._hurried else self._usual_cap_s())
 
     def stepped(self, plan: StepPlan, missed: Sequence[LiveCall] = ()) -> list[LiveCall]:
         """The step was computed. Returns the calls whose prompt it completed: each made one token.
@@ -504,8 +527,9 @@ class StepPlanner:
         return []
 
     def _capped_budget(self, now_s: float) -> int:
-        rule = self._policy.batch
-        cap = self.step_cap_s or rule.cap_s or rule.cap_share * self._paces.tightest_s
+        cap = self._usual_cap_s()
+        if not self._hurried and self._policy.batch.cap_s is None:
+            cap = max(cap, min(_UNHURRIED_S, self._steps.pace().fixed_s / _UNHURRIED_WASTE))
         slack_s = self._paces.least_slack_s(now_s, self._clock.steps)
         decodes = len(self._decoding)
         # Steps of which the model is far off may take as long as nine in ten of them did lately.
@@ -513,6 +537,10 @@ class StepPlanner:
         fits = self._steps.budget_tokens(min(cap, slack_s) / margin, decodes, self._context_tokens + decodes)
         free = int(self._steps.pace().knee_tokens) - decodes
         return min(max(fits, free, LEAST_CHUNK), self._max_step_tokens - decodes)
+
+    def _usual_cap_s(self) -> float:
+        rule = self._policy.batch
+        return self.step_cap_s or rule.cap_s or rule.cap_share * self._paces.tightest_s
 
     # ---- changes of phase ----
 
@@ -598,6 +626,8 @@ class StepPlanner:
         context = sum(call.context_tokens for call in self._decoding.values())
         assert context == self._context_tokens, f"context is {self._context_tokens}, the calls add up to {context}"
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
+        hurried = {name for name, call in self._live.items() if not goes_last(call)}
+        assert self._hurried == hurried, f"in a hurry are {hurried}, the planner knows {self._hurried}"
         self._table.audit(list(self._live.values()), self._clock.steps)
         self._paces.audit(self._decoding.values())
         self._kv.audit()

@@ -316,8 +316,12 @@ class StepTimeModel:
             )
         return self._pace
 
-    def observe(self, step: StepReport) -> None:
-        """Learn from one step. Steps without tokens, and durations that no clock measures, are ignored."""
+    def observe(self, step: StepReport, *, tau_at_most_s: float = math.inf) -> None:
+        """Learn from one step. Steps without tokens, and durations that no clock measures, are ignored.
+
+        tau_at_most_s: for the mean step no more than this, of a step that was long because nobody was in a hurry: those
+        who are will have shorter ones.
+        """
         duration_s = step.duration_s
         if not 0 < duration_s < math.inf or step.prefill_tokens + step.decodes <= 0:
             return
@@ -334,7 +338,7 @@ class StepTimeModel:
         self._rejected_in_a_row = 0
         self._lenient = max(0, self._lenient - 1)
         self._observed += 1
-        self._follow_means(step)
+        self._follow_means(step, tau_at_most_s)
         self._follow_error(min(1.0, abs(duration_s - estimated_s) / duration_s), duration_s)
         self._follow_residuals(duration_s, estimated_s)
         self._remember(step, estimated_s)
@@ -351,8 +355,8 @@ class StepTimeModel:
     def _is_outlier(self, duration_s: float, estimated_s: float) -> bool:
         return not self._lenient and duration_s > _OUTLIER_RATIO * max(self._upper_ratio, 1.0) * estimated_s
 
-    def _follow_means(self, step: StepReport) -> None:
-        self._tau_s += 0.05 * (step.duration_s - self._tau_s)
+    def _follow_means(self, step: StepReport, tau_at_most_s: float) -> None:
+        self._tau_s += 0.05 * (min(step.duration_s, tau_at_most_s) - self._tau_s)
         self._tokens += 0.02 * (step.prefill_tokens + step.decodes - self._tokens)
         self._decodes += 0.02 * (step.decodes - self._decodes)
 

@@ -162,7 +162,7 @@ class TempoScheduler(AsyncScheduler):
 
     def observe(self, report: StepReport) -> None:
         """How long a step took, for the costs and the budget of later ones."""
-        self.steps.observe(report)
+        self.planner.measured(report)
 
     def add_request(self, request: Any) -> None:
         """As upstream; the planner learns of it too, once it can run."""

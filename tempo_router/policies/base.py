@@ -100,7 +100,7 @@ class BatchRule:
     chunked: decodes first, prompts up to `step_tokens` tokens in all (Sarathi-Serve).
     prefill_first: whole prompts up to `step_tokens`, decodes only in steps without prompts (vLLM's first scheduler).
     capped: as many prompt tokens as keep the step within `cap_s` and within the slack of the streams in it; with
-        cap_s None the share `cap_share` of the tightest TBT served.
+        cap_s None the share `cap_share` of the tightest TBT served, or more where nobody has a target that can be met.
     """
 
     kind: Literal["chunked", "prefill_first", "capped"] = "chunked"

@@ -120,7 +120,7 @@ class SimulatedReplica:
         self.step_count += 1
         report = StepReport(duration_s, plan.prefill_tokens, plan.decodes, plan.context_tokens, plan.attention_tokens)
         if self.step_count % _OBSERVE_EVERY == 0 or self.step_count < _OBSERVE_ALL:
-            self.steps.observe(report)
+            self.planner.measured(report)
         completed = self.planner.stepped(plan)
         if plan.decodes:
             self._step_ends.append(now_s)

@@ -179,6 +179,13 @@ class PlannerMachine(RuleBasedStateMachine):
         for planner in self.planners:
             planner.retune(call_id, standing)
 
+    @precondition(lambda self: self.specs)
+    @rule(data=st.data(), slo=st.sampled_from(SLOS))
+    def retarget(self, data: st.DataObject, slo: object) -> None:
+        call_id = data.draw(st.sampled_from(sorted(self.specs)))
+        for planner in self.planners:
+            planner.retarget(call_id, slo)  # type: ignore[arg-type]  # drawn from SLOS
+
     @rule(cap_s=st.sampled_from((None, 0.001, 0.02, 1.0)))
     def cap(self, cap_s: float | None) -> None:
         for planner in self.planners:

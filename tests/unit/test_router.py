@@ -9,6 +9,7 @@ from tempo_router.events import (
     Cancelled,
     DrainStarted,
     ReplicaAttached,
+    ReplicaCapacity,
     ReplicaDraining,
     ReplicaLost,
     RunningCall,
@@ -17,7 +18,7 @@ from tempo_router.events import (
     Ticked,
 )
 from tempo_router.prediction import LengthHistograms
-from tempo_router.request import Deadline, DispatchId, Latency, ReplicaId, RequestId
+from tempo_router.request import BestEffort, Deadline, DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
 from tests.builders import BACKGROUND, CHAT, TOOL, arrived, attached, dispatched, progressed, request, router
 
@@ -590,3 +591,15 @@ def test_attach_again_with_another_capacity_is_believed():
     again = attached("gpu0", 1.0, (adopted(1, "r0"),), max_running=2)
     assert isinstance(again, ReplicaAttached)
     assert dispatched(core.handle(again)) == [("r1", "gpu0")]
+
+
+@pytest.mark.parametrize(("slo", "tau_s"), [(BestEffort(), 0.03), (Deadline(1e4), 0.1)])
+def test_steps_without_a_target_among_their_calls_say_nothing_of_how_long_others_take(slo, tau_s):
+    """An engine with a step planner makes them longer than the cap of 30 ms."""
+    core = router(policy="tempo")
+    core.handle(ReplicaAttached(0.0, ReplicaId("gpu0"), ReplicaCapacity(4, 8192, 100_000, has_step_planner=True)))
+    core.handle(Settled(0.0))
+    core.handle(arrived("r", 0.0, slo=slo, prompt_tokens=100))
+    for number in range(1, 300):
+        core.handle(progressed(at_s=0.1 * number, step=StepReport(0.1, 1000, 1, 200)))
+    assert core.steps.pace().tau_s == pytest.approx(tau_s, rel=0.05)

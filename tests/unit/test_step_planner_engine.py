@@ -136,3 +136,20 @@ def test_begun_prompts_that_fell_out_of_the_order_go_on_when_nobody_ahead_fits(p
 
     assert [call for call, _ in plan.prefills] == [begun[1]]
     assert planner.evictions == 0
+
+
+def test_steps_are_longer_while_nobody_here_has_a_target_that_can_be_met(planner):
+    planner.step_cap_s = 1e-6
+    add(planner, 1, request("background", slo=BACKGROUND, prompt_tokens=400))
+    alone = planner._capped_budget(0.0)
+    fixed_s = planner._steps.pace().fixed_s
+    assert alone == min(2048, planner._steps.budget_tokens(min(0.1, 10 * fixed_s), 0, 0)) > LEAST_CHUNK
+
+    add(planner, 2, request("stream", slo=CHAT, prompt_tokens=10))
+    assert planner._capped_budget(0.0) < alone
+    planner.retune(DispatchId(2), Standing(1.0, is_admitted=True, is_relegated=True))
+    assert planner._capped_budget(0.0) == alone, "it was given up"
+    planner.retune(DispatchId(2), Standing(1.0, is_admitted=True))
+    assert planner._capped_budget(0.0) < alone
+    planner.remove(planner.find(DispatchId(2)))
+    assert planner._capped_budget(0.0) == alone

@@ -263,3 +263,14 @@ def test_attention_makes_a_prefill_after_a_long_past_dearer():
 def test_a_fit_is_the_prior_of_the_next_machine():
     coefficients = watched(H100).coefficients
     assert StepTimeModel(coefficients).coefficients == coefficients
+
+
+def test_steps_that_were_long_for_want_of_a_hurry_do_not_count_for_the_mean_step():
+    model = fitted()
+    for _ in range(300):
+        model.observe(StepReport(0.1, 4200, 10, 2000), tau_at_most_s=0.02)
+    assert model.pace().tau_s == pytest.approx(0.02, rel=0.01)
+    assert model.step_s(4200, 10, 2000) == pytest.approx(0.1, rel=0.1), "their price is learnt all the same"
+    for _ in range(300):
+        model.observe(StepReport(0.1, 4200, 10, 2000))
+    assert model.pace().tau_s == pytest.approx(0.1, rel=0.01)
