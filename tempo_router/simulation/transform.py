@@ -93,10 +93,11 @@ def first_s(trace: Trace, seconds: float) -> Trace:
 
 
 def as_best_effort(trace: Trace, share: float, seed: int) -> Trace:
-    """A random `share` (0 to 1) of the units without targets, rounded to whole units."""
+    """A random `share` (0 to 1) of the single calls without targets, rounded to whole calls. Programs keep theirs."""
     if not 0 <= share <= 1:
         raise ConfigError(f"share={share}: must be from 0 to 1")
-    chosen = set(random.Random(seed).sample(range(len(trace.units)), round(share * len(trace.units))))
+    single = [number for number, unit in enumerate(trace.units) if not unit.is_program]
+    chosen = set(random.Random(seed).sample(single, round(share * len(single))))
     return _with_units(
         trace, (replace(unit, slo=BestEffort()) if i in chosen else unit for i, unit in enumerate(trace.units))
     )

@@ -99,7 +99,7 @@ def test_parts_of_a_trace():
     assert transform.first_s(TRACE, 8.0).units == (CHAT, CODE)
 
 
-def test_a_share_of_the_units_becomes_best_effort():
+def test_a_share_of_the_single_calls_becomes_best_effort():
     half = transform.as_best_effort(TRACE, 0.5, seed=1)
 
     changed = [new for new, old in zip(half.units, TRACE.units, strict=True) if new != old]
@@ -107,7 +107,9 @@ def test_a_share_of_the_units_becomes_best_effort():
     assert all(unit.slo == BestEffort() for unit in changed)
     assert transform.as_best_effort(TRACE, 0.5, seed=1) == half
     assert transform.as_best_effort(TRACE, 0.0, seed=1) == TRACE
-    assert {unit.slo for unit in transform.as_best_effort(TRACE, 1.0, seed=1).units} == {BestEffort()}
+    whole = transform.as_best_effort(TRACE, 1.0, seed=1).units
+    assert {unit.slo for unit in whole if not unit.is_program} == {BestEffort()}
+    assert [unit for unit in whole if unit.is_program] == [PROGRAM]
 
 
 @pytest.mark.parametrize(
