@@ -20,8 +20,8 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
 from cluster.codec import header_from_spec, message_from_outcome, redated_from_news
+from cluster.ingress_programs import IngressPrograms
 from cluster.link import Link, RefusedError
-from cluster.program_questions import ROUTER_LOST, ProgramQuestions
 from tempo_router.config import TransportConfig
 from tempo_router.errors import RequestTooLargeError, RouterUnavailableError, TempoError
 from tempo_router.metrics import Outcome
@@ -111,7 +111,7 @@ class IngressLink:
             ends=_RouterEnds(self),
             transport=transport,
         )
-        self.programs = ProgramQuestions(ingress_id, send=self._router.send, wait_s=router_wait_s)
+        self.programs = IngressPrograms(ingress_id, send=self._router.send, wait_s=router_wait_s)
         self._workers: dict[str, _WorkerLink] = {}
         self._utility_ids = itertools.count(1)
         self._has_worker = asyncio.Event()
@@ -178,7 +178,9 @@ class IngressLink:
                 verdict = await asyncio.shield(request.verdict)
         except TimeoutError:
             self.cancel(spec.request_id)
-            raise RouterUnavailableError(f"{ROUTER_LOST} within {self._router_wait_s} s") from None
+            raise RouterUnavailableError(
+                f"no router answered within {self._router_wait_s} s; the request was not taken"
+            ) from None
         except asyncio.CancelledError:
             self.cancel(spec.request_id)
             raise

@@ -1,11 +1,10 @@
 """Whose the router's open requests are, where they run, and their payloads on the way to a worker.
 
 What the shell of the router remembers beside RouterCore, which has no use for it. Nothing of it is stored: a new
-router has it again from the hellos of its peers.
+router has it again from the hellos of its peers and from what they submit again.
 """
 
 import asyncio
-from collections.abc import Iterator
 
 from cluster import wire_pb2 as wire
 from tempo_router.request import DispatchId, ReplicaId, RequestId, RequestSpec
@@ -97,11 +96,13 @@ class OpenRequests:
         for dispatch_id in [known for known, (_, where) in self._dispatches.items() if where == worker_id]:
             del self._dispatches[dispatch_id]
 
-    def dispatches_between(self, ingress_id: str, worker_id: ReplicaId) -> Iterator[DispatchId]:
+    def dispatches_between(self, ingress_id: str, worker_id: ReplicaId) -> list[DispatchId]:
         """The dispatches of an ingress's requests on one worker. O(dispatches)."""
-        for dispatch_id, (request_id, where) in self._dispatches.items():
-            if where == worker_id and self._owners.get(request_id) == ingress_id:
-                yield dispatch_id
+        return [
+            dispatch_id
+            for dispatch_id, (request_id, where) in self._dispatches.items()
+            if where == worker_id and self._owners.get(request_id) == ingress_id
+        ]
 
     def counts(self) -> dict[str, int]:
         """For logs, status pages and tests."""

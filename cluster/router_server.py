@@ -337,9 +337,7 @@ class RouterServer:
         worker = self._workers[action.replica_id]
         spec, owner = self._core.spec_of(action.request_id), self._open.owner(action.request_id)
         if spec is None or owner is None:
-            raise RuntimeError(
-                f"the core dispatched {action.request_id!r}, which {'it' if spec is None else 'nobody'} has"
-            )
+            raise RuntimeError(f"the core dispatched {action.request_id!r}, which is not open here")
         message = wire.Dispatch(
             dispatch_id=action.dispatch_id,
             header=header_from_spec(spec, time.monotonic()),

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from cluster.ingress_programs import GraphRunner
 from cluster.program_desk import ContinueResponse
-from cluster.program_questions import GraphRunner
 from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
 from tempo_router.program_graph import NewCall
@@ -18,7 +18,7 @@ _continued = msgspec.json.Decoder(tuple[str, str] | None)
 
 
 class ProgramLink(Protocol):
-    """What carries operations to the router (cluster.program_questions.ProgramQuestions).
+    """What carries operations to the router (cluster.ingress_programs.IngressPrograms).
 
     graphs: who runs declared graphs here.
     """

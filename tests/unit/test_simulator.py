@@ -284,4 +284,4 @@ def test_what_an_action_leads_to_waits_until_the_other_actions_are_carried_out(m
 
     assert [unit.status for unit in report.units] == ["expired"]
     assert [event.request_id for event in heard if isinstance(event, Cancelled)] == ["sibling"]
-    assert run._core.spec_of(RequestId("sibling")) is None, "the sibling runs on"
+    assert run._core.spec_of(RequestId("sibling")) is None, "the core still has it run"

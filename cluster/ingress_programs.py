@@ -1,4 +1,4 @@
-"""What an ingress asks of its router about programs, kept until it is answered and stored.
+"""An ingress's side of programs: what it asks of the router, kept until it is answered and stored.
 
 A router that dies has perhaps carried out what it was asked, and perhaps not: the next one is told again, under the
 same number, and carries out what it does not know.
@@ -19,8 +19,6 @@ log = structlog.get_logger()
 
 MOST_ASKED = 50_000
 """Operations on programs that are kept for a later router, at most. Guessed."""
-
-ROUTER_LOST = "no router answered; the request was not taken"
 
 
 class GraphRunner(Protocol):
@@ -51,7 +49,7 @@ class _Asked:
     answer: asyncio.Future[bytes] | None
 
 
-class ProgramQuestions:
+class IngressPrograms:
     """Operations on programs, from one ingress. Belongs to one event loop.
 
     send: into the stream to the router; lost if there is none. wait_s: for an answer. graphs: who runs declared graphs.
@@ -82,7 +80,9 @@ class ProgramQuestions:
             async with asyncio.timeout(self._wait_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
-            raise RouterUnavailableError(f"{ROUTER_LOST} within {self._wait_s} s") from None
+            raise RouterUnavailableError(
+                f"no router answered within {self._wait_s} s; what was asked is carried out once one is back"
+            ) from None
 
     def tell(self, kind: str, body: bytes) -> None:
         """Have an operation carried out that nobody waits for; it is kept until it is stored."""
