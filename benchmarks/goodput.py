@@ -33,7 +33,7 @@ from typing import Any, NoReturn, get_args
 import tempo_router
 from benchmarks.crew import Crew, process_pool
 from benchmarks.goodput_report import Results, read_results, write_report
-from benchmarks.goodput_tables import OURS, comparison_markdown, policies_markdown
+from benchmarks.goodput_tables import OURS, comparison_markdown, grouped, policies_markdown
 from benchmarks.goodput_tuning import Choice, Part, Tuning, choice_key, chosen, tried, tunings_of, with_choice
 from tempo_router.config import PolicyName, SwitchesConfig
 from tempo_router.errors import ConfigError, TempoError
@@ -260,14 +260,16 @@ def code_digest() -> str:
 # ---- results of earlier runs
 
 
-def resumed(path: Path, conditions: Mapping[str, Any]) -> Results:
-    """The earlier run's rows, to go on with. Raises ConfigError when they were measured with other code."""
-    before = read_results(path)
+def resumed(path: Path, plan: Plan) -> Results:
+    """The earlier run's rows, to go on with. Raises ConfigError when they were measured with other code or traces."""
+    before, conditions = read_results(path), plan.conditions
     if before.conditions["code"] != conditions["code"]:
         raise ConfigError(
             f"{path}: its rows were measured with other code (sources {before.conditions['code']}, now"
             f" {conditions['code']}), and would not be comparable; run without --resume or with another --out"
         )
+    # The report would refuse rows of two traces with one name, hours later.
+    grouped([*before.rows, *(identity(cell) for cell in plan.cells)])
     # What failed is tried again.
     kept = {**conditions, "date": before.conditions["date"]}
     return Results(path, kept, before.rows, before.needs, choices=before.choices)
@@ -460,7 +462,7 @@ def _measure(options: argparse.Namespace) -> int:
     if options.out.resolve() in read:
         raise ConfigError(f"--out {options.out}: would overwrite what is measured; name another file")
     plan = plan_of(options)
-    results = resumed(options.out, plan.conditions) if options.resume and options.out.exists() else Results(
+    results = resumed(options.out, plan) if options.resume and options.out.exists() else Results(
         options.out, plan.conditions
     )  # fmt: skip
     if options.tune_from is not None:

@@ -169,7 +169,7 @@ def grouped(rows: Iterable[Row]) -> dict[Place, dict[Line, dict[int, Row]]]:
                 f"two different traces are called {place.trace!r} (digests {digests[place]} and {digest}); their rows"
                 " cannot be compared: render them in separate reports"
             )
-        places.setdefault(place_of(row), {}).setdefault(line_of(row), {})[row["seed"]] = row
+        places.setdefault(place, {}).setdefault(line_of(row), {})[row["seed"]] = row
     return {place: places[place] for place in sorted(places)}
 
 

@@ -15,6 +15,7 @@ from benchmarks.goodput_report import Results, report_markdown
 from benchmarks.goodput_tuning import chosen, tried
 from tempo_router.errors import ConfigError
 from tempo_router.request import Deadline, Latency
+from tempo_router.simulation.experiment import identity
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.rows import COLUMNS
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
@@ -87,7 +88,7 @@ def test_an_interrupted_run_keeps_its_rows_and_is_marked_incomplete_and_can_be_r
 
     parsed = options(trace_path, out, "--resume")
     said = []
-    is_complete, results = run(parsed, said.append, goodput.resumed(out, goodput.plan_of(parsed).conditions))
+    is_complete, results = run(parsed, said.append, goodput.resumed(out, goodput.plan_of(parsed)))
     assert is_complete
     assert said[0] == "1 of 4 cells are there already"
     assert results.rows[0] == kept["rows"][0]
@@ -101,10 +102,19 @@ def without_wall(row):
 
 def test_rows_of_other_code_are_not_resumed(trace_path, tmp_path):
     out = tmp_path / "r.json"
-    conditions = goodput.plan_of(options(trace_path, out)).conditions
-    Results(out, {**conditions, "code": "0" * 16}).write(is_complete=False)
+    plan = goodput.plan_of(options(trace_path, out))
+    Results(out, {**plan.conditions, "code": "0" * 16}).write(is_complete=False)
     with pytest.raises(ConfigError, match="measured with other code"):
-        goodput.resumed(out, conditions)
+        goodput.resumed(out, plan)
+
+
+def test_rows_of_a_trace_that_was_changed_since_are_not_resumed(trace_path, tmp_path):
+    out = tmp_path / "r.json"
+    plan = goodput.plan_of(options(trace_path, out))
+    row = goodput_row(**{**identity(plan.cells[0]), "trace_digest": "0" * 16})
+    Results(out, plan.conditions, [row]).write(is_complete=False)
+    with pytest.raises(ConfigError, match="two different traces are called 'tiny'"):
+        goodput.resumed(out, plan)
 
 
 def test_a_failing_cell_is_reported_and_does_not_stop_the_others(trace_path, tmp_path):
@@ -176,7 +186,7 @@ def test_choices_are_kept_for_a_resumed_run_and_can_be_taken_from_another_one(tr
     path.write_text(json.dumps(content))
 
     plan = goodput.plan_of(first)
-    _, again = run(first, results=goodput.resumed(path, plan.conditions))
+    _, again = run(first, results=goodput.resumed(path, plan))
     assert {choice["slots"] for choice in again.choices} == {2}
     # Other settings than those of the rows that are there: new rows.
     assert sorted(row["slots"] for row in again.rows) == [2, 2, 2, 2, 128, 128, 128, 128]
