@@ -192,10 +192,10 @@ def _server_command(folder: Path, socket_path: Path) -> list[str]:
         "unixsocketperm": "700",
         "dir": str(folder),
         "logfile": str(folder / "redis.log"),
-        # Every write is in the kernel's hands before it is acknowledged, so a killed server loses nothing;
-        # a power cut loses up to a second.
+        # What is acknowledged is on disk. With a sync each second Redis puts its writes off while one is under way,
+        # and a killed server has lost what it acknowledged meanwhile.
         "appendonly": "yes",
-        "appendfsync": "everysec",
+        "appendfsync": "always",
         "save": "",
         "databases": "1",
         "daemonize": "no",
