@@ -200,6 +200,9 @@ async def test_every_program_ends_with_the_right_graph(
     await striking
 
     desk = killable.fleet.router.programs
+    # The end of a call may have been lost with its ingress: it counts once the router takes the ingress for gone.
+    mine = {ProgramId(run.program_id) for run in runs}
+    await eventually(lambda: not any(graph.program_id in mine for graph in desk.book.live), "all programs are over")
     await eventually(lambda: desk.writer.waiting == 0 and not desk.writer.is_away, "everything is stored")
     links = [killable.fleet.clients[number].link for number in killable.ingresses]
     await eventually(lambda: not any(link.programs.unstored for link in links), "nobody keeps anything")
