@@ -8,15 +8,17 @@ import asyncio
 import heapq
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import structlog
 
 from cluster import wire_pb2 as wire
-from cluster.program_store import ProgramStore, ScriptCall
+from cluster.program_store import MOST_AT_ONCE, ProgramStore, ScriptCall
 from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
@@ -143,6 +145,8 @@ class ProgramDesk:
         self._doubts: list[tuple[float, ProgramId]] = []
         self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
         self._lookups: set[asyncio.Task[None]] = set()
+        # The last ones stored, oldest first; no more than a script looks back to see whether one is there.
+        self._outlines: deque[Outline] = deque(maxlen=MOST_AT_ONCE)
         # How to answer those who wait for what they asked to be stored, by operation.
         self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
@@ -151,7 +155,7 @@ class ProgramDesk:
     # ---- life ----
 
     async def restore(self) -> KnownPrograms:
-        """Read the programs in progress and the outlines of those that ended. Raises StoreUnavailableError.
+        """Read the programs in progress, the last ones that ended, and outlines. Raises StoreUnavailableError.
 
         Returns what `patterns` was told of them.
         """
@@ -160,6 +164,8 @@ class ProgramDesk:
         if self._patterns is not None:
             oldest_s = now_s - self._pattern_age_s
             outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
+        for ended in await self._store.load_ended():
+            self.book.restore(ended)
         graphs = await self._store.load_live()
         for graph in graphs:
             self.book.restore(graph)
@@ -179,6 +185,17 @@ class ProgramDesk:
         deferred, self._deferred = self._deferred or [], None
         for owner, op in deferred:
             self.asked(owner, op)
+
+    def store_again(self) -> None:
+        """Redis may have lost what it acknowledged last: write all programs that are known, and the latest outlines."""
+        programs = [*self.book.live, *self.book.ended]
+        log.info("programs_written_again", programs=len(programs), reason="Redis was restarted")
+        self.writer.write_again(
+            [
+                *(partial(self._whole, graph) for graph in programs),
+                *(partial(self._store.script_for_pattern, outline, self._fence) for outline in self._outlines),
+            ]
+        )
 
     async def sweep(self) -> None:
         """Relegate what is late and close what nobody will finish, now and then, until cancelled."""
@@ -385,8 +402,10 @@ class ProgramDesk:
         if self._patterns is None:
             return
         now_s = self._epoch_s()
-        for outline in self._patterns.drain_learnt():
-            self.writer.put(self._store.script_for_pattern(replace(outline, at_s=now_s), self._fence))
+        for learnt in self._patterns.drain_learnt():
+            outline = replace(learnt, at_s=now_s)
+            self._outlines.append(outline)
+            self.writer.put(self._store.script_for_pattern(outline, self._fence))
 
     # ---- answers ----
 

@@ -6,6 +6,7 @@ Under the application's prefix:
 | --- | --- |
 | `program:{id}` | `about` (JSON), `status`, `calls`, `done`, `tokens` (counters), and `c:{call}` for each call |
 | `programs` | ids of the programs in progress |
+| `ended` | ids of the last programs that ended, by when they ended: a late message must not begin one anew |
 | `patterns` | outlines of finished programs, newest first |
 
 A call's value is `attempt|status|JSON`. Beginning a call again with an attempt that is there, or ending one that has
@@ -21,7 +22,7 @@ import msgspec
 from cluster.redis_store import RedisStore
 from tempo_router.errors import LeaseLostError
 from tempo_router.patterns import Outline, StageOutline
-from tempo_router.program_book import Change
+from tempo_router.program_book import MOST_ENDED, Change
 from tempo_router.program_graph import GraphCall, Objective, ProgramGraph, ProgramStatus
 from tempo_router.request import ProgramId
 
@@ -30,26 +31,36 @@ APPLIED, KNOWN, STALE, MISSING = 1, 0, -1, -2
 MOST_AT_ONCE = 512
 """Changes in one round trip."""
 
-# Every script: KEYS fence, program, programs. ARGV fence, time of expiry in ms, ... Returns one of the codes above.
+# Every script: KEYS fence, program, programs, ended. ARGV fence, expiry in ms, ... Returns one of the codes above.
 _GUARD = """
 local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if current > tonumber(ARGV[1]) then return -1 end
 """
 
-# ARGV: fence, expiry, is in progress, id, then field and value of all that it holds. Replaces what is there.
+# ARGV[3]: when it ended, in ms; empty while it is in progress. ARGV[4]: its id.
+_PLACE = f"""
+if ARGV[3] == '' then redis.call('SADD', KEYS[3], ARGV[4])
+else
+    redis.call('SREM', KEYS[3], ARGV[4])
+    redis.call('ZADD', KEYS[4], ARGV[3], ARGV[4])
+    redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -{MOST_ENDED + 1})
+end
+"""
+
+# ARGV: fence, expiry, end, id, then field and value of all that it holds. Replaces what is there.
 _WHOLE = (
     _GUARD
     + """
 redis.call('DEL', KEYS[2])
 for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 redis.call('PEXPIREAT', KEYS[2], ARGV[2])
-if ARGV[3] == '1' then redis.call('SADD', KEYS[3], ARGV[4]) else redis.call('SREM', KEYS[3], ARGV[4]) end
-return 1
 """
+    + _PLACE
+    + "return 1"
 )
 
 # ARGV: fence, expiry, call's field, attempt, value, how many calls there are with it.
-_BEGAN = (
+_CALL_BEGAN = (
     _GUARD
     + """
 if redis.call('EXISTS', KEYS[2]) == 0 then return -2 end
@@ -70,7 +81,7 @@ return 1
 )
 
 # ARGV: fence, expiry, call's field, attempt, value, output tokens.
-_ENDED = (
+_CALL_ENDED = (
     _GUARD
     + """
 local known = redis.call('HGET', KEYS[2], ARGV[3])
@@ -85,7 +96,7 @@ return 1
 """
 )
 
-# ARGV: fence, expiry, is in progress, id, status, about, how many calls there are, how many have ended.
+# ARGV: fence, expiry, end, id, status, about, how many calls there are, how many have ended.
 _STATUS = (
     _GUARD
     + """
@@ -94,7 +105,9 @@ if not status then return -2 end
 if status == 'finished' or status == 'cancelled' then return 0 end
 redis.call('HSET', KEYS[2], 'status', ARGV[5], 'about', ARGV[6])
 redis.call('PEXPIREAT', KEYS[2], ARGV[2])
-if ARGV[3] == '0' then redis.call('SREM', KEYS[3], ARGV[4]) end
+"""
+    + _PLACE
+    + """
 if redis.call('HGET', KEYS[2], 'calls') ~= ARGV[7] or redis.call('HGET', KEYS[2], 'done') ~= ARGV[8] then return -2 end
 return 1
 """
@@ -113,6 +126,7 @@ return 1
 )
 
 PROGRAMS = "programs"
+ENDED = "ended"
 PATTERNS = "patterns"
 _CALL = "c:"
 
@@ -185,13 +199,13 @@ class ProgramStore:
     def script_for(self, change: Change, fence: int, now_s: float) -> ScriptCall:
         """A transition as it is now; what its program or call becomes later is another one."""
         graph = change.program
-        keys = (key_of(graph.program_id), PROGRAMS)
+        keys = _keys(graph)
         until_ms = self._expiry_ms(graph, now_s)
         match change.kind:
             case "began" if change.call is not None:
                 call = change.call
                 return (
-                    _BEGAN,
+                    _CALL_BEGAN,
                     keys,
                     (fence, until_ms, _CALL + call.call_id, call.attempt, _call_value(call), len(graph.calls)),
                 )
@@ -199,16 +213,15 @@ class ProgramStore:
                 call = change.call
                 value = _call_value(call)
                 return (
-                    _ENDED, keys,
+                    _CALL_ENDED, keys,
                     (fence, until_ms, _CALL + call.call_id, call.attempt, value, call.output_tokens),
                 )  # fmt: skip
             case "status":
-                is_live = "0" if graph.is_over else "1"
-                ended = len(graph.calls) - len(graph.running)
+                over_ms, ended = _end_ms(graph), len(graph.calls) - len(graph.running)
                 return (
                     _STATUS,
                     keys,
-                    (fence, until_ms, is_live, graph.program_id, graph.status, _about(graph), len(graph.calls), ended),
+                    (fence, until_ms, over_ms, graph.program_id, graph.status, _about(graph), len(graph.calls), ended),
                 )
             case _:
                 return self.script_for_whole(graph, fence, now_s)
@@ -222,9 +235,8 @@ class ProgramStore:
         ]  # fmt: skip
         for call in graph.calls.values():
             fields += [_CALL + call.call_id, _call_value(call)]
-        is_live = "0" if graph.is_over else "1"
-        arguments = (fence, self._expiry_ms(graph, now_s), is_live, graph.program_id, *fields)
-        return _WHOLE, (key_of(graph.program_id), PROGRAMS), arguments
+        arguments = (fence, self._expiry_ms(graph, now_s), _end_ms(graph), graph.program_id, *fields)
+        return _WHOLE, _keys(graph), arguments
 
     def script_for_pattern(self, outline: Outline, fence: int) -> ScriptCall:
         """One more outline, the oldest beyond the bound forgotten."""
@@ -235,6 +247,10 @@ class ProgramStore:
         """All programs in progress."""
         ids = sorted(name.decode() for name in await self._store.members(PROGRAMS))
         return await self._load(ids)
+
+    async def load_ended(self) -> list[ProgramGraph]:
+        """The last programs that ended, at most MOST_ENDED, the oldest first."""
+        return await self._load([name.decode() for name in await self._store.ranked(ENDED)])
 
     async def load(self, program_id: str) -> ProgramGraph | None:
         """One program, over or not; None if it is not stored."""
@@ -268,6 +284,14 @@ class ProgramStore:
         until_s = now_s if graph.is_over else max(now_s, graph.deadline_s or 0.0)
         # Twice: a program in progress must not vanish before its router gives it up.
         return int((until_s + self._keep_s * (1 if graph.is_over else 2)) * 1000)
+
+
+def _keys(graph: ProgramGraph) -> tuple[str, ...]:
+    return key_of(graph.program_id), PROGRAMS, ENDED
+
+
+def _end_ms(graph: ProgramGraph) -> int | str:
+    return int((graph.ended_s or graph.last_s) * 1000) if graph.is_over else ""
 
 
 def _about(graph: ProgramGraph) -> bytes:

@@ -12,15 +12,16 @@ needs no reconnecting, a later call simply succeeds.
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import redis.asyncio as redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
 
@@ -60,6 +61,8 @@ redis.call('SET', KEYS[2], ARGV[2])
 return 0
 """
 
+_RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+
 _WHAT_TO_DO = "start that server, or set redis_url (TEMPO_REDIS_URL) to one that runs"
 
 
@@ -72,13 +75,44 @@ class LeaseHolder:
     is_alive: bool
 
 
+class _Server:
+    """Which server process answers, by the id that Redis gives itself at each start."""
+
+    def __init__(self) -> None:
+        self._run_id: bytes | None = None
+        self._is_known = False
+        self.on_restart: Callable[[], None] = lambda: None
+
+    async def connected(self, connection: AbstractConnection) -> None:
+        """Set up a new connection and look who is there."""
+        await connection.on_connect()
+        run_id = await _run_id(connection)
+        # Nobody knows whether a server that does not say who it is has been restarted: so it counts as another one.
+        is_other = self._is_known and (run_id is None or run_id != self._run_id)
+        self._is_known, self._run_id = True, run_id
+        if is_other:
+            self.on_restart()
+
+
+async def _run_id(connection: AbstractConnection) -> bytes | None:
+    """None where the server may not be asked."""
+    await connection.send_command("INFO", "server")
+    try:
+        facts = await connection.read_response()
+    except ResponseError:
+        return None
+    found = _RUN_ID.search(facts)
+    return found[1] if found is not None else None
+
+
 class RedisStore:
     """One application's part of a Redis server: all keys start with `tempo:{name}:`."""
 
-    def __init__(self, client: redis.Redis, name: str, address: str, timeout_s: float) -> None:
+    def __init__(self, client: redis.Redis, server: "_Server", name: str, address: str, timeout_s: float) -> None:
         # The braces are a Redis Cluster hash tag: all keys of one application live on one node, as Lua needs.
         self._prefix = f"tempo:{{{name}}}:"
         self._redis = client
+        self._server = server
         self._address = address
         self._timeout_s = timeout_s
         self._shas: dict[str, str] = {}
@@ -95,9 +129,11 @@ class RedisStore:
         URL that is none, StoreUnavailableError when no server answers or it refuses us.
         """
         address = redacted(url)
+        server = _Server()
         try:
             client = redis.from_url(
                 url,
+                redis_connect_func=server.connected,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 # Once more, at once: a pooled connection may be dead after the server's restart.
@@ -107,7 +143,7 @@ class RedisStore:
             raise ConfigError(
                 f"redis_url {address!r} is not a Redis URL: write redis://host:port/db or unix:///path"
             ) from e
-        store = cls(client, name, address, timeout_s)
+        store = cls(client, server, name, address, timeout_s)
         try:
             async with store._translated_errors():
                 await client.ping()
@@ -119,6 +155,20 @@ class RedisStore:
     async def close(self) -> None:
         """Close all connections. Idempotent."""
         await self._redis.aclose()
+
+    @property
+    def on_restart(self) -> Callable[[], None]:
+        """Called when another server process answers than before: it may have lost what was acknowledged last.
+
+        A Redis that syncs its log each second loses two seconds of writes when it is killed; one that only takes
+        snapshots loses more, and a replica that takes over may be behind. Called while a command is under way, so it
+        must not wait for one.
+        """
+        return self._server.on_restart
+
+    @on_restart.setter
+    def on_restart(self, callback: Callable[[], None]) -> None:
+        self._server.on_restart = callback
 
     async def acquire_lease(self, owner: str, ttl_s: float, minimum: int = 0) -> int:
         """Become the owner and return the new fencing number: above every earlier one, and above `minimum`."""
@@ -196,6 +246,12 @@ class RedisStore:
         async with self._translated_errors():
             found = await self._redis.smembers(self._key(suffix))
         return {one for one in found if isinstance(one, bytes)}
+
+    async def ranked(self, suffix: str) -> list[bytes]:
+        """Members of a sorted set, the lowest first."""
+        async with self._translated_errors():
+            found = await self._redis.zrange(self._key(suffix), 0, -1)
+        return [one for one in found if isinstance(one, bytes)]
 
     async def newest(self, suffix: str, most: int) -> list[bytes]:
         """The first so many entries of a list."""

@@ -156,6 +156,7 @@ class RouterServer:
             await learnt.restore_answers(self._estimates)
         self._programs = self._open_desk()
         known = await self._programs.restore()
+        self._store.on_restart = self._programs.store_again
         if self._config.record_events is not None:
             most = self._config.programs.max_patterns
             self._recorder = EventRecorder(

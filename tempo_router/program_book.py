@@ -24,7 +24,8 @@ from tempo_router.program_ops import (
 from tempo_router.request import ProgramId
 
 LONGEST_S = 366 * 24 * 3600.0
-_ENDED = 1000
+MOST_ENDED = 1000
+"""Programs that are remembered after their end."""
 _RESPONSES = 20_000
 _ALIASES = 50_000
 
@@ -195,7 +196,7 @@ class ProgramBook:
     def _generation(self, op: BeginCall) -> str:
         """The name under which a session goes on: its own, or the next one that is not over."""
         program_id = self._aliases.get(op.program_id, op.program_id)
-        for number in range(2, _ENDED + 2):
+        for number in range(2, MOST_ENDED + 2):
             graph = self.find(program_id)
             if graph is None or op.call.call_id in graph.calls or not (graph.is_over or graph.closed_by):
                 break
@@ -234,7 +235,7 @@ class ProgramBook:
     def _changed(self, graph: ProgramGraph, *, is_news: bool) -> list[Change]:
         if graph.is_over and self._live.pop(graph.program_id, None) is not None:
             self._ended[graph.program_id] = graph
-            if len(self._ended) > _ENDED:
+            if len(self._ended) > MOST_ENDED:
                 self._ended.popitem(last=False)
         return [Change(graph, "status")] if is_news else []
 

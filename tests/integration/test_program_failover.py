@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
@@ -21,6 +19,7 @@ from tempo_router.errors import ProgramError
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
 from tests.fleet import Client, Fleet, call, eventually, payload_of
+from tests.forgetful_redis import ForgetfulRedis
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(600)]
 
@@ -34,14 +33,15 @@ CONFIG = TempoConfig(
 PROGRAMS = 200
 PER_SECOND = 12.0
 SEED = 11
+LOST_S = 0.5
+"""So much of what it acknowledged last Redis has lost when it is back."""
 
 
 class Killable:
     """A fleet over a Redis that can be restarted, with ingresses that can be lost."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.redis: EmbeddedRedis = start_embedded_redis(folder)
+        self.redis = ForgetfulRedis(folder)
         self.fleet: Fleet
         self.gone: set[int] = set()
         self.recovery_s: list[tuple[str, float]] = []
@@ -63,6 +63,8 @@ class Killable:
                 await self.fleet.kill_worker(rng.choice(list(self.fleet.workers)))
                 await self.fleet.add_worker()
             case "redis":
+                self.redis.remember()
+                await asyncio.sleep(LOST_S)
                 await asyncio.to_thread(self.restart_redis)
             case "ingress":
                 number = rng.choice(self.ingresses)
@@ -75,9 +77,8 @@ class Killable:
         self.recovery_s.append((kind, round(time.monotonic() - began_s, 3)))
 
     def restart_redis(self) -> None:
-        psutil.Process(self.redis.pid).kill()
-        self.redis.stop()
-        self.redis = start_embedded_redis(self.folder)
+        self.redis.kill()
+        self.redis.start(forgets=True)
 
     async def stop(self) -> None:
         await self.fleet.close()

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+import redis.asyncio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -310,6 +311,40 @@ async def test_data_that_redis_lost_is_written_again(own_server: EmbeddedRedis) 
     assert await store.load_snapshot("lengths") == b"again"
     assert await store.acquire_lease("router-2", TTL_S) == fence + 1
     await store.close()
+
+
+async def test_another_server_process_is_noticed_once(own_server: EmbeddedRedis, tmp_path: Path) -> None:
+    store = await RedisStore.connect(own_server.url, "app")
+    restarts: list[bool] = []
+    store.on_restart = lambda: restarts.append(True)
+    await asyncio.gather(*(store.lease_holder() for _ in range(5)))
+    assert not restarts, "more connections to one server are none"
+
+    own_server.stop()
+    with pytest.raises(StoreUnavailableError):
+        await store.lease_holder()
+    assert not restarts
+    second = await asyncio.to_thread(start_embedded_redis, tmp_path)
+    try:
+        await asyncio.gather(*(store.lease_holder() for _ in range(5)))
+        assert restarts == [True]
+    finally:
+        await store.close()
+        second.stop()
+
+
+async def test_a_server_that_does_not_say_who_it_is_may_have_been_restarted(own_server: EmbeddedRedis) -> None:
+    async with redis.asyncio.from_url(own_server.url) as admin:
+        await admin.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info"])
+        store = await RedisStore.connect(own_server.url.replace("unix://", "unix://limited:any@"), "app")
+        restarts: list[bool] = []
+        store.on_restart = lambda: restarts.append(True)
+        await store.lease_holder()
+        assert not restarts
+        await admin.execute_command("CLIENT", "KILL", "USER", "limited")
+        assert await store.lease_holder() is None
+        assert restarts == [True]
+        await store.close()
 
 
 async def test_nobody_at_the_address_is_said_without_the_password() -> None:

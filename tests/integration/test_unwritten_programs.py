@@ -1,4 +1,7 @@
-"""Programs while Redis is away: changes wait, within a bound, and are all there once and in order when it is back."""
+"""Programs while Redis is away: changes wait, within a bound, and are all there once and in order when it is back.
+
+What it had acknowledged and lost is written again.
+"""
 
 import asyncio
 import json
@@ -8,11 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import redis.asyncio
 
-from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from deployments.openai_errors import ApiError
@@ -24,6 +24,7 @@ from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
 from tests.fleet import Fleet, call, eventually, submit
+from tests.forgetful_redis import ForgetfulRedis
 
 pytestmark = pytest.mark.redis
 
@@ -60,12 +61,16 @@ def _told(arguments: Sequence[Any]) -> str:
     return str(arguments[4])
 
 
+def changes(history: Sequence[str]) -> list[str]:
+    """But what was written whole: when it was new, and once more because Redis had been restarted."""
+    return [one for one in history if one != "whole"]
+
+
 class Outage:
     """A fleet over a Redis that can be ended and started again."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.redis: EmbeddedRedis = start_embedded_redis(folder)
+        self.redis = ForgetfulRedis(folder)
 
     async def start(self) -> None:
         self.store = await WatchedStore.connect(self.redis.url, "outage")
@@ -81,21 +86,13 @@ class Outage:
         return self.fleet.router.programs.writer
 
     async def begin_outage(self) -> None:
-        """Redis is killed; a program that is made in this moment is answered all the same.
-
-        Killed once its log has left its memory: while the disk is slow it keeps back what it has answered already.
-        """
-        async with redis.asyncio.from_url(self.redis.url) as client:
-            async with asyncio.timeout(10.0):
-                while (await client.info("persistence"))["aof_buffer_length"]:  # noqa: ASYNC110 - Redis has no event for it
-                    await asyncio.sleep(0.01)
-        psutil.Process(self.redis.pid).kill()
-        self.redis.stop()
+        """Redis is killed; a program that is made in this moment is answered all the same."""
+        self.redis.kill()
         assert (await self.post({"name": "first-to-notice", "deadline_s": 60}))[0] == 200
         assert self.writer.is_away
 
     async def end_outage(self) -> None:
-        self.redis = await asyncio.to_thread(start_embedded_redis, self.folder)
+        await asyncio.to_thread(self.redis.start, forgets=False)
         await eventually(lambda: not self.writer.is_away and not self.writer.waiting, "all is written")
         await eventually(lambda: not self.client.link.programs.unstored, "the ingress keeps nothing")
 
@@ -159,8 +156,8 @@ async def test_changes_wait_for_redis_and_are_written_in_order(outage: Outage) -
     await outage.end_outage()
 
     steps = [f"{name} {status}" for name in ("before", "a", "b", "c") for status in ("running", "completed")]
-    assert outage.store.history("old") == ["whole", *steps]
-    assert outage.store.history("new") == ["whole", "only running", "only completed", "finished"]
+    assert changes(outage.store.history("old")) == steps
+    assert changes(outage.store.history("new")) == ["only running", "only completed", "finished"]
     await outage.assert_stored("old", ("before", "a", "b", "c"), "running")
     await outage.assert_stored("new", ("only",), "finished")
     [outline] = await ProgramStore(outage.store).load_patterns()
@@ -188,9 +185,11 @@ async def test_beyond_the_bound_new_programs_are_refused_until_redis_is_back(out
     await outage.end_outage()
 
     history = outage.store.history("old")
-    early = [f"{name} {status}" for name in names for status in ("running", "completed")][: len(history) - 2]
-    assert history == ["whole", *early, "whole"], "the first changes one by one, then all of the program"
-    assert len(early) < 2 * len(names)
+    one_by_one = changes(history)
+    steps = [f"{name} {status}" for name in names for status in ("running", "completed")]
+    assert one_by_one == steps[: len(one_by_one)], "the first changes one by one, and the others not at all"
+    assert len(one_by_one) < len(steps)
+    assert history[-1] == "whole", "then all of the program"
     await outage.assert_stored("old", names, "finished")
     assert (await outage.post({"name": "in-time", "deadline_s": 60}))[0] == 200
     await eventually(lambda: not outage.writer.waiting, "all is written")
@@ -215,4 +214,33 @@ async def test_an_answer_of_redis_that_was_lost_leaves_nothing_twice(outage: Out
     await eventually(lambda: not outage.writer.waiting and not outage.writer.is_away, "all is written")
     await outage.assert_stored("p", ("only",), "finished")
     assert outage.store.history("p").count("finished") == 2
+    assert len(await ProgramStore(outage.store).load_patterns()) == 1
+
+
+async def test_what_redis_acknowledged_and_lost_is_written_again(outage: Outage) -> None:
+    """Nobody asks for anything meanwhile: the router finds out when it renews its lease."""
+    await outage.create("ended")
+    await outage.call("ended", "a")
+    await outage.create("running")
+    await eventually(lambda: not outage.writer.waiting, "all is written")
+    outage.redis.remember()
+
+    await outage.call("ended", "b")
+    await outage.finish("ended")
+    await outage.call("running", "only")
+    await outage.create("later")
+    await eventually(lambda: not outage.writer.waiting, "all is acknowledged")
+    assert not outage.client.link.programs.unstored
+    await asyncio.to_thread(outage.redis.kill)
+    await asyncio.to_thread(outage.redis.start, forgets=True)
+    outage.store.written.clear()
+
+    def is_again(program_id: str) -> bool:
+        return "whole" in outage.store.history(program_id)
+
+    await eventually(lambda: all(map(is_again, ("ended", "running", "later"))), "all is written again")
+    await eventually(lambda: not outage.writer.waiting, "nothing waits")
+    await outage.assert_stored("ended", ("a", "b"), "finished")
+    await outage.assert_stored("running", ("only",), "running")
+    await outage.assert_stored("later", (), "running")
     assert len(await ProgramStore(outage.store).load_patterns()) == 1

@@ -1,7 +1,8 @@
 """Programs through desks and a real Redis: whatever dies, and whatever is told twice, no call is lost or counted twice.
 
-Several ingresses ask; the router is replaced, with or without a last word, while the old one still tries to write; and
-every ingress tells a new router again what it was not told to be stored, as `IngressLink` does.
+Several ingresses ask; the router is replaced, with or without a last word, while the old one still tries to write;
+every ingress tells a new router again what it was not told to be stored, as `IngressLink` does; and Redis is killed and
+comes back without what it acknowledged since some moment of the router's life.
 """
 
 import asyncio
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from cluster import wire_pb2 as wire
-from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.program_desk import ProgramDesk
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
@@ -25,6 +25,7 @@ from tempo_router.config import ProgramsConfig
 from tempo_router.errors import LeaseLostError
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import BeginCall, CreateProgram, EndCall, FinishProgram
+from tests.forgetful_redis import ForgetfulRedis
 
 pytestmark = pytest.mark.redis
 
@@ -52,13 +53,14 @@ class Ingress:
 class Programs(RuleBasedStateMachine):
     """What clients did is in `began` and `ended`; what Redis holds must come to the same."""
 
-    redis: EmbeddedRedis
+    redis: ForgetfulRedis
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.app = f"programs-{next(_names)}"
-        self.store = self.run(RedisStore.connect(self.redis.url, self.app))
+        # A disk that stalls for seconds is not what is tested here.
+        self.store = self.run(RedisStore.connect(self.redis.url, self.app, timeout_s=60.0))
         self.programs = ProgramStore(self.store, keep_s=600.0)
         self.ingresses = {name: Ingress(name) for name in INGRESSES}
         self.op_ids = itertools.count()
@@ -74,12 +76,15 @@ class Programs(RuleBasedStateMachine):
         return self.runner.run(work)
 
     async def new_desk(self) -> ProgramDesk:
-        fence = await self.store.acquire_lease("router", 30.0)
+        self.fence = await self.store.acquire_lease("router", 30.0)
         desk = ProgramDesk(
-            ProgramsConfig(), self.programs, fence=fence, handle=lambda event: None, send=self.send,
+            ProgramsConfig(), self.programs, fence=self.fence, handle=lambda event: None, send=self.send,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None,
         )  # fmt: skip
         await desk.restore()
+        self.store.on_restart = desk.store_again
+        # What is lost was acknowledged to this router: who comes later knows only what is stored.
+        self.redis.remember()
         return desk
 
     def send(self, owner: str, message: wire.RouterToIngress) -> None:
@@ -165,6 +170,26 @@ class Programs(RuleBasedStateMachine):
 
         self.run(take_over())
 
+    @rule()
+    def redis_is_in_sync(self) -> None:
+        """What comes later is what can be lost."""
+        self.redis.remember()
+
+    @rule(is_idle=st.booleans())
+    def redis_forgets(self, is_idle: bool) -> None:
+        """The router finds out when it renews its lease, or when it writes."""
+        self.redis.kill()
+        self.redis.start(forgets=True)
+
+        async def go_on() -> None:
+            if is_idle:
+                await self.store.renew("router", self.fence, 30.0)
+            await self.desk.writer.flush()
+            await self.store.renew("router", self.fence, 30.0)
+            await self.desk.writer.flush()
+
+        self.run(go_on())
+
     @precondition(lambda self: self.old)
     @rule()
     def an_old_router_writes(self) -> None:
@@ -211,13 +236,13 @@ class Programs(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = start_embedded_redis(Path(tmp_path_factory.mktemp("redis")))
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForgetfulRedis]:
+    server = ForgetfulRedis(Path(tmp_path_factory.mktemp("redis")))
     yield server
     server.stop()
 
 
-def test_no_call_is_lost_or_counted_twice(redis: EmbeddedRedis) -> None:
+def test_no_call_is_lost_or_counted_twice(redis: ForgetfulRedis) -> None:
     Programs.redis = redis
     run_state_machine_as_test(
         Programs,
@@ -225,3 +250,19 @@ def test_no_call_is_lost_or_counted_twice(redis: EmbeddedRedis) -> None:
             max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_a_late_message_does_not_begin_a_program_anew_that_ended_under_an_earlier_router(redis: ForgetfulRedis) -> None:
+    Programs.redis = redis
+    machine = Programs()
+    machine.create(INGRESSES[0])
+    machine.begin(INGRESSES[0], 0)
+    machine.end(0, 7)
+    machine.finish(INGRESSES[1], 0)
+    machine.flush()
+    machine.replace_router(has_last_word=True)
+    for number in range(len(machine.sent)):
+        machine.tell_again(number)
+    machine.begin(INGRESSES[2], 0)
+    assert machine.ingresses[INGRESSES[2]].errors
+    machine.teardown()
