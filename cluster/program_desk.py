@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from cluster import wire_pb2 as wire
-from cluster.program_store import MOST_AT_ONCE, ProgramStore, ScriptCall
+from cluster.program_store import ProgramStore, ScriptCall
 from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
@@ -45,6 +45,8 @@ from tempo_router.request import ProgramCall, ProgramId, RequestSpec
 log = structlog.get_logger()
 
 SWEEP_S = 0.5
+MOST_OUTLINES_AGAIN = 512
+"""Outlines that are written once more when Redis may have lost some."""
 MOST_LISTED = 1000
 STALE_DEADLINE_S = 1.0
 """More than clocks of two machines and a slow link make of the same deadline. Guessed."""
@@ -145,8 +147,8 @@ class ProgramDesk:
         self._doubts: list[tuple[float, ProgramId]] = []
         self._deferred: list[tuple[str, wire.ProgramOp]] | None = []
         self._lookups: set[asyncio.Task[None]] = set()
-        # The last ones stored, oldest first; no more than a script looks back to see whether one is there.
-        self._outlines: deque[Outline] = deque(maxlen=MOST_AT_ONCE)
+        # The last ones stored, oldest first.
+        self._outlines: deque[Outline] = deque(maxlen=MOST_OUTLINES_AGAIN)
         # How to answer those who wait for what they asked to be stored, by operation.
         self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
@@ -164,6 +166,7 @@ class ProgramDesk:
         if self._patterns is not None:
             oldest_s = now_s - self._pattern_age_s
             outlines = [one for one in await self._store.load_patterns() if one.at_s >= oldest_s]
+            self._outlines.extend(reversed(outlines[:MOST_OUTLINES_AGAIN]))
         for ended in await self._store.load_ended():
             self.book.restore(ended)
         graphs = await self._store.load_live()
@@ -189,11 +192,12 @@ class ProgramDesk:
     def store_again(self) -> None:
         """Redis may have lost what it acknowledged last: write all programs that are known, and the latest outlines."""
         programs = [*self.book.live, *self.book.ended]
-        log.info("programs_written_again", programs=len(programs), reason="Redis was restarted")
+        log.info("programs_written_again", programs=len(programs), outlines=len(self._outlines))
+        outline_of = partial(self._store.script_for_pattern, fence=self._fence, is_again=True)
         self.writer.write_again(
             [
-                *(partial(self._whole, graph) for graph in programs),
-                *(partial(self._store.script_for_pattern, outline, self._fence) for outline in self._outlines),
+                *((len(graph.calls), partial(self._whole, graph)) for graph in programs),
+                *((1, partial(outline_of, outline)) for outline in self._outlines),
             ]
         )
 
@@ -294,7 +298,8 @@ class ProgramDesk:
         try:
             self._carry_out(owner, message, op)
         except ProgramError as error:
-            if error.code == "unknown_program" and self._deferred is not None:
+            if error.code in ("unknown_program", "unknown_call") and self._deferred is not None:
+                # Another ingress may still tell of the program, or of the call that this one follows.
                 self._deferred.append((owner, message))
             elif error.code == "unknown_program" and not isinstance(op, BeginCall | CreateProgram):
                 self._look_up(owner, message, op, error)

@@ -39,7 +39,9 @@ if current > tonumber(ARGV[1]) then return -1 end
 
 # ARGV[3]: when it ended, in ms; empty while it is in progress. ARGV[4]: its id.
 _PLACE = f"""
-if ARGV[3] == '' then redis.call('SADD', KEYS[3], ARGV[4])
+if ARGV[3] == '' then
+    redis.call('SADD', KEYS[3], ARGV[4])
+    redis.call('ZREM', KEYS[4], ARGV[4])
 else
     redis.call('SREM', KEYS[3], ARGV[4])
     redis.call('ZADD', KEYS[4], ARGV[3], ARGV[4])
@@ -129,6 +131,8 @@ PROGRAMS = "programs"
 ENDED = "ended"
 PATTERNS = "patterns"
 _CALL = "c:"
+_LOADED_AT_ONCE = 32
+"""Programs in one round trip at the start: a large one has thousands of calls."""
 
 
 class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
@@ -238,10 +242,11 @@ class ProgramStore:
         arguments = (fence, self._expiry_ms(graph, now_s), _end_ms(graph), graph.program_id, *fields)
         return _WHOLE, _keys(graph), arguments
 
-    def script_for_pattern(self, outline: Outline, fence: int) -> ScriptCall:
-        """One more outline, the oldest beyond the bound forgotten."""
+    def script_for_pattern(self, outline: Outline, fence: int, *, is_again: bool = False) -> ScriptCall:
+        """One more outline, the oldest beyond the bound forgotten. is_again: it may be anywhere among them already."""
         stored = _StoredOutline(outline.app, outline.span_s, outline.is_complete, outline.at_s, outline.stages)
-        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored), MOST_AT_ONCE)
+        looked_at = self._most_patterns if is_again else MOST_AT_ONCE
+        return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored), looked_at)
 
     async def load_live(self) -> list[ProgramGraph]:
         """All programs in progress."""
@@ -275,13 +280,13 @@ class ProgramStore:
 
     async def _load(self, ids: Sequence[str]) -> list[ProgramGraph]:
         graphs: list[ProgramGraph] = []
-        for first in range(0, len(ids), 256):
-            found = await self._store.hashes([key_of(one) for one in ids[first : first + 256]])
+        for first in range(0, len(ids), _LOADED_AT_ONCE):
+            found = await self._store.hashes([key_of(one) for one in ids[first : first + _LOADED_AT_ONCE]])
             graphs += [_graph(fields) for fields in found if fields]
         return graphs
 
     def _expiry_ms(self, graph: ProgramGraph, now_s: float) -> int:
-        until_s = now_s if graph.is_over else max(now_s, graph.deadline_s or 0.0)
+        until_s = (graph.ended_s or graph.last_s) if graph.is_over else max(now_s, graph.deadline_s or 0.0)
         # Twice: a program in progress must not vanish before its router gives it up.
         return int((until_s + self._keep_s * (1 if graph.is_over else 2)) * 1000)
 

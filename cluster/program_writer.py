@@ -22,11 +22,13 @@ log = structlog.get_logger()
 
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
-MOST_AGAIN = 16
-"""Scripts of `write_again` in one round trip. All requests wait while they are made: a program of ten calls takes half
-a millisecond on a busy machine."""
+CALLS_AGAIN = 200
+"""Calls of programs that `write_again` gives to one round trip. All requests wait while their scripts are made, half
+a millisecond for ten calls on a busy machine."""
 
 OnStored = Callable[[], None]
+Again = tuple[int, Callable[[], ScriptCall]]
+"""What is written once more: about how many calls it holds, and what makes its script."""
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class ProgramWriter:
         self._queue: deque[_Entry] = deque()
         self._changed: dict[str, ProgramGraph] = {}
         self._then: list[OnStored] = []
-        self._again: deque[Callable[[], ScriptCall]] = deque()
+        self._again: deque[Again] = deque()
         self._has_some = asyncio.Event()
         self.is_away = False
         self.round_trips = 0
@@ -87,9 +89,9 @@ class ProgramWriter:
             self._queue.append(_Entry(script, graph, on_stored))
         self._has_some.set()
 
-    def write_again(self, scripts: Iterable[Callable[[], ScriptCall]]) -> None:
+    def write_again(self, parts: Iterable[Again]) -> None:
         """Write these beside the changes, each as it is when its turn comes. What an earlier call left is dropped."""
-        self._again = deque(scripts)
+        self._again = deque(parts)
         self._has_some.set()
 
     async def run(self) -> None:
@@ -120,7 +122,7 @@ class ProgramWriter:
             written = [entry for entry in batch if entry.script is not None]
             # Another call of `write_again` may come while this is being written, perhaps to a server that is gone.
             again = self._again
-            scripts = [make() for make in itertools.islice(again, MOST_AGAIN)]
+            scripts = _part(again)
             codes = await self._write([*(entry.script for entry in written if entry.script), *scripts])
             for _ in batch:
                 self._queue.popleft()
@@ -158,3 +160,15 @@ class ProgramWriter:
         for graph in lost.values():
             log.warning("program_stored_anew", program_id=graph.program_id)
             self._queue.append(_Entry(self._whole(graph), graph, None))
+
+
+def _part(again: Iterable[Again]) -> list[ScriptCall]:
+    """Scripts for the first of these, one at least."""
+    scripts: list[ScriptCall] = []
+    calls = 0
+    for weight, make in itertools.islice(again, MOST_AT_ONCE):
+        calls += weight
+        if scripts and calls > CALLS_AGAIN:
+            break
+        scripts.append(make())
+    return scripts

@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import redis.asyncio as redis
+import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
+
+log = structlog.get_logger()
 
 # KEYS: fence, lease. ARGV: owner, ttl in ms, minimum.
 _ACQUIRE = """
@@ -80,35 +83,32 @@ class _Server:
 
     def __init__(self) -> None:
         self._run_id: bytes | None = None
-        self._is_known = False
+        self._is_silent = False
         self.on_restart: Callable[[], None] = lambda: None
 
     async def connected(self, connection: AbstractConnection) -> None:
         """Set up a new connection and look who is there."""
         await connection.on_connect()
-        run_id = await _run_id(connection)
-        # Nobody knows whether a server that does not say who it is has been restarted: so it counts as another one.
-        is_other = self._is_known and (run_id is None or run_id != self._run_id)
-        self._is_known, self._run_id = True, run_id
+        await connection.send_command("INFO", "server", check_health=False)
+        try:
+            found = _RUN_ID.search(await connection.read_response())
+        except ResponseError as error:
+            if not self._is_silent:
+                effect = "what a Redis that is restarted has lost is not written again"
+                log.warning("redis_does_not_say_who_it_is", problem=str(error), effect=effect)
+            self._is_silent = True
+            return
+        run_id = found[1] if found is not None else None
+        is_other = self._run_id is not None and run_id != self._run_id
+        self._run_id = run_id
         if is_other:
             self.on_restart()
-
-
-async def _run_id(connection: AbstractConnection) -> bytes | None:
-    """None where the server may not be asked."""
-    await connection.send_command("INFO", "server")
-    try:
-        facts = await connection.read_response()
-    except ResponseError:
-        return None
-    found = _RUN_ID.search(facts)
-    return found[1] if found is not None else None
 
 
 class RedisStore:
     """One application's part of a Redis server: all keys start with `tempo:{name}:`."""
 
-    def __init__(self, client: redis.Redis, server: "_Server", name: str, address: str, timeout_s: float) -> None:
+    def __init__(self, client: redis.Redis, server: _Server, name: str, address: str, timeout_s: float) -> None:
         # The braces are a Redis Cluster hash tag: all keys of one application live on one node, as Lua needs.
         self._prefix = f"tempo:{{{name}}}:"
         self._redis = client
@@ -161,14 +161,20 @@ class RedisStore:
         """Called when another server process answers than before: it may have lost what was acknowledged last.
 
         A Redis that syncs its log each second loses two seconds of writes when it is killed; one that only takes
-        snapshots loses more, and a replica that takes over may be behind. Called while a command is under way, so it
-        must not wait for one.
+        snapshots loses more, and a replica that takes over may be behind. Noticed with the next new connection; called
+        while a command is under way, so it must not wait for one. Then `reconnect`, or what is idle stays with the
+        other server.
         """
         return self._server.on_restart
 
     @on_restart.setter
     def on_restart(self, callback: Callable[[], None]) -> None:
         self._server.on_restart = callback
+
+    async def reconnect(self) -> None:
+        """Close the connections that are idle: each command that follows goes to whoever answers at the address now."""
+        async with self._translated_errors():
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def acquire_lease(self, owner: str, ttl_s: float, minimum: int = 0) -> int:
         """Become the owner and return the new fencing number: above every earlier one, and above `minimum`."""

@@ -6,6 +6,7 @@ back from the peers' hellos when the router is new.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
@@ -86,6 +87,7 @@ from tempo_router.router import RouterCore
 log = structlog.get_logger()
 
 INGRESS_GRACE_S = 5.0
+REDIS_RETRY_S = 0.2
 """How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
 token streams break too, and the workers abort. This covers a broken control stream alone."""
 
@@ -130,6 +132,7 @@ class RouterServer:
         self._open = OpenRequests()
         self._is_settled = False
         self._is_stopping = False
+        self._redis_restarted = asyncio.Event()
         self._programs: ProgramDesk | None = None
         self._patterns: PatternHistory | None = None
         self._decisions = DecisionLog(config.ingress.explained_requests)
@@ -143,6 +146,7 @@ class RouterServer:
 
     async def start(self) -> str:
         """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
+        self._store.on_restart = self._redis_restarted.set
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
         history = self.make_history()
         self._patterns = history if isinstance(history, PatternHistory) else None
@@ -156,7 +160,6 @@ class RouterServer:
             await learnt.restore_answers(self._estimates)
         self._programs = self._open_desk()
         known = await self._programs.restore()
-        self._store.on_restart = self._programs.store_again
         if self._config.record_events is not None:
             most = self._config.programs.max_patterns
             self._recorder = EventRecorder(
@@ -195,9 +198,9 @@ class RouterServer:
         if self._recorder is not None:
             self._recorder.close()
         try:
+            await self._save_lengths()
             if self._programs is not None:
                 await self._programs.stop()
-            await self._save_lengths()
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, LeaseLostError) as error:
             log.warning("last_snapshot_not_written", problem=str(error))
@@ -386,9 +389,17 @@ class RouterServer:
         """Renew the lease. Redis being away stops nothing: only a newer router does."""
         is_away = False
         while True:
-            await asyncio.sleep(self._config.transport.lease_s / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.transport.lease_s / 3):
+                    await self._redis_restarted.wait()
             try:
+                if self._redis_restarted.is_set():
+                    await self._store.reconnect()
                 await self._store.renew(self._owner, self.epoch, self._config.transport.lease_s)
+                # Only now: the fence may be among what was lost, and an older router may think that it still counts.
+                if self._redis_restarted.is_set():
+                    self._redis_restarted.clear()
+                    self.programs.store_again()
                 if is_away:
                     log.warning("redis_back", epoch=self.epoch)
                 is_away = False
@@ -396,6 +407,7 @@ class RouterServer:
                 if not is_away:
                     log.warning("redis_away", problem=str(error), effect="serving goes on; nothing learnt is stored")
                 is_away = True
+                await asyncio.sleep(REDIS_RETRY_S)
 
     def _open_desk(self) -> ProgramDesk:
         config = self._config.programs

@@ -84,8 +84,12 @@ class ProgramBook:
         return self._responses.get((tenant, response_id))
 
     def restore(self, graph: ProgramGraph) -> None:
-        """A program as it was stored."""
-        (self._ended if graph.is_over else self._live)[graph.program_id] = graph
+        """A program as it was stored. What is known to be over stays so: Redis may have forgotten that."""
+        if graph.is_over:
+            self._live.pop(graph.program_id, None)
+            self._remember_ended(graph)
+        elif graph.program_id not in self._ended:
+            self._live[graph.program_id] = graph
 
     # ---- changes ----
 
@@ -234,10 +238,11 @@ class ProgramBook:
 
     def _changed(self, graph: ProgramGraph, *, is_news: bool) -> list[Change]:
         if graph.is_over and self._live.pop(graph.program_id, None) is not None:
-            self._ended[graph.program_id] = graph
-            if len(self._ended) > MOST_ENDED:
-                self._ended.popitem(last=False)
+            self._remember_ended(graph)
         return [Change(graph, "status")] if is_news else []
+
+    def _remember_ended(self, graph: ProgramGraph) -> None:
+        _remember(self._ended, graph.program_id, graph, MOST_ENDED)
 
 
 _K = TypeVar("_K")

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,8 +16,8 @@ from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import ProgramError
-from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
-from tempo_router.request import ProgramCall, ProgramId
+from tempo_router.program_ops import CancelProgram, CreateProgram, EndCall, FinishProgram
+from tempo_router.request import BestEffort, ProgramCall, ProgramId
 from tests.fleet import Client, Fleet, call, eventually, payload_of
 from tests.forgetful_redis import ForgetfulRedis
 
@@ -33,6 +33,10 @@ CONFIG = TempoConfig(
 PROGRAMS = 200
 PER_SECOND = 12.0
 SEED = 11
+FATES: dict[int, Literal["late", "cancelled"]] = {3: "cancelled", 7: "late"}
+"""Of each ten programs."""
+LATE_S = 0.2
+"""Deadline of a program that is late: shorter than its first call takes."""
 LOST_S = 0.5
 """So much of what it acknowledged last Redis has lost when it is back."""
 
@@ -96,9 +100,10 @@ async def killable(tmp_path: Path) -> AsyncIterator[Killable]:
 
 @dataclass
 class Run:
-    """One program as its client lived it. calls: tokens by call, of those that were answered."""
+    """One program as its client lived it. fate: how it ends. calls: tokens by call, of those that were answered."""
 
     program_id: str
+    fate: Literal["in time", "late", "cancelled"]
     calls: dict[str, int] = field(default_factory=dict)
     longest_gap_s: float = 0.0
 
@@ -112,15 +117,15 @@ class Life:
     def __init__(self, killable: Killable, number: int) -> None:
         self.killable = killable
         self.number = number
-        self.run = Run(f"p{number}")
+        self.run = Run(f"p{number}", FATES.get(number % 10, "in time"))
         self.rng = random.Random(number)
 
     async def live(self) -> Run:
-        program_id, deadline_s = self.run.program_id, time.time() + 600
-        await self.persist(
-            lambda programs, client, tries: programs.ask(CreateProgram(program_id, "", "app", deadline_s))
-        )
+        await self.persist(self.create)
         await self.call("plan", 20, ())
+        if self.run.fate == "cancelled":
+            await self.persist(self.cancel)
+            return self.run
         searches = tuple(f"search-{one}" for one in range(1 + self.number % 3))
         await asyncio.gather(*(self.call(name, 60, ("plan",)) for name in searches))
         await self.call("sum", 30, searches)
@@ -146,6 +151,8 @@ class Life:
         error = asking.exception()
         if isinstance(error, ProgramError) and error.code in ("call_ended", "program_ended"):
             return True  # It was carried out, and only the answer was lost.
+        if isinstance(error, ProgramError) and self.run.fate == "late" and error.field == "deadline":
+            return False  # No router was there until it had passed.
         asking.result()
         return True
 
@@ -161,7 +168,7 @@ class Life:
         ticket = await programs.begin(identity, tenant="", app="", now_epoch_s=time.time())
         assert ticket.left_s is not None
         name = f"{program_id}-{call_id}.{tries}"
-        slo = ProgramCall(ProgramId(program_id), ticket.left_s)
+        slo = BestEffort() if ticket.is_relegated else ProgramCall(ProgramId(program_id), ticket.left_s)
         spec = call(name, output_tokens=tokens, slo=slo)
         spec = replace(spec, program_id=program_id, call_id=call_id, stage=ticket.stage)
         assert (await client.link.submit(spec, payload_of(spec))).is_admitted
@@ -174,6 +181,17 @@ class Life:
                 seen, seen_s = client.tokens[spec.request_id], time.monotonic()
         assert client.tokens[spec.request_id] == tokens
         programs.end(EndCall(program_id, call_id, ticket.attempt, "completed", 10, tokens))
+
+    async def create(self, programs: ProgramClient, client: Client, tries: int) -> None:
+        deadline_s = time.time() + (LATE_S if self.run.fate == "late" else 600)
+        await programs.ask(CreateProgram(self.run.program_id, "", "app", deadline_s))
+
+    async def cancel(self, programs: ProgramClient, client: Client, tries: int) -> None:
+        """While a call runs that is never ended by anyone else."""
+        program_id = self.run.program_id
+        identity = Identity("explicit", program_id, call_id="cut-off", attempt=tries, parents=("plan",))
+        await programs.begin(identity, tenant="", app="", now_epoch_s=time.time())
+        await programs.ask(CancelProgram(program_id, "", f"cancel-{program_id}-{tries}"))
 
     async def finish(self, programs: ProgramClient, client: Client, tries: int) -> None:
         program_id = self.run.program_id
@@ -208,17 +226,29 @@ async def test_every_program_ends_with_the_right_graph(
     links = [killable.fleet.clients[number].link for number in killable.ingresses]
     await eventually(lambda: not any(link.programs.unstored for link in links), "nobody keeps anything")
     store = ProgramStore(killable.store)
+    relegated = 0
     for run in runs:
         graph = await store.load(run.program_id)
         assert graph is not None
-        assert (graph.status, graph.is_met) == ("finished", True), (run.program_id, graph.status, graph.reason)
+        expected: dict[str, tuple[str, int]] = {name: ("completed", tokens) for name, tokens in run.calls.items()}
+        if run.fate == "cancelled":
+            expected["cut-off"] = ("cancelled", 0)
         found = {call_id: (one.status, one.output_tokens) for call_id, one in graph.calls.items()}
-        assert found == {call_id: ("completed", tokens) for call_id, tokens in run.calls.items()}
+        assert found == expected
         assert await store.counters(run.program_id) == {
-            "calls": len(run.calls), "done": len(run.calls), "tokens": sum(run.calls.values())
+            "calls": len(expected), "done": len(expected), "tokens": sum(run.calls.values())
         }  # fmt: skip
+        said = run.program_id, graph.status, graph.reason
+        if run.fate == "cancelled":
+            assert graph.status == "cancelled", said
+            continue
+        assert (graph.status, graph.is_met) == ("finished", run.fate == "in time"), said
+        # One that is late for a moment only, while a new router waits for what it is told again, may end before it is.
+        assert graph.relegated_s is None or run.fate == "late", said
+        relegated += graph.relegated_s is not None
         searches = {call_id for call_id in run.calls if call_id.startswith("search")}
         assert set(graph.calls["sum"].parents) == searches
         assert all(graph.calls[one].parents == ("plan",) for one in searches)
+    assert relegated
     record_property("recovered_s", killable.recovery_s)
     record_property("longest_gap_in_a_stream_s", max(run.longest_gap_s for run in runs))

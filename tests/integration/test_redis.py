@@ -16,6 +16,7 @@ from uuid import uuid4
 import psutil
 import pytest
 import redis.asyncio
+import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -333,18 +334,29 @@ async def test_another_server_process_is_noticed_once(own_server: EmbeddedRedis,
         second.stop()
 
 
-async def test_a_server_that_does_not_say_who_it_is_may_have_been_restarted(own_server: EmbeddedRedis) -> None:
+async def test_a_server_that_does_not_say_who_it_is_serves_all_the_same(own_server: EmbeddedRedis) -> None:
+    """It is said once that nobody will notice a restart."""
     async with redis.asyncio.from_url(own_server.url) as admin:
         await admin.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info"])
-        store = await RedisStore.connect(own_server.url.replace("unix://", "unix://limited:any@"), "app")
-        restarts: list[bool] = []
-        store.on_restart = lambda: restarts.append(True)
-        await store.lease_holder()
-        assert not restarts
-        await admin.execute_command("CLIENT", "KILL", "USER", "limited")
+        with structlog.testing.capture_logs() as logs:
+            store = await RedisStore.connect(own_server.url.replace("unix://", "unix://limited:any@"), "app")
+            restarts: list[bool] = []
+            store.on_restart = lambda: restarts.append(True)
+            await admin.execute_command("CLIENT", "KILL", "USER", "limited")
+            assert await store.lease_holder() is None
+            await store.close()
+    assert not restarts
+    assert [line["event"] for line in logs] == ["redis_does_not_say_who_it_is"]
+
+
+async def test_idle_connections_are_made_anew(store: RedisStore, server: EmbeddedRedis) -> None:
+    """They may lead to a server that nobody else talks to any more."""
+    async with redis.asyncio.from_url(server.url) as admin:
+        before = {client["id"] for client in await admin.client_list()}
+        await store.reconnect()
         assert await store.lease_holder() is None
-        assert restarts == [True]
-        await store.close()
+        after = {client["id"] for client in await admin.client_list()}
+    assert len(before - after) == 1
 
 
 async def test_nobody_at_the_address_is_said_without_the_password() -> None:

@@ -1,14 +1,15 @@
 """Programs through desks and a real Redis: whatever dies, and whatever is told twice, no call is lost or counted twice.
 
-Several ingresses ask; the router is replaced, with or without a last word, while the old one still tries to write;
-every ingress tells a new router again what it was not told to be stored, as `IngressLink` does; and Redis is killed and
-comes back without what it acknowledged since some moment of the router's life.
+Several ingresses ask, and die; the router is replaced, with or without a last word, while the old one still tries to
+write; every ingress tells a new router again what it was not told to be stored, as `IngressLink` does; and Redis is
+killed and comes back without what it acknowledged since some moment.
 """
 
 import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -23,13 +24,13 @@ from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import LeaseLostError
-from tempo_router.program_graph import NewCall
-from tempo_router.program_ops import BeginCall, CreateProgram, EndCall, FinishProgram
+from tempo_router.program_graph import CallStatus, NewCall, ProgramGraph
+from tempo_router.program_ops import BeginCall, CancelProgram, CreateProgram, EndCall, ExtendProgram, FinishProgram
 from tests.forgetful_redis import ForgetfulRedis
 
 pytestmark = pytest.mark.redis
 
-INGRESSES = ("ingress-0", "ingress-1", "ingress-2")
+INGRESSES = st.integers(0, 2)
 _names = itertools.count()
 
 
@@ -51,7 +52,10 @@ class Ingress:
 
 
 class Programs(RuleBasedStateMachine):
-    """What clients did is in `began` and `ended`; what Redis holds must come to the same."""
+    """What Redis holds must come to what the router knows, and no client may be told otherwise.
+
+    attempts: of each call that was let in, its last attempt and who serves it. told: tokens of its ended attempts.
+    """
 
     redis: ForgetfulRedis
 
@@ -62,10 +66,16 @@ class Programs(RuleBasedStateMachine):
         # A disk that stalls for seconds is not what is tested here.
         self.store = self.run(RedisStore.connect(self.redis.url, self.app, timeout_s=60.0))
         self.programs = ProgramStore(self.store, keep_s=600.0)
-        self.ingresses = {name: Ingress(name) for name in INGRESSES}
+        self.ingress_names = itertools.count(3)
+        self.ingresses = {name: Ingress(name) for name in ("ingress-0", "ingress-1", "ingress-2")}
         self.op_ids = itertools.count()
-        self.began: dict[tuple[str, str], tuple[str, str]] = {}
-        self.ended: dict[tuple[str, str], int] = {}
+        self.began: dict[tuple[str, str], Ingress] = {}
+        self.began_by: dict[tuple[str, str], str] = {}
+        self.attempts: dict[tuple[str, str], tuple[int, str]] = {}
+        self.told: dict[tuple[str, str], set[int]] = {}
+        self.deadlines: dict[str, set[float]] = {}
+        self.closing: dict[str, list[tuple[Ingress, str]]] = {}
+        self.hopeless: set[str] = set()
         self.sent: list[tuple[str, wire.ProgramOp]] = []
         self.ids: list[str] = []
         self.old: list[ProgramDesk] = []
@@ -80,74 +90,140 @@ class Programs(RuleBasedStateMachine):
         desk = ProgramDesk(
             ProgramsConfig(), self.programs, fence=self.fence, handle=lambda event: None, send=self.send,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None,
+            least_left_s=lambda program_id: 1e9 if program_id in self.hopeless else 0.0,
         )  # fmt: skip
         await desk.restore()
-        self.store.on_restart = desk.store_again
-        # What is lost was acknowledged to this router: who comes later knows only what is stored.
-        self.redis.remember()
         return desk
 
     def send(self, owner: str, message: wire.RouterToIngress) -> None:
         for answer in message.program_answers:
-            self.ingresses[owner].heard(answer)
+            if owner in self.ingresses:
+                self.ingresses[owner].heard(answer)
 
-    def ask(self, ingress: str, op: object) -> str:
+    def name_of(self, number: int) -> str:
+        return list(self.ingresses)[number]
+
+    def ask(self, ingress: str, op: object) -> str | None:
+        """The operation's name; None if it was refused."""
         op_id = f"{ingress}:{next(self.op_ids)}"
         message = wire.ProgramOp(op_id=op_id, kind=type(op).__name__, body=msgspec.json.encode(op))
         self.ingresses[ingress].kept[op_id] = message
         self.sent.append((ingress, message))
+        self.deliver(ingress, message)
+        return None if op_id in self.ingresses[ingress].errors else op_id
 
-        async def deliver() -> None:
+    def deliver(self, ingress: str, message: wire.ProgramOp) -> None:
+        async def in_loop() -> None:
             self.desk.asked(ingress, message)
 
-        self.run(deliver())
-        return op_id
+        self.run(in_loop())
 
     # ---- what clients do ----
 
-    @rule(ingress=st.sampled_from(INGRESSES))
-    def create(self, ingress: str) -> None:
+    @rule(ingress=INGRESSES)
+    def create(self, ingress: int) -> None:
         program_id = f"p{len(self.ids)}"
-        self.ask(ingress, CreateProgram(program_id, "tenant", "app", deadline_s=time.time() + 3600.0))
+        deadline_s = time.time() + 3600.0
+        self.ask(self.name_of(ingress), CreateProgram(program_id, "tenant", "app", deadline_s=deadline_s))
         # Clients hear of a program when it is stored, so that every router knows it.
         self.flush()
         self.ids.append(program_id)
+        self.deadlines[program_id] = {deadline_s}
+        self.closing[program_id] = []
 
     @precondition(lambda self: self.ids)
-    @rule(ingress=st.sampled_from(INGRESSES), which=st.integers(0, 20))
-    def begin(self, ingress: str, which: int) -> None:
-        program_id, call_id = self.ids[which % len(self.ids)], f"c{len(self.began)}"
-        op_id = self.ask(ingress, BeginCall(program_id, "tenant", NewCall(call_id, owner=ingress)))
-        if op_id not in self.ingresses[ingress].errors:
-            self.began[program_id, call_id] = (ingress, op_id)
+    @rule(ingress=INGRESSES, which=st.integers(0, 20), follows=st.booleans())
+    def begin(self, ingress: int, which: int, follows: bool) -> None:
+        """follows: the last call of its program, which another ingress may have told of."""
+        name = self.name_of(ingress)
+        program_id, call_id = self.ids[which % len(self.ids)], f"c{len(self.sent)}"
+        before = [call for program, call in self.attempts if program == program_id and self.is_told(program, call)]
+        parents = tuple(before[-1:]) if follows else ()
+        op_id = self.ask(name, BeginCall(program_id, "tenant", NewCall(call_id, parents=parents, owner=name)))
+        if op_id is not None:
+            call = program_id, call_id
+            self.attempts[call] = 0, name
+            self.began[call], self.began_by[call] = self.ingresses[name], op_id
+            self.told[call] = set()
 
-    @precondition(lambda self: len(self.began) > len(self.ended))
-    @rule(which=st.integers(0, 50), tokens=st.integers(0, 100))
-    def end(self, which: int, tokens: int) -> None:
-        running = [name for name in self.began if name not in self.ended]
-        program_id, call_id = running[which % len(running)]
-        ingress, _ = self.began[program_id, call_id]
-        self.ended[program_id, call_id] = tokens
-        self.ask(ingress, EndCall(program_id, call_id, 0, "completed", 1, tokens))
+    def is_told(self, program_id: str, call_id: str) -> bool:
+        """Whether somebody is left who could tell a new router of a call."""
+        ingress = self.began[program_id, call_id]
+        return ingress in self.ingresses.values() or self.began_by[program_id, call_id] in ingress.stored
+
+    @precondition(lambda self: self.attempts)
+    @rule(ingress=INGRESSES, which=st.integers(0, 50))
+    def begin_again(self, ingress: int, which: int) -> None:
+        """A client tries once more, perhaps while the attempt before still runs."""
+        name = self.name_of(ingress)
+        program_id, call_id = list(self.attempts)[which % len(self.attempts)]
+        attempt = self.attempts[program_id, call_id][0] + 1
+        again = BeginCall(program_id, "tenant", NewCall(call_id, attempt, owner=name))
+        if self.ask(name, again) is not None:
+            self.attempts[program_id, call_id] = attempt, name
+
+    @precondition(lambda self: self.attempts)
+    @rule(
+        which=st.integers(0, 50),
+        tokens=st.integers(0, 100),
+        status=st.sampled_from(["completed", "completed", "failed", "cancelled"]),
+    )
+    def end(self, which: int, tokens: int, status: CallStatus) -> None:
+        """By the ingress that served it; one that is gone says nothing."""
+        program_id, call_id = list(self.attempts)[which % len(self.attempts)]
+        attempt, name = self.attempts[program_id, call_id]
+        if name in self.ingresses:
+            self.told[program_id, call_id].add(tokens)
+            self.ask(name, EndCall(program_id, call_id, attempt, status, 1, tokens))
 
     @precondition(lambda self: self.ids)
-    @rule(ingress=st.sampled_from(INGRESSES), which=st.integers(0, 20))
-    def finish(self, ingress: str, which: int) -> None:
-        op = FinishProgram(self.ids[which % len(self.ids)], "tenant", f"op{len(self.sent)}")
-        self.ask(ingress, op)
+    @rule(ingress=INGRESSES, which=st.integers(0, 20), is_cancelled=st.booleans())
+    def finish_or_cancel(self, ingress: int, which: int, is_cancelled: bool) -> None:
+        name, program_id = self.name_of(ingress), self.ids[which % len(self.ids)]
+        kind = CancelProgram if is_cancelled else FinishProgram
+        op_id = self.ask(name, kind(program_id, "tenant", f"op{len(self.sent)}"))
+        if op_id is not None:
+            self.closing[program_id].append((self.ingresses[name], op_id))
 
-    # ---- what happens to messages and routers ----
+    @precondition(lambda self: self.ids)
+    @rule(ingress=INGRESSES, which=st.integers(0, 20), longer_s=st.integers(1, 5))
+    def extend(self, ingress: int, which: int, longer_s: int) -> None:
+        program_id = self.ids[which % len(self.ids)]
+        deadline_s = time.time() + 3600.0 + 100.0 * longer_s
+        self.deadlines[program_id].add(deadline_s)
+        self.hopeless.discard(program_id)
+        self.ask(self.name_of(ingress), ExtendProgram(program_id, "tenant", deadline_s))
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 20))
+    def becomes_hopeless(self, which: int) -> None:
+        self.hopeless.add(self.ids[which % len(self.ids)])
+
+        async def in_loop() -> None:
+            self.desk._relegate_hopeless(time.time() + 1e6)
+
+        self.run(in_loop())
+
+    # ---- what happens to messages, ingresses, routers and Redis ----
 
     @precondition(lambda self: self.sent)
     @rule(which=st.integers(0, 1000))
     def tell_again(self, which: int) -> None:
         """A message that was answered long ago comes once more."""
-        ingress, message = self.sent[which % len(self.sent)]
+        self.deliver(*self.sent[which % len(self.sent)])
 
-        async def deliver() -> None:
-            self.desk.asked(ingress, message)
+    @rule(ingress=INGRESSES)
+    def lose_ingress(self, ingress: int) -> None:
+        """With all that it kept, and with the clients of its calls."""
+        name = self.name_of(ingress)
+        del self.ingresses[name]
+        newcomer = f"ingress-{next(self.ingress_names)}"
+        self.ingresses[newcomer] = Ingress(newcomer)
 
-        self.run(deliver())
+        async def in_loop() -> None:
+            self.desk.ingress_gone(name)
+
+        self.run(in_loop())
 
     @rule()
     def flush(self) -> None:
@@ -167,25 +243,41 @@ class Programs(RuleBasedStateMachine):
                 for message in list(ingress.kept.values()):
                     self.desk.asked(ingress.name, message)
             self.desk.settled()
+            self.desk.owners_gone(self.ingresses)
 
         self.run(take_over())
+        for call, op_id in self.began_by.items():
+            assert op_id not in self.began[call].errors, "what was let in is not refused by a later router"
 
     @rule()
     def redis_is_in_sync(self) -> None:
         """What comes later is what can be lost."""
         self.redis.remember()
 
-    @rule(is_idle=st.booleans())
-    def redis_forgets(self, is_idle: bool) -> None:
-        """The router finds out when it renews its lease, or when it writes."""
+    @rule(is_idle=st.booleans(), does_old_write=st.booleans())
+    def redis_forgets(self, is_idle: bool, does_old_write: bool) -> None:
+        """The router finds out when it renews its lease, or when it writes; one before it may find out sooner."""
+        restarts: list[bool] = []
+        self.store.on_restart = lambda: restarts.append(True)
         self.redis.kill()
         self.redis.start(forgets=True)
 
+        async def old_ones_write() -> None:
+            for desk in self.old:
+                desk.store_again()
+                # What it lost its right to is refused, unless Redis has forgotten that.
+                with suppress(LeaseLostError):
+                    await desk.writer.flush()
+
         async def go_on() -> None:
-            if is_idle:
-                await self.store.renew("router", self.fence, 30.0)
-            await self.desk.writer.flush()
+            if not is_idle:
+                await self.desk.writer.flush()
+            if does_old_write:
+                await old_ones_write()
             await self.store.renew("router", self.fence, 30.0)
+            assert restarts
+            self.desk.store_again()
+            await old_ones_write()
             await self.desk.writer.flush()
 
         self.run(go_on())
@@ -203,36 +295,69 @@ class Programs(RuleBasedStateMachine):
 
     @invariant()
     def what_was_stored_is_there_once(self) -> None:
-        self.check(only_stored=True)
+        for program_id in self.ids:
+            graph = self.stored(program_id)
+            let_in = {call_id for program, call_id in self.attempts if program == program_id}
+            acknowledged = {
+                call_id
+                for (program, call_id), ingress in self.began.items()
+                if program == program_id and self.began_by[program, call_id] in ingress.stored
+            }
+            assert acknowledged <= graph.calls.keys() <= let_in
+            assert graph.deadline_s in self.deadlines[program_id]
+            for call in graph.calls.values():
+                # Nothing but what a client was served; a call that was cut off counts for nothing.
+                assert call.output_tokens in {0, *self.told[program_id, call.call_id]}
+                assert call.attempt <= self.attempts[program_id, call.call_id][0]
+            if any(op_id in ingress.stored for ingress, op_id in self.closing[program_id]):
+                assert graph.closed_by, "who was told that it is finished or cancelled must be able to rely on it"
+
+    def stored(self, program_id: str) -> ProgramGraph:
+        """A program as Redis has it, its counters right."""
+        graph = self.run(self.programs.load(program_id))
+        assert graph is not None
+        done = [call for call in graph.calls.values() if call.status != "running"]
+        tokens = sum(call.output_tokens for call in done)
+        counters = self.run(self.programs.counters(program_id))
+        assert counters == {"calls": len(graph.calls), "done": len(done), "tokens": tokens}
+        return graph
 
     def teardown(self) -> None:
         try:
             self.flush()
             assert all(not ingress.kept for ingress in self.ingresses.values()), "something was never stored"
-            self.check(only_stored=False)
+            self.what_was_stored_is_there_once()
+            self.what_the_router_knows_is_stored()
         finally:
             self.run(self.store.close())
             self.runner.close()
 
-    def check(self, *, only_stored: bool) -> None:
+    def what_the_router_knows_is_stored(self) -> None:
+        """To the last field, and each program is listed as what it is."""
+        live, over = self.run(self.store.members("programs")), self.run(self.store.ranked("ended"))
         for program_id in self.ids:
-            graph = self.run(self.programs.load(program_id))
-            counters = self.run(self.programs.counters(program_id))
-            assert graph is not None
-            done = [call for call in graph.calls.values() if call.status != "running"]
-            assert counters == {
-                "calls": len(graph.calls), "done": len(done), "tokens": sum(call.output_tokens for call in done)
-            }  # fmt: skip
-            expected = {
-                call_id
-                for (program, call_id), (ingress, op_id) in self.began.items()
-                if program == program_id and (not only_stored or op_id in self.ingresses[ingress].stored)
-            }
-            assert expected <= graph.calls.keys()
-            assert graph.calls.keys() <= {call_id for program, call_id in self.began if program == program_id}
-            if not only_stored:
-                tokens = {call_id: count for (program, call_id), count in self.ended.items() if program == program_id}
-                assert {call.call_id: call.output_tokens for call in done} == tokens
+            stored, known = self.stored(program_id), self.desk.book.find(program_id)
+            assert known is not None
+            assert _fields(stored) == _fields(known)
+            assert all(call.owner in self.ingresses for call in known.running), "nobody is left who could end it"
+            assert (program_id.encode() in live) == (not known.is_over)
+            assert (program_id.encode() in over) == known.is_over
+
+
+def _fields(graph: ProgramGraph) -> tuple[object, ...]:
+    calls = [
+        (call.call_id, call.attempt, call.status, call.stage, call.parents, call.owner, call.output_tokens)
+        for call in graph.calls.values()
+    ]
+    return (
+        graph.status,
+        graph.deadline_s,
+        graph.closed_by,
+        graph.reason,
+        graph.relegated_s,
+        graph.ended_s,
+        sorted(calls),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -255,14 +380,15 @@ def test_no_call_is_lost_or_counted_twice(redis: ForgetfulRedis) -> None:
 def test_a_late_message_does_not_begin_a_program_anew_that_ended_under_an_earlier_router(redis: ForgetfulRedis) -> None:
     Programs.redis = redis
     machine = Programs()
-    machine.create(INGRESSES[0])
-    machine.begin(INGRESSES[0], 0)
-    machine.end(0, 7)
-    machine.finish(INGRESSES[1], 0)
+    machine.create(0)
+    machine.begin(0, 0, follows=False)
+    machine.end(0, 7, "completed")
+    machine.finish_or_cancel(1, 0, is_cancelled=False)
     machine.flush()
     machine.replace_router(has_last_word=True)
     for number in range(len(machine.sent)):
         machine.tell_again(number)
-    machine.begin(INGRESSES[2], 0)
-    assert machine.ingresses[INGRESSES[2]].errors
+    calls = dict(machine.attempts)
+    machine.begin(2, 0, follows=False)
+    assert machine.attempts == calls, "it is over"
     machine.teardown()
