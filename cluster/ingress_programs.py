@@ -32,12 +32,19 @@ class GraphRunner(Protocol):
         """The program was cancelled."""
         ...
 
+    def program_news(self, program_id: str, *, is_relegated: bool) -> None:
+        """Whether the program's deadline is out of reach; may be said again."""
+        ...
+
 
 class _NoGraphs:
     def tool_output(self, program_id: str, node: str, output: bytes) -> None:
         """Nobody waits for it."""
 
     def program_over(self, program_id: str) -> None:
+        """Nobody minds."""
+
+    def program_news(self, program_id: str, *, is_relegated: bool) -> None:
         """Nobody minds."""
 
 
@@ -94,11 +101,13 @@ class IngressPrograms:
             self._send(wire.IngressToRouter(program_ops=[asked.message]))
 
     def router_said(self, message: wire.RouterToIngress) -> None:
-        """Answers, outputs of tools, and programs that are over."""
+        """Answers, outputs of tools, and programs that were given up, are given up no longer, or are over."""
         for answer in message.program_answers:
             self._answered(answer)
         for output in message.tool_outputs:
             self.graphs.tool_output(output.program_id, output.node, output.output)
+        for news in message.program_news:
+            self.graphs.program_news(news.program_id, is_relegated=news.is_relegated)
         for program_id in message.programs_over:
             self.graphs.program_over(program_id)
 

@@ -333,6 +333,9 @@ class ProgramDesk:
             assert graph is not None
             ticket = self.book.ticket(graph, graph.calls[op.call.call_id], now_s)
             self._answer(owner, message, ticket, is_stored=False)
+            if graph.status == "relegated":
+                # Its ingress has not heard of it if this is its first call there, or an earlier router gave it up.
+                self._send(owner, _news_of(graph))
         elif not isinstance(op, EndCall):
             self._unanswered[message.op_id] = lambda: self._answer(
                 owner, message, self._view_of(graph), is_stored=False
@@ -387,6 +390,8 @@ class ProgramDesk:
                 self._moved[graph.program_id] = None
 
     def _status_changed(self, graph: ProgramGraph) -> None:
+        if not graph.is_over:
+            self._tell_owners(graph, _news_of(graph))
         if graph.status == "relegated":
             log.info("program_relegated", program_id=graph.program_id, app=graph.app, calls=len(graph.calls))
             self._handle(ProgramRelegated(time.monotonic(), graph.program_id))
@@ -397,8 +402,7 @@ class ProgramDesk:
             )  # fmt: skip
             if graph.status == "cancelled":
                 self._cancel_calls(graph.program_id)
-                for owner in dict.fromkeys(call.owner for call in graph.calls.values()):
-                    self._send(owner, wire.RouterToIngress(programs_over=[graph.program_id]))
+                self._tell_owners(graph, wire.RouterToIngress(programs_over=[graph.program_id]))
             is_complete = graph.status == "finished"
             self._handle(ProgramFinished(time.monotonic(), graph.program_id, is_complete=is_complete))
             self._store_learnt()
@@ -466,6 +470,10 @@ class ProgramDesk:
         self.book.restore(graph)
         self.asked(owner, message)
 
+    def _tell_owners(self, graph: ProgramGraph, message: wire.RouterToIngress) -> None:
+        for owner in dict.fromkeys(call.owner for call in graph.calls.values()):
+            self._send(owner, message)
+
     def _tell(self, owner: str, answer: wire.ProgramAnswer) -> None:
         self._send(owner, wire.RouterToIngress(program_answers=[answer]))
 
@@ -481,3 +489,8 @@ class ProgramDesk:
 
     def _whole(self, graph: ProgramGraph) -> ScriptCall:
         return self._store.script_for_whole(graph, self._fence, self._epoch_s())
+
+
+def _news_of(graph: ProgramGraph) -> wire.RouterToIngress:
+    news = wire.ProgramNews(program_id=graph.program_id, is_relegated=graph.status == "relegated")
+    return wire.RouterToIngress(program_news=[news])

@@ -649,6 +649,30 @@ class ToolOutput(_message.Message):
 Global___ToolOutput: _TypeAlias = ToolOutput  # noqa: Y015
 
 @_typing.final
+class ProgramNews(_message.Message):
+    """Whether the deadline of a program is out of reach now, for the ingress that runs its declared graph."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    IS_RELEGATED_FIELD_NUMBER: _builtins.int
+    program_id: _builtins.str
+    is_relegated: _builtins.bool
+    def __init__(
+        self,
+        *,
+        program_id: _builtins.str = ...,
+        is_relegated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_relegated", b"is_relegated", "program_id", b"program_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgramNews: _TypeAlias = ProgramNews  # noqa: Y015
+
+@_typing.final
 class TargetNews(_message.Message):
     """In the order in which it happened: a request was given up, or its program has this deadline and it is given up no
     longer.
@@ -716,6 +740,7 @@ class RouterToIngress(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     TOOL_OUTPUTS_FIELD_NUMBER: _builtins.int
     PROGRAMS_OVER_FIELD_NUMBER: _builtins.int
+    PROGRAM_NEWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """first message of a stream, alone"""
@@ -744,6 +769,8 @@ class RouterToIngress(_message.Message):
     def programs_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """programs that were cancelled, for the ingress that runs their graphs"""
 
+    @_builtins.property
+    def program_news(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramNews]: ...
     def __init__(
         self,
         *,
@@ -757,10 +784,11 @@ class RouterToIngress(_message.Message):
         cancelled: _abc.Iterable[_builtins.str] | None = ...,
         tool_outputs: _abc.Iterable[Global___ToolOutput] | None = ...,
         programs_over: _abc.Iterable[_builtins.str] | None = ...,
+        program_news: _abc.Iterable[Global___ProgramNews] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "programs_over", b"programs_over", "target_news", b"target_news", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "evictions", b"evictions", "expired", b"expired", "hello", b"hello", "program_answers", b"program_answers", "program_news", b"program_news", "programs_over", b"programs_over", "target_news", b"target_news", "tool_outputs", b"tool_outputs", "verdicts", b"verdicts", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

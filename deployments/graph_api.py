@@ -46,6 +46,12 @@ class GraphApi:
         if run is not None:
             run.stop()
 
+    def program_news(self, program_id: str, *, is_relegated: bool) -> None:
+        """Its deadline is out of reach, or is no longer."""
+        run = self._runs.get(program_id)
+        if run is not None:
+            run.news(is_relegated=is_relegated)
+
     # ---- from clients ----
 
     async def deliver(self, given: str, node: str, body: bytes, tenant: str) -> Any:

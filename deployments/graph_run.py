@@ -37,11 +37,15 @@ class GraphRun:
         self.outputs: dict[str, Any] = {}
         self._begun: set[str] = set()
         self._tools: set[str] = set()
+        self._is_relegated = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def events(self) -> AsyncIterator[Event]:
-        """What happens, as it happens: tools that wait, nodes that ended. Ends after the last node, or a failed one."""
+        """What happens, as it happens: tools that wait, nodes that ended, a deadline that came to be out of reach.
+
+        Ends after the last node, or a failed one.
+        """
         try:
             await self._begin_ready()
             while len(self.outputs) < len(self._graph.nodes):
@@ -65,6 +69,13 @@ class GraphRun:
             self._tools.discard(node_id)
             self._programs.end(EndCall(self._program_id, node_id, 0, "completed"))
             self._events.put_nowait({"event": "node.finished", "node": node_id, "output": output})
+
+    def news(self, *, is_relegated: bool) -> None:
+        """The program's deadline is out of reach, or is no longer. Told to the client if it has changed."""
+        if is_relegated != self._is_relegated:
+            self._is_relegated = is_relegated
+            name = "program.relegated" if is_relegated else "program.reinstated"
+            self._events.put_nowait({"event": name, "program_id": self._program_id})
 
     def stop(self) -> None:
         """The program is over."""

@@ -100,3 +100,37 @@ async def test_cancelling_a_program_ends_its_graph(served) -> None:
         if event["event"] == "tool.waiting":
             assert (await http.post("/v1/programs/p/cancel")).status_code == 200
     assert happened == ["program.created", "node.finished", "tool.waiting", "program.cancelled"]
+
+
+async def test_a_graph_out_of_time_says_so_and_says_when_it_has_time_again(served) -> None:
+    """Nothing runs but the client's tool, so that no answer of a node could tell."""
+    http, _ = served
+    happened, last = [], {}
+    graph = {"nodes": [{"id": "t", "tool": "x"}, {"id": "a", "prompt": "A {{t}}"}]}
+    async for event in events(http, {"name": "late", "deadline_s": 0.2, "graph": graph}):
+        last = event
+        happened.append(event["event"])
+        if event["event"] == "program.relegated":
+            assert await status_of(http, event["program_id"]) == "relegated"
+            assert (await http.post("/v1/programs/late/extend", json={"deadline_s": 600})).status_code == 200
+        if {"tool.waiting", "program.reinstated"} <= set(happened) and "node.finished" not in happened:
+            assert (await http.post("/v1/programs/late/nodes/t/output", json={"output": 1})).status_code == 200
+    told = ["program.relegated", "program.reinstated"]
+    assert [one for one in happened if one in told] == told
+    assert happened[-3:] == ["node.finished", "node.finished", "program.finished"]
+    assert last["program"]["deadline_met"] is True
+
+
+async def test_a_graph_whose_program_was_relegated_before_its_first_node_says_so(served) -> None:
+    http, _ = served
+    happened = []
+    fields = {"name": "early", "deadline_s": 0.2}
+    assert (await http.post("/v1/programs", json=fields)).status_code == 200
+    async with asyncio.timeout(10):
+        # Asked over HTTP, as a client does.
+        while await status_of(http, "early") != "relegated":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    graph = {"nodes": [{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "{{a}}"}]}
+    async for event in events(http, {**fields, "graph": graph}):
+        happened.append(event["event"])
+    assert happened == ["program.created", "program.relegated", "node.finished", "node.finished", "program.finished"]
