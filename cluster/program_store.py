@@ -150,6 +150,8 @@ class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
     last_s: float = 0.0
     relegated_s: float | None = None
     ended_s: float | None = None
+    created_by: str = ""
+    asked_s: float | None = None
 
 
 class _StoredCall(msgspec.Struct, omit_defaults=True):
@@ -304,6 +306,7 @@ def _about(graph: ProgramGraph) -> bytes:
         About(
             graph.program_id, graph.tenant, graph.app, graph.created_s, graph.deadline_s, graph.objective, graph.name,
             graph.reason, graph.closed_by, graph.last_s, graph.relegated_s, graph.ended_s,
+            graph.created_by, graph.asked_s,
         )
     )  # fmt: skip
 
@@ -322,7 +325,7 @@ def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:
     graph = ProgramGraph(
         ProgramId(about.program_id), about.tenant, about.app, about.created_s, about.deadline_s, about.objective,
         about.name, status, about.reason, about.closed_by, -1, about.last_s, about.relegated_s, about.ended_s,
-        {call.call_id: call for call in _calls(fields)},
+        {call.call_id: call for call in _calls(fields)}, about.created_by, about.asked_s,
     )  # fmt: skip
     graph.last_s = max([graph.last_s, *(call.ended_s or call.began_s for call in graph.calls.values())])
     return graph

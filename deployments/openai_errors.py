@@ -5,7 +5,7 @@
 | queue_full | 429 | from the queue, at least 1 s | the client's rate is what must change |
 | deadline_impossible | 503 | from the queue, if the router knows one | this server cannot do it now; another may |
 | draining, router_unavailable | 503 | 5 s unless the router says otherwise | a restart or a failover is under way |
-| programs: unknown; over; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
+| programs: unknown; over, or there already; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
 | too_large | 400 | none | no wait makes it fit |
 """
 
@@ -20,6 +20,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "invalid_program": (400, "invalid_request_error"),
     "unknown_program": (404, "invalid_request_error"),
     "unknown_call": (400, "invalid_request_error"),
+    "program_exists": (409, "invalid_request_error"),
     "program_ended": (409, "invalid_request_error"),
     "call_ended": (409, "invalid_request_error"),
     "too_many_programs": (503, "server_error"),

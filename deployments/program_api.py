@@ -80,7 +80,7 @@ class ProgramApi:
     # ---- one by one, as the Python handle has them, too; they raise ProgramError, RouterUnavailableError ----
 
     async def create(self, new: NewProgram) -> Any:
-        """Make a program, or find the one of this name."""
+        """Make a program, or find the one of this name, if it is equal and not over."""
         if new.objective not in ("deadline", "best_effort"):
             raise ProgramError("invalid_program", "must be 'deadline' or 'best_effort'", "objective")
         given = {"deadline_s": new.deadline_s, "deadline": new.deadline}
@@ -91,6 +91,8 @@ class ProgramApi:
             deadline_s=self._deadline(given),
             objective=new.objective,  # type: ignore[arg-type]
             name=_text({"name": new.name}, "name"),
+            operation=_operation(),
+            asked_s=new.deadline_s,
         )
         return await self._client.ask(op)
 

@@ -160,19 +160,24 @@ class ProgramBook:
         if known is not None:
             if known.tenant != op.tenant:
                 raise ProgramError("unknown_program", f"there is no program {op.program_id!r}", "program")
-            return known, []
+            if op.operation and op.operation == known.created_by:
+                return known, []  # Told again, by an ingress to a new router.
         if op.objective == "deadline" and op.deadline_s is None:
             message = "give deadline_s or deadline, or the objective 'best_effort'"
             raise ProgramError("invalid_program", message, "deadline_s")
-        return self._open(op, now_s)
+        if known is None:
+            return self._open(op, now_s)
+        _check_deadline(op.deadline_s, now_s)
+        _refuse_unless_equal(known, op)
+        return known, []
 
     def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
-        if op.deadline_s is not None:
-            _check_deadline(op.deadline_s, now_s)
+        _check_deadline(op.deadline_s, now_s)
         if len(self._live) >= self._most:
             message = f"{self._most} programs are in progress (programs.max_programs); try again later"
             raise ProgramError("too_many_programs", message)
         graph = ProgramGraph(ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name)
+        graph.created_by, graph.asked_s = op.operation, _asked_s(op)
         self._live[graph.program_id] = graph
         return graph, [Change(graph, "whole")]
 
@@ -257,7 +262,34 @@ def _remember(table: OrderedDict[_K, _V], key: _K, value: _V, most: int) -> None
         table.popitem(last=False)
 
 
-def _check_deadline(deadline_s: float, now_s: float) -> None:
+def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
+    """A client that asks again for what is there gets it; one that means another program must learn that it is not."""
+    what = f"program {known.name or known.program_id!r}"
+    if known.is_over or known.closed_by:
+        state = known.status if known.is_over else "being finished"
+        raise ProgramError("program_ended", f"{what} is {state}; give a new program another name", "name")
+    if op.app and op.app != known.app:
+        message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"
+        raise ProgramError("program_exists", message, "app")
+    if op.deadline_s != known.deadline_s and _asked_s(op) != known.asked_s:
+        message = (
+            f"{what} has the deadline {_date(known.deadline_s)}, not {_date(op.deadline_s)}; extend it to move that, "
+            "or give another program another name"
+        )
+        raise ProgramError("program_exists", message, "deadline")
+
+
+def _asked_s(op: CreateProgram) -> float | None:
+    return op.deadline_s if op.asked_s is None else op.asked_s
+
+
+def _date(epoch_s: float | None) -> str:
+    return "none" if epoch_s is None else f"{epoch_s:.3f}"
+
+
+def _check_deadline(deadline_s: float | None, now_s: float) -> None:
+    if deadline_s is None:
+        return
     if deadline_s <= now_s:
         raise ProgramError("invalid_program", "the deadline lies in the past", "deadline")
     if deadline_s > now_s + LONGEST_S:

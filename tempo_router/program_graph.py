@@ -76,6 +76,7 @@ class ProgramGraph:
     deadline_s: when its last call must have ended; None without one. stage: highest stage that began.
     closed_by: operation that said that no further call will come; "" while more may come. last_s: when its last call
     began or ended. relegated_s, ended_s: when that happened. reason: why it was cancelled.
+    created_by, asked_s: the operation that created it and the deadline as that gave it (see CreateProgram).
     """
 
     program_id: ProgramId
@@ -93,6 +94,8 @@ class ProgramGraph:
     relegated_s: float | None = None
     ended_s: float | None = None
     calls: dict[str, GraphCall] = field(default_factory=dict)
+    created_by: str = ""
+    asked_s: float | None = None
     _running: dict[str, GraphCall] = field(default_factory=dict)
     _last_of_branch: dict[str, str] = field(default_factory=dict)
     _by_stage: dict[int, list[str]] = field(default_factory=dict)

@@ -10,7 +10,11 @@ from tempo_router.program_graph import CallStatus, NewCall, Objective
 
 @dataclass(frozen=True, slots=True)
 class CreateProgram:
-    """A program with a deadline, or without one as best effort."""
+    """A program with a deadline, or without one as best effort.
+
+    operation: names this wish, so that it is carried out once. asked_s: the deadline as its client gave it, in
+    seconds from when it asked, or None: as a date. Who asks again for the same has the same program.
+    """
 
     program_id: str
     tenant: str
@@ -18,6 +22,8 @@ class CreateProgram:
     deadline_s: float | None = None
     objective: Objective = "deadline"
     name: str = ""
+    operation: str = ""
+    asked_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

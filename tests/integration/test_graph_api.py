@@ -123,7 +123,6 @@ async def test_a_graph_out_of_time_says_so_and_says_when_it_has_time_again(serve
 
 async def test_a_graph_whose_program_was_relegated_before_its_first_node_says_so(served) -> None:
     http, _ = served
-    happened = []
     fields = {"name": "early", "deadline_s": 0.2}
     assert (await http.post("/v1/programs", json=fields)).status_code == 200
     async with asyncio.timeout(10):
@@ -131,6 +130,5 @@ async def test_a_graph_whose_program_was_relegated_before_its_first_node_says_so
         while await status_of(http, "early") != "relegated":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     graph = {"nodes": [{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "{{a}}"}]}
-    async for event in events(http, {**fields, "graph": graph}):
-        happened.append(event["event"])
+    happened = [event["event"] async for event in events(http, {**fields, "graph": graph})]
     assert happened == ["program.created", "program.relegated", "node.finished", "node.finished", "program.finished"]

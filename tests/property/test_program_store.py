@@ -124,7 +124,8 @@ class Programs(RuleBasedStateMachine):
     def create(self, ingress: int) -> None:
         program_id = f"p{len(self.ids)}"
         deadline_s = time.time() + 3600.0
-        self.ask(self.name_of(ingress), CreateProgram(program_id, "tenant", "app", deadline_s=deadline_s))
+        op = CreateProgram(program_id, "tenant", "app", deadline_s=deadline_s, operation=f"op {program_id}")
+        self.ask(self.name_of(ingress), op)
         # Clients hear of a program when it is stored, so that every router knows it.
         self.flush()
         self.ids.append(program_id)
@@ -210,7 +211,10 @@ class Programs(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1000))
     def tell_again(self, which: int) -> None:
         """A message that was answered long ago comes once more."""
-        self.deliver(*self.sent[which % len(self.sent)])
+        name, message = self.sent[which % len(self.sent)]
+        self.deliver(name, message)
+        if message.kind == "CreateProgram" and name in self.ingresses:
+            assert message.op_id not in self.ingresses[name].errors, "a creation that is told again is refused"
 
     @rule(ingress=INGRESSES)
     def lose_ingress(self, ingress: int) -> None:

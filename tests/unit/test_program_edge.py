@@ -1,0 +1,209 @@
+"""Programs over HTTP, from the request to the desk: names that exist, deadlines, graphs, whose call is whose."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tempo_router.config import ProgramsConfig, TempoConfig
+from tests.http_edge import CHAT, Vllm, whole
+from tests.program_edge import Desk, served_by
+
+NOW_S = 1_800_000_000.0
+YEAR_S = 366 * 24 * 3600.0
+PROGRAMS = "/v1/programs"
+
+
+class Clock:
+    """Seconds since the epoch; stands still."""
+
+    def __init__(self) -> None:
+        self.now_s = NOW_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def answer(vllm: Vllm, scope: Any, receive: Any, send: Any) -> None:
+    await whole(send, {"choices": [{"text": "yes"}]})
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def served(clock: Clock) -> AsyncIterator[tuple[httpx.AsyncClient, Desk]]:
+    config = TempoConfig(programs=ProgramsConfig(identify_by=("session", "openai", "trace", "prefix")))
+    async with served_by(Vllm(answer), config, clock) as (http, desk):
+        yield http, desk
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str | None]:
+    error = response.json()["error"]
+    return response.status_code, error["code"], error["param"]
+
+
+# ---- a name that exists ----
+
+
+@pytest.mark.parametrize("again_s", [0.0, 3.0])
+async def test_asking_again_for_the_same_program_gives_it(served, clock: Clock, again_s: float) -> None:
+    """A client that did not hear the first answer asks again, a while later."""
+    http, _ = served
+    fields = {"name": "night", "app": "research", "deadline_s": 60}
+    made = (await http.post(PROGRAMS, json=fields)).json()
+    clock.now_s += again_s
+    again = await http.post(PROGRAMS, json=fields)
+    assert (again.status_code, again.json()) == (200, made)
+
+
+async def test_asking_again_by_date_or_after_it_was_moved_gives_it_too(served) -> None:
+    http, _ = served
+    by_date = {"name": "dated", "deadline": NOW_S + 60}
+    made = (await http.post(PROGRAMS, json=by_date)).json()
+    moved = (await http.post(f"{PROGRAMS}/dated/extend", json={"deadline": NOW_S + 90})).json()
+    for fields in (by_date, {"name": "dated", "deadline": NOW_S + 90}):
+        again = (await http.post(PROGRAMS, json=fields)).json()
+        assert (again["id"], again["deadline"]) == (made["id"], moved["deadline"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "values"),
+    [
+        ({"app": "other", "deadline_s": 60}, "app", ("'research'", "'other'")),
+        ({"deadline_s": 61}, "deadline", (f"{NOW_S + 60:.3f}", f"{NOW_S + 61:.3f}")),
+        ({"objective": "best_effort"}, "deadline", (f"{NOW_S + 60:.3f}", "none")),
+    ],
+)
+async def test_another_program_of_the_same_name_is_refused_with_both_values(served, fields, field, values) -> None:
+    http, _ = served
+    made = (await http.post(PROGRAMS, json={"name": "night", "app": "research", "deadline_s": 60})).json()
+    refused = await http.post(PROGRAMS, json={"name": "night", **fields})
+    assert error_of(refused) == (409, "program_exists", field)
+    assert all(value in refused.json()["error"]["message"] for value in ("'night'", *values))
+    assert (await http.get(f"{PROGRAMS}/night")).json() == made
+
+
+async def test_the_name_of_a_program_that_is_over_is_refused(served) -> None:
+    http, _ = served
+    fields = {"name": "night", "deadline_s": 60}
+    await http.post(PROGRAMS, json=fields)
+    await http.post(f"{PROGRAMS}/night/cancel")
+    refused = await http.post(PROGRAMS, json=fields)
+    assert error_of(refused) == (409, "program_ended", "name")
+    assert "'night' is cancelled" in refused.json()["error"]["message"]
+
+
+async def test_an_ingress_that_tells_a_creation_again_is_answered_as_before(served, clock: Clock) -> None:
+    """A new router is told all that may not be stored: meanwhile the deadline may have passed and the program ended."""
+    http, desk = served
+    told = []
+    tell = desk.desk.asked
+    desk.desk.asked = lambda owner, op: (told.append(op), tell(owner, op))
+    made = (await http.post(PROGRAMS, json={"name": "night", "deadline_s": 60})).json()
+    await http.post(f"{PROGRAMS}/night/cancel")
+    clock.now_s += 100.0
+    again = json.loads(await desk.ingress.ask(told[0].kind, told[0].body))
+    assert (again["id"], again["status"]) == (made["id"], "cancelled")
+
+
+# ---- deadlines that make no sense ----
+
+
+@pytest.mark.parametrize("deadline_s", [NOW_S - 1, NOW_S, NOW_S + YEAR_S + 1])
+async def test_a_deadline_in_the_past_or_beyond_a_year_is_refused_everywhere(served, deadline_s: float) -> None:
+    http, desk = served
+    made = (await http.post(PROGRAMS, json={"name": "known", "deadline_s": 60})).json()
+    for path, fields in (
+        (PROGRAMS, {"name": "new"}), (PROGRAMS, {"name": "known"}), (f"{PROGRAMS}/known/extend", {})
+    ):  # fmt: skip
+        refused = await http.post(path, json={**fields, "deadline": deadline_s})
+        assert error_of(refused) == (400, "invalid_program", "deadline")
+    for headers in ({"x-tempo-deadline": str(deadline_s)}, {"x-tempo-deadline-s": str(YEAR_S + 1)}):
+        refused = await http.post(CHAT, json={}, headers={"x-tempo-program": "begun by a call", **headers})
+        assert error_of(refused) == (400, "invalid_program", "deadline")
+    assert (await http.get(f"{PROGRAMS}/known")).json() == made
+    assert len(desk.desk.book) == 1
+
+
+@pytest.mark.parametrize("deadline_s", [-1, 0, "soon", True])
+async def test_extending_by_what_is_no_time_is_refused(served, deadline_s: object) -> None:
+    http, _ = served
+    made = (await http.post(PROGRAMS, json={"name": "p", "deadline_s": 60})).json()
+    refused = await http.post(f"{PROGRAMS}/p/extend", json={"deadline_s": deadline_s})
+    assert error_of(refused) == (400, "invalid_program", "deadline_s")
+    assert (await http.get(f"{PROGRAMS}/p")).json() == made
+
+
+# ---- declared graphs that make no sense ----
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+@pytest.mark.parametrize(
+    ("nodes", "field", "said"),
+    [
+        ([{"id": "a", "prompt": "{{b}}"}, {"id": "b", "prompt": "{{a}}"}], "graph.nodes[0].after", "for itself"),
+        ([{"id": "a", "prompt": "A", "after": ["a"]}], "graph.nodes[0].after", "for itself"),
+        ([{"id": str(one), "prompt": "A"} for one in range(10_000)], "graph.nodes", "10000 nodes"),
+        ([{"id": "a", "prompt": "A", "after": ["b"]}], "graph.nodes[0].after", "no node 'b'"),
+        ([{"id": "a", "prompt": "{{b}}"}], "graph.nodes[0].prompt", "names 'b'"),
+    ],
+    ids=["a cycle", "itself", "10,000 nodes", "an unknown parent", "an unknown reference"],
+)
+async def test_a_graph_that_is_refused_leaves_no_program_behind(served, nodes, field, said, is_streaming) -> None:
+    http, desk = served
+    fields = {"name": "graph", "deadline_s": 60, "stream": is_streaming, "graph": {"nodes": nodes}}
+    refused = await http.post(PROGRAMS, json=fields)
+    assert error_of(refused) == (400, "invalid_program", field)
+    assert said in refused.json()["error"]["message"]
+    assert (await http.get(f"{PROGRAMS}/graph")).status_code == 404
+    assert (await http.get(PROGRAMS)).json()["data"] == []
+    assert len(desk.desk.book) == 0
+
+
+# ---- whose call is whose ----
+
+
+async def test_a_chat_that_grows_is_one_program(served) -> None:
+    """Only where nothing else is said, and never across tenants."""
+    http, _ = served
+    first = [{"role": "user", "content": "hello"}]
+    longer = [*first, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]
+    other = [{"role": "user", "content": "another"}, *longer[1:]]
+
+    async def program_of(messages, **headers: str) -> str:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        return str((await http.post(CHAT, json={"messages": messages}, headers=given)).headers["x-tempo-program"])
+
+    began = await program_of(first)
+    assert began.startswith("prog-prefix_")
+    assert await program_of(longer) == began
+    assert await program_of(other) != began
+    assert await program_of(longer, x_tenant_id="theirs") != began
+    assert (await program_of(longer, x_session_id="s")).startswith("prog-session_")
+    seen = (await http.get(f"{PROGRAMS}/{began}")).json()
+    assert [one["parents"] for one in seen["calls"]] == [[], [seen["calls"][0]["id"]]]
+
+
+async def test_chats_do_not_grow_into_programs_unless_that_is_asked_for() -> None:
+    async with served_by(Vllm(answer), TempoConfig()) as (http, _):
+        answered = await http.post(CHAT, json={"messages": [{"role": "user", "content": "hello"}]})
+    assert (answered.status_code, "x-tempo-program" in answered.headers) == (200, False)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "source"),
+    [((), "session"), (("session",), "openai"), (("session", "openai"), "trace"), (("session", "openai", "trace"), "")],
+)
+async def test_sources_are_looked_at_in_their_order(left_out: tuple[str, ...], source: str) -> None:
+    identify_by = tuple(one for one in ("session", "openai", "trace") if one not in left_out)
+    config = TempoConfig(programs=ProgramsConfig(identify_by=identify_by))
+    headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "x-session-id": "s"}
+    async with served_by(Vllm(answer), config) as (http, _):
+        answered = await http.post(CHAT, json={"metadata": {"thread_id": "m"}}, headers=headers)
+    program_id = answered.headers.get("x-tempo-program", "")
+    assert program_id.removeprefix("prog-").partition("_")[0] == source
