@@ -12,6 +12,7 @@ that node. A tool is a gap: the client runs it and posts its output, any JSON va
 all else as JSON. Everything is checked before anything runs.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,40 @@ def parse_output(body: bytes) -> Any:
     if not isinstance(value, dict) or set(value) - {"user"} != {"output"}:
         raise _wrong("output", "the body must be an object with the key 'output'")
     return value["output"]
+
+
+def json_value(value: Any, where: str) -> Any:
+    """What a caller in Python gave, as JSON holds it. Raises ProgramError that says what cannot be JSON, and where.
+
+    NaN and the infinities are refused: JSON does not have them, and encoders make null of them.
+    """
+    try:
+        return _json_value(value, where)
+    except RecursionError as error:
+        raise _wrong(where, "holds itself, or is nested too deeply") from error
+
+
+def _json_value(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {_key(key, where): _json_value(each, f"{where}.{str(key)[:64]}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(each, f"{where}[{number}]") for number, each in enumerate(value)]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _wrong(where, f"is {value}, which JSON does not have")
+        return float(value)
+    try:
+        plain = msgspec.to_builtins(value)
+        msgspec.json.encode(plain)
+    except (TypeError, ValueError) as error:
+        raise _wrong(where, f"{type(value).__name__} cannot be JSON: {error}") from error
+    return _json_value(plain, where) if isinstance(plain, dict | list) else plain
+
+
+def _key(key: Any, where: str) -> str:
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise _wrong(where, f"the key {str(key)[:64]!r} is {type(key).__name__}; keys must be text or whole numbers")
+    return str(key)
 
 
 def _node(one: dict[str, Any], where: str, ids: Mapping[str, int]) -> Node:

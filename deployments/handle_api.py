@@ -9,6 +9,7 @@ await handle.cancel.remote(request_id)
 program = await handle.create_program.remote(NewProgram(deadline_s=60, app="research"))
 answer = await handle.generate.remote(GenerateRequest(prompt="Plan", program=ProgramPlace(program["id"], stage="plan")))
 await handle.finish_program.remote(program["id"])      # and: program, programs, extend_program, cancel_program
+explanation = await handle.explain.remote(answer.call_id)
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class NewProgram:
 class ProgramPlace:
     """Which call of which program this is: `program` is an id, or a name of your own that need not exist yet.
 
-    stage: a number, or what you call the step. parents: calls that it follows. deadline_s: for a program that is new.
+    stage: a number, or what you call the step. parents: calls that it follows. deadline_s, deadline: for a program that
+    is new, in seconds from now or as a date.
     """
 
     program: str
@@ -49,6 +51,7 @@ class ProgramPlace:
     agent: str = ""
     deadline_s: float | None = None
     is_last: bool = False
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +77,27 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerationPart:
-    """New text and tokens of a stream. finish_reason and outcome are set on the last part alone."""
+    """New text and tokens of a stream. finish_reason and outcome are set on the last part alone.
+
+    call_id: names the call in its program. is_relegated: as of now its target, or its program's deadline, is out of
+    reach; False again if the program is given more time.
+    """
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     outcome: Outcome | None = None
+    call_id: str = ""
+    is_relegated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A whole answer. outcome: the times as the ingress measured them, and whether the SLO was met.
 
-    call_id: names the call in its program, for its children's `parents`.
+    call_id: names the call in its program, for its children's `parents`. is_relegated: its target, or its program's
+    deadline, was out of reach in the end.
     """
 
     request_id: str
@@ -97,3 +107,4 @@ class Generation:
     finish_reason: str
     outcome: Outcome
     call_id: str = ""
+    is_relegated: bool = False

@@ -455,7 +455,7 @@ class _Exchange:
         ticket = context.program
         if ticket is not None:
             headers += [("program", ticket.program_id), ("call", ticket.call_id), ("stage", str(ticket.stage))]
-            if _is_of_late_program(context):
+            if context.is_of_late_program:
                 headers.append(("program-relegated", "true"))
         return [(f"x-tempo-{name}".encode(), value.encode()) for name, value in headers]
 
@@ -492,13 +492,6 @@ class _Exchange:
         context = self._context
         summary = {"class": slo_class(context.slo), "tier": context.tier, **_ended(context)}
         return b": tempo " + json.dumps(summary).encode() + b"\n\n"
-
-
-def _is_of_late_program(context: RequestContext) -> bool:
-    """Whether the program cannot make its deadline; for own targets, as it was when the call began."""
-    if isinstance(context.slo, ProgramCall):
-        return context.is_relegated
-    return context.program is not None and context.program.is_relegated
 
 
 def _retrieve(opener: asyncio.Task[None]) -> None:

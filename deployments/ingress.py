@@ -17,6 +17,7 @@ from ray import serve
 
 from cluster.ingress_link import IngressLink
 from deployments import own_metrics
+from deployments.declared_graph import json_value
 from deployments.handle_api import GenerateRequest, Generation, GenerationPart, NewProgram, ProgramPlace
 from deployments.http_edge import HttpEdge
 from deployments.logs import configure_logging
@@ -121,6 +122,7 @@ class IngressReplica:
                     token_ids=tuple(answer.token_ids),
                     finish_reason=answer.finish_reason,
                     outcome=context.outcomes[0] if answer.finish_reason is not None and context.outcomes else None,
+                    **_of_program(context),
                 )
 
     async def generate(self, request: GenerateRequest) -> Generation:
@@ -140,7 +142,7 @@ class IngressReplica:
             prompt_tokens=len(last.prompt_token_ids or ()),
             finish_reason=answer.finish_reason or "abort",
             outcome=context.outcomes[0],
-            call_id=context.program.call_id if context.program is not None else "",
+            **_of_program(context),
         )
 
     async def cancel(self, request_id: str) -> None:
@@ -155,12 +157,14 @@ class IngressReplica:
 
     async def run_program(self, new: NewProgram) -> AsyncIterator[dict[str, Any]]:
         """Run a declared graph: events as its nodes finish (stream=True), the last one with the whole program."""
-        async for event in await self._edge.own.graphs.run(new):
+        graph = json_value(new.graph, "graph")
+        async for event in await self._edge.own.graphs.run(dataclasses.replace(new, graph=graph)):
             yield event
 
     async def deliver_output(self, program: str, node: str, output: Any, tenant: str = "") -> None:
-        """The output of a tool that a declared graph waits for."""
-        await self._edge.own.graphs.deliver(program, node, msgspec.json.encode({"output": output}), tenant)
+        """The output of a tool that a declared graph waits for: what JSON can hold; bytes and dates become text."""
+        body = msgspec.json.encode({"output": json_value(output, "output")})
+        await self._edge.own.graphs.deliver(program, node, body, tenant)
 
     async def program(self, program: str, tenant: str = "") -> dict[str, Any]:
         """All of a program. program: its id, or the name that it was given."""
@@ -170,9 +174,12 @@ class IngressReplica:
         """Programs of a tenant. filters: those of `GET /v1/programs`, as text."""
         return dict(await self._edge.own.programs.listed(tenant, filters))
 
-    async def extend_program(self, program: str, deadline_s: float, tenant: str = "") -> dict[str, Any]:
-        """Another deadline, from now."""
-        return dict(await self._edge.own.programs.extend(program, {"deadline_s": deadline_s}, tenant))
+    async def extend_program(
+        self, program: str, deadline_s: float | None = None, tenant: str = "", *, deadline: float | None = None
+    ) -> dict[str, Any]:
+        """Another deadline: in seconds from now, or as a date (seconds since the epoch)."""
+        fields = {"deadline_s": deadline_s, "deadline": deadline}
+        return dict(await self._edge.own.programs.extend(program, fields, tenant))
 
     async def finish_program(self, program: str, tenant: str = "") -> dict[str, Any]:
         """No further call will come."""
@@ -181,6 +188,10 @@ class IngressReplica:
     async def cancel_program(self, program: str, reason: str = "", tenant: str = "") -> dict[str, Any]:
         """Give it up, with all that runs."""
         return dict(await self._edge.own.programs.cancel(program, reason, tenant))
+
+    async def explain(self, request: str, tenant: str = "") -> dict[str, Any]:
+        """Why one of the last requests was served as it was. request: its id, or that of its call in a program."""
+        return dict(await self._edge.own.programs.explain(request, tenant))
 
     @asynccontextmanager
     async def _context(self, request: GenerateRequest, *, is_streaming: bool) -> AsyncIterator[RequestContext]:
@@ -265,11 +276,18 @@ def placed(place: ProgramPlace, tenant: str) -> Identity:
         "attempt": place.attempt,
         "agent": place.agent or None,
         "deadline_s": place.deadline_s,
+        "deadline": place.deadline,
         "final": place.is_last,
     }
     identity = identify((), ProgramFields(program=fields), tenant, ())
     assert identity is not None
     return identity
+
+
+def _of_program(context: RequestContext) -> dict[str, Any]:
+    """What a generation says of its place and its chance."""
+    call_id = context.program.call_id if context.program is not None else ""
+    return {"call_id": call_id, "is_relegated": context.is_relegated or context.is_of_late_program}
 
 
 def _raise_failure(context: RequestContext) -> None:

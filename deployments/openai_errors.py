@@ -20,6 +20,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "invalid_program": (400, "invalid_request_error"),
     "unknown_program": (404, "invalid_request_error"),
     "unknown_call": (400, "invalid_request_error"),
+    "unknown_request": (404, "invalid_request_error"),
     "program_exists": (409, "invalid_request_error"),
     "program_ended": (409, "invalid_request_error"),
     "call_ended": (409, "invalid_request_error"),
@@ -75,12 +76,6 @@ def program_refused(error: ProgramError) -> ApiError:
 def no_such_route(method: str, path: str) -> ApiError:
     """A path that nothing is served on."""
     return ApiError(404, f"there is no {method} {path[:200]}", "invalid_request_error", "not_found")
-
-
-def no_such_request(name: str) -> ApiError:
-    """A request that is not, or no longer, remembered."""
-    message = f"no request {name[:200]!r} is remembered (ingress.explained_requests)"
-    return ApiError(404, message, "invalid_request_error", "unknown_request")
 
 
 def malformed_json(detail: str) -> ApiError:

@@ -145,17 +145,21 @@ class ProgramApi:
         )
         return await self._client.ask(op)
 
+    async def explain(self, given: str, tenant: str) -> Any:
+        """Why one of the last requests was served as it was."""
+        found = await self._client.ask(ExplainRequest(given, tenant))
+        if not found:
+            message = f"no request {given[:200]!r} is remembered (ingress.explained_requests)"
+            raise ProgramError("unknown_request", message)
+        return {"object": "request.explanation", "requests": found}
+
     async def _explain(self, method: str, path: str, query: bytes, tenant: str) -> tuple[int, Any]:
         match (method, *path.removeprefix(REQUESTS).strip("/").split("/")):
             case ("GET", given, "explain"):
-                tenant = tenant or _query(query).get("user", "")
-                found = await self._client.ask(ExplainRequest(unquote(given), tenant))
-                if found:
-                    return 200, {"object": "request.explanation", "requests": found}
-                refused = openai_errors.no_such_request(unquote(given))
+                return 200, await self.explain(unquote(given), tenant or _query(query).get("user", ""))
             case _:
                 refused = openai_errors.no_such_route(method, path)
-        return refused.status, refused
+                return refused.status, refused
 
     def _deadline(self, fields: Mapping[str, Any]) -> float | None:
         """The date that the client wants, in seconds since the epoch."""

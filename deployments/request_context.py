@@ -124,6 +124,13 @@ class RequestContext:
         self.prompt_tokens += tokens
 
     @property
+    def is_of_late_program(self) -> bool:
+        """Whether the program cannot make its deadline; for own targets, as it was when the call began."""
+        if isinstance(self.slo, ProgramCall):
+            return self.is_relegated
+        return self.program is not None and self.program.is_relegated
+
+    @property
     def has_ended(self) -> bool:
         """Every engine request that was admitted has ended."""
         return len(self.outcomes) >= sum(verdict.is_admitted for verdict in self.verdicts)

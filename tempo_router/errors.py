@@ -26,6 +26,7 @@ ProgramProblem = Literal[
     "invalid_program",
     "unknown_program",
     "unknown_call",
+    "unknown_request",
     "program_exists",
     "program_ended",
     "call_ended",
@@ -33,7 +34,8 @@ ProgramProblem = Literal[
     "store_unavailable",
     "node_failed",
 ]
-"""invalid_program: a field makes no sense. unknown_program, unknown_call: no such thing, or not this tenant's.
+"""invalid_program: a field makes no sense. unknown_program, unknown_call, unknown_request: no such thing, or not this
+tenant's.
 program_exists: one of this name is in progress, with another application or deadline.
 program_ended, call_ended: it is over, nothing can be added. too_many_programs: no room for another one now.
 store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared

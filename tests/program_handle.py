@@ -1,6 +1,7 @@
 """What the Python handle's methods for programs do, whatever carries the calls: `handle.method.remote(...)`."""
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -27,6 +28,10 @@ async def is_made_extended_and_finished(handle: Any) -> None:
     assert (await handle.programs.remote("theirs"))["data"] == []
     later = await handle.extend_program.remote(made["id"], 600.0, "ours")
     assert later["deadline"] > made["deadline"] + 500
+    dated = await handle.extend_program.remote(made["id"], tenant="ours", deadline=later["deadline"] + 100)
+    assert dated["deadline"] == later["deadline"] + 100
+    with pytest.raises(ProgramError, match="not both"):
+        await handle.extend_program.remote(made["id"], 600.0, "ours", deadline=later["deadline"])
     with pytest.raises(ProgramError) as unknown:
         await handle.program.remote(made["id"], "theirs")
     assert unknown.value.code == "unknown_program"
@@ -53,9 +58,16 @@ async def runs_its_graph(handle: Any) -> None:
                 case "program.created":
                     program_id = event["program"]["id"]
                 case "tool.waiting":
+                    for wrong, where in ((object(), "output.found[1]"), (math.nan, "output.found[1]")):
+                        with pytest.raises(ProgramError) as refused:
+                            await handle.deliver_output.remote(program_id, event["node"], {"found": [3, wrong]})
+                        assert (refused.value.code, refused.value.field) == ("invalid_program", where)
                     await handle.deliver_output.remote(program_id, event["node"], {"found": 3})
                 case "node.finished":
                     outputs[event["node"]] = event["output"]
     assert set(outputs) == {"plan", "lookup", "sum"}
+    with pytest.raises(ProgramError) as forgotten:
+        await handle.explain.remote("nobody")
+    assert forgotten.value.code == "unknown_request"
     assert outputs["lookup"] == {"found": 3}
     assert (event["event"], event["program"]["status"]) == ("program.finished", "finished")

@@ -1,5 +1,6 @@
 """Programs through the Serve handle, in a driver that is connected to the application's Ray."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -36,3 +37,20 @@ async def test_calls_have_their_places_in_a_program(handle: Any) -> None:
         (first.call_id, []), ("sum", [first.call_id])
     ]  # fmt: skip
     assert (seen["status"], seen["output_tokens"]) == ("finished", 8)
+    told = (await handle.explain.remote("sum"))["requests"]
+    assert [(one["call"], one["program"]) for one in told] == [("sum", made["id"])]
+
+
+async def test_a_generation_says_that_its_program_is_late(handle: Any) -> None:
+    made = await handle.create_program.remote(NewProgram(deadline_s=0.2))
+    async with asyncio.timeout(30):
+        # Another process cannot set an event of ours.
+        while (await handle.program.remote(made["id"]))["status"] != "relegated":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    place = ProgramPlace(made["id"], call="late")
+    request = GenerateRequest(prompt="x", sampling={"max_tokens": 4, "ignore_eos": True}, program=place)
+    parts = [part async for part in handle.options(stream=True).stream.remote(request)]
+    assert {(part.call_id, part.is_relegated) for part in parts} == {("late", True)}
+    await handle.extend_program.remote(made["id"], 600.0)
+    answer = await handle.generate.remote(GenerateRequest(prompt="x", program=ProgramPlace(made["id"])))
+    assert not answer.is_relegated

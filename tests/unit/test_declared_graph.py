@@ -1,8 +1,12 @@
 """What may be declared, what is refused and where, and how prompts are filled in."""
 
+import datetime as dt
+import math
+from typing import Any
+
 import pytest
 
-from deployments.declared_graph import MAX_NODES, filled, parse_graph, parse_output, request_body
+from deployments.declared_graph import MAX_NODES, filled, json_value, parse_graph, parse_output, request_body
 from tempo_router.errors import ProgramError
 
 DIAMOND = {
@@ -84,3 +88,31 @@ def test_an_output_that_is_none_is_refused(body):
 def test_any_json_is_an_output():
     assert parse_output(b'{"output": {"a": [1, null]}}') == {"a": [1, None]}
     assert parse_output(b'{"output": null, "user": "me"}') is None
+
+
+def test_what_python_gives_becomes_what_json_holds():
+    given = {"a": (1, 2.5, None, True), 7: {dt.date(2030, 1, 2)}, "b": b"ab"}
+    assert json_value(given, "output") == {"a": [1, 2.5, None, True], "7": ["2030-01-02"], "b": "YWI="}
+
+
+def holding_itself() -> list[Any]:
+    inner: list[Any] = []
+    inner.append(inner)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "said"),
+    [
+        ({"a": [1, object()]}, "output.a[1]", "object cannot be JSON"),
+        ({"a": {"b": math.nan}}, "output.a.b", "is nan"),
+        ((1.0, -math.inf), "output[1]", "is -inf"),
+        ([{math.nan}], "output[0][0]", "is nan"),
+        ({"a": {(1, 2): 3}}, "output.a", "is tuple; keys must be text"),
+        ("\ud800", "output", "str cannot be JSON"),
+        (holding_itself(), "output", "holds itself"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_by_its_place(value: object, where: str, said: str):
+    with pytest.raises(ProgramError, match=said, check=lambda error: error.field == where):
+        json_value(value, "output")

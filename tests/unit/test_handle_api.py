@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 
-from deployments.handle_api import GenerateRequest
-from deployments.ingress import _raise_failure, chosen_targets
+from deployments.handle_api import GenerateRequest, ProgramPlace
+from deployments.ingress import _of_program, _raise_failure, chosen_targets, placed
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, RequestFailure
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidSloError, ProgramError, RequestFailedError, TempoError
-from tempo_router.request import BestEffort, Deadline, Latency, Slo
+from tempo_router.program_ops import CallTicket
+from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId, Slo
 
 CONFIG = TempoConfig()
 
@@ -63,3 +64,24 @@ def test_a_request_that_failed_on_the_way_raises_its_reason() -> None:
     context.report_failure(RequestFailure("slo_expired", "too late", 504))
     with pytest.raises(RequestFailedError, match="slo_expired: too late"):
         _raise_failure(context)
+
+
+def test_a_place_in_a_new_program_has_a_deadline_from_now_or_a_date() -> None:
+    assert placed(ProgramPlace("p", deadline_s=5.0), "t").deadline_s == 5.0
+    assert placed(ProgramPlace("p", deadline=1_800_000_000.0), "t").deadline_epoch_s == 1_800_000_000.0
+    with pytest.raises(ProgramError, match="not both"):
+        placed(ProgramPlace("p", deadline_s=5.0, deadline=1_800_000_000.0), "t")
+
+
+def test_a_generation_says_its_call_and_whether_its_target_is_out_of_reach() -> None:
+    context = RequestContext(Deadline(5), "", "", "", arrival_s=0.0, is_streaming=True)
+    assert _of_program(context) == {"call_id": "", "is_relegated": False}
+    context.report_relegated()
+    assert _of_program(context) == {"call_id": "", "is_relegated": True}
+    late = CallTicket("p", "c", 0, 0, "app", left_s=-1.0, is_relegated=True)
+    own_target = RequestContext(Deadline(5), "", "", "", arrival_s=0.0, is_streaming=True, program=late)
+    assert _of_program(own_target) == {"call_id": "c", "is_relegated": True}
+    context = RequestContext(ProgramCall(ProgramId("p"), 0.0), "", "", "", 0.0, is_streaming=True, program=late)
+    context.report_relegated()
+    context.report_redated(ProgramCall(ProgramId("p"), 60.0))
+    assert _of_program(context) == {"call_id": "c", "is_relegated": False}
