@@ -1,5 +1,7 @@
 """Which program a call belongs to, from what clients send: each source, their order, and whose names are whose."""
 
+import itertools
+
 import pytest
 
 from deployments.program_identity import Identity, ProgramFields, first_answer, identify, program_id_of, resolved_id
@@ -19,6 +21,11 @@ def found(*args, **kwargs) -> Identity:
     identity = of(*args, **kwargs)
     assert identity is not None
     return identity
+
+
+def pairs(*in_order):
+    """Every two of them, in their order."""
+    return list(itertools.combinations(in_order, 2))
 
 
 def test_nothing_said_is_no_program():
@@ -129,6 +136,51 @@ def test_the_first_source_that_says_something_is_taken():
     assert found(ProgramFields(conversation="c"), x_session_id="s", traceparent=TRACE).name == "s"
     assert found(ProgramFields(conversation="c"), traceparent=TRACE).name == "c"
     assert found(ProgramFields(program="b", metadata={"tempo_program": "m"})).name == "b"
+
+
+@pytest.mark.parametrize(
+    ("spoken_first", "spoken_later"),
+    pairs("x_claude_code_session_id", "x_dynamo_session_id", "x_session_id", "x_session_affinity", "session_id"),
+)
+def test_sessions_are_looked_for_in_their_order(spoken_first, spoken_later):
+    assert found(**{spoken_later: "b", spoken_first: "a"}).name == "a"
+
+
+def test_a_session_keeps_to_its_own_headers_for_agents_and_parents():
+    """Those of others may be there as well: a proxy adds its own."""
+    others = {"x_dynamo_session_id": "d", "x_dynamo_parent_session_id": "dp", "x_dynamo_session_final": "true"}
+    claude = found(x_claude_code_session_id="c", x_claude_code_agent_id="a", **others, x_parent_session_id="p")
+    assert (claude.name, claude.parent_id, claude.agent, claude.is_last) == ("c", "", "a", False)
+    dynamo = found(x_dynamo_session_id="d", x_session_id="s", x_parent_session_id="p", x_claude_code_agent_id="a")
+    assert (dynamo.name, dynamo.parent_id, dynamo.agent) == ("d", "", "d")
+
+
+@pytest.mark.parametrize(
+    ("spoken_first", "spoken_later"),
+    pairs(
+        {"conversation": "conversation"},
+        {"previous_response_id": "previous_response_id"},
+        *({"metadata": {name: name}} for name in ("thread_id", "session_id", "conversation_id", "run_id")),
+    ),
+)
+def test_openais_fields_are_looked_at_in_their_order(spoken_first, spoken_later):
+    metadata = {**spoken_later.get("metadata", {}), **spoken_first.get("metadata", {})}
+    body = ProgramFields(**{**spoken_later, **spoken_first, **({"metadata": metadata} if metadata else {})})
+    assert found(body).name == next(iter(spoken_first.get("metadata", spoken_first)))
+
+
+def test_baggage_is_looked_at_before_the_trace_and_a_conversation_before_a_session():
+    assert found(traceparent=TRACE, baggage="session.id=s").name == "s"
+    assert found(baggage="session.id=s,gen_ai.conversation.id=c").name == "c"
+
+
+def test_our_own_words_win_one_by_one_header_then_body_then_metadata():
+    metadata = {"tempo_program": "m", "tempo_stage": "m", "tempo_parents": ["m"]}
+    assert found(ProgramFields(metadata=metadata)).label == "m"
+    body = ProgramFields(program={"id": "b", "stage": "b"}, metadata=metadata)
+    assert (found(body).name, found(body).label, found(body).parents) == ("b", "b", ("m",))
+    spoken = found(body, x_tempo_program="h")
+    assert (spoken.name, spoken.label, spoken.parents) == ("h", "b", ("m",))
 
 
 def test_sources_can_be_left_out():
