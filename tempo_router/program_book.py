@@ -90,6 +90,10 @@ class ProgramBook:
             self._remember_ended(graph)
         elif graph.program_id not in self._ended:
             self._live[graph.program_id] = graph
+        for alias in dict.fromkeys(call.alias for call in graph.calls.values() if call.alias):
+            # A session that went on in another program belongs to that one.
+            if not graph.is_over or alias not in self._aliases:
+                _remember(self._aliases, alias, graph.program_id, _ALIASES)
 
     # ---- changes ----
 
@@ -198,6 +202,8 @@ class ProgramBook:
             if changes:
                 del self._live[graph.program_id]
             raise
+        if is_news:
+            call.alias = op.alias
         if changes:
             return graph, changes
         return graph, [Change(graph, "began", call)] if is_news else []

@@ -51,6 +51,7 @@ class GraphCall:
 
     answered_tokens: what the engine put out in all, when it has ended and the ingress has not said so; None before.
     is_presumed: only the engine says that it was answered, its ingress is gone; its client may try again.
+    alias: another id of its program, by which its agent's session is known.
     """
 
     call_id: str
@@ -67,6 +68,7 @@ class GraphCall:
     output_tokens: int = 0
     answered_tokens: int | None = None
     is_presumed: bool = False
+    alias: str = ""
 
 
 @dataclass(slots=True)

@@ -396,3 +396,43 @@ def test_a_late_message_does_not_begin_a_program_anew_that_ended_under_an_earlie
     machine.begin(2, 0, follows=False)
     assert machine.attempts == calls, "it is over"
     machine.teardown()
+
+
+def test_a_sub_agents_session_stays_in_its_program_under_another_router(redis: ForgetfulRedis) -> None:
+    """One that says its parent no more, and one whose parent is itself a sub-agent."""
+    Programs.redis = redis
+    machine = Programs()
+
+    def begin(program_id: str, call_id: str, agent: str, alias: str = "") -> None:
+        call = NewCall(call_id, branch=agent, owner=INGRESSES[0])
+        op = BeginCall(program_id, "tenant", call, is_new_allowed=True, may_restart=True, alias=alias)
+        assert machine.ask(INGRESSES[0], op) not in machine.ingresses[INGRESSES[0]].errors
+
+    begin("main", "a", "main")
+    begin("main", "b", "sub", alias="sub")
+    begin("unheard", "c", "its sub", alias="its sub")
+    machine.replace_router(has_last_word=True)
+    begin("sub", "d", "sub")
+    begin("sub", "e", "below", alias="below")
+    begin("its sub", "f", "its sub")
+    assert {graph.program_id: set(graph.calls) for graph in machine.desk.book.live} == {
+        "main": {"a", "b", "d", "e"}, "unheard": {"c", "f"}
+    }  # fmt: skip
+    machine.teardown()
+
+
+def test_a_session_that_went_on_in_another_program_takes_its_sub_agents_there(redis: ForgetfulRedis) -> None:
+    Programs.redis = redis
+    machine = Programs()
+    for call_id in ("a", "b"):
+        op = BeginCall(
+            "main", "tenant", NewCall(call_id, owner=INGRESSES[0]), is_new_allowed=True, may_restart=True, alias="sub"
+        )
+        machine.ask(INGRESSES[0], op)
+        if call_id == "a":
+            machine.ask(INGRESSES[0], EndCall("main", "a", 0, "completed", is_last=True))
+    machine.replace_router(has_last_word=True)
+    op = BeginCall("sub", "tenant", NewCall("c", owner=INGRESSES[0]), is_new_allowed=True, may_restart=True)
+    machine.ask(INGRESSES[0], op)
+    assert {graph.program_id: set(graph.calls) for graph in machine.desk.book.live} == {"main.2": {"b", "c"}}
+    machine.teardown()
