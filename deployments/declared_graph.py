@@ -132,6 +132,8 @@ def _json_value(value: Any, where: str) -> Any:
         if not math.isfinite(value):
             raise _wrong(where, f"is {value}, which JSON does not have")
         return float(value)
+    if value is None or isinstance(value, bool | int):
+        return value
     try:
         plain = msgspec.to_builtins(value)
         msgspec.json.encode(plain)
