@@ -17,8 +17,6 @@ Row = Mapping[str, Any]
 Role = Literal["ours", "own", "rival", "oracle", "ablation"]
 
 OURS = "tempo"
-ORACLES = frozenset({"srpt"})
-"""Policies that read true lengths: no rivals in practice, whatever `knowledge` says."""
 OWN = frozenset({"density"})
 """What ours falls back to: shown, but no rival."""
 LOW_LOAD = 0.9
@@ -117,7 +115,7 @@ class Line:
             if self.knowledge == "learned" and self.switches == "{}":
                 return "ours"
             return "ablation"
-        if self.policy in ORACLES or self.knowledge == "true":
+        if self.knowledge == "true":
             return "oracle"
         if self.policy in OWN:
             return "own"

@@ -61,9 +61,7 @@ def tunings_of(cells: Iterable[Cell], policies: Collection[str], slots: Sequence
             continue
         if id(cell.trace) not in parts:
             parts[id(cell.trace)] = part.of(cell.trace)
-        blank = replace(
-            cell, trace=parts[id(cell.trace)], seed=part.seed, load=part.load, knowledge="learned", switches={}
-        )
+        blank = replace(cell, trace=parts[id(cell.trace)], seed=part.seed, load=part.load, knowledge=None, switches={})
         # Of equals the first is taken: the defaults.
         settings = [(count, sheds) for count in slots for sheds in (True, False)]
         settings.sort(key=lambda one: (one != (REFERENCE_SLOTS, True), not one[1]))

@@ -377,8 +377,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-shedding", action="store_true", help="hopeless work goes on as best effort")
     parser.add_argument(
         "--knowledge",
-        default="learned",
-        help="of lengths and programs: learned (default), regressor, none, graphs or true",
+        help="of lengths and programs: learned (default; srpt: true), regressor, none, graphs or true",
     )
     parser.add_argument(
         "--patience",
@@ -495,12 +494,11 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
 
 def _check(cell: "Cell") -> None:
     """Raises ConfigError for a policy, objective, switch, profile or trace with which the cell could not run."""
-    from tempo_router.simulation.experiment import fleet, nearest, recorded_tokens_per_s, scheduling_of
-    from tempo_router.simulation.simulator import Knowledge
+    from tempo_router.simulation.experiment import fleet, knowledge_of, recorded_tokens_per_s, scheduling_of
 
     scheduling_of(cell)
     fleet(cell)
-    nearest(cell.knowledge, get_args(Knowledge), "knowledge")
+    knowledge_of(cell)
     recorded_tokens_per_s(cell.trace)
 
 

@@ -90,7 +90,9 @@ def full_rows(loads: Sequence[float] = (0.9, 1.0, 1.5), seeds: int = 2) -> list[
         for load in loads:
             for policy, share in quality.items():
                 goodput = 2000 * (share if load > 1 else 0.95) + 10 * seed
-                rows.append(goodput_row(policy, load, seed, goodput, attainment=share, bound_token_goodput=2100.0))
+                known = "true" if policy == "srpt" else "learned"
+                rows.append(goodput_row(policy, load, seed, goodput, attainment=share, bound_token_goodput=2100.0,
+                                        knowledge=known))  # fmt: skip
             rows.append(goodput_row("tempo", load, seed, 1700.0, objective="balanced", attainment=0.95))
             rows.append(goodput_row("tempo", load, seed, 1200.0 if load > 1 else 1900.0, switches={"reserve": False}))
             rows.append(goodput_row("tempo", load, seed, 1900.0, knowledge="true"))

@@ -67,6 +67,9 @@ _BOUND_FORMAT = 2
 
 _MOST_REPLICAS = 64
 
+ORACLES = frozenset({"srpt"})
+"""Policies that are defined by what nobody can know: their cells run with true lengths unless they say otherwise."""
+
 _NEVER_S = 1e8
 """A deadline that nothing meets or misses in a simulation: three years."""
 
@@ -82,7 +85,8 @@ class Cell:
     objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
     slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
     tuned: slots and sheds were chosen for this policy in runs that are no part of the comparison.
-    knowledge, patience, retries: see Setup. time_scale, kv_scale: of all profiles.
+    knowledge, patience, retries: see Setup; knowledge None: "true" for ORACLES, else "learned".
+    time_scale, kv_scale: of all profiles.
     switches: names of SwitchesConfig or SchedulingConfig with their values, over those of the objective.
     """
 
@@ -96,7 +100,7 @@ class Cell:
     slots: int = REFERENCE_SLOTS
     sheds: bool | None = None
     tuned: bool = False
-    knowledge: str = "learned"
+    knowledge: str | None = None
     patience: float | None = None
     retries: int = 0
     time_scale: float = 1.0
@@ -198,11 +202,18 @@ def identity(cell: Cell) -> dict[str, Any]:
         "slots": cell.slots,
         "sheds": cell.sheds is not False,
         "tuned": cell.tuned,
-        "knowledge": cell.knowledge,
+        "knowledge": knowledge_of(cell),
         "time_scale": cell.time_scale,
         "kv_scale": cell.kv_scale,
         "switches": dict(cell.switches),
     }
+
+
+def knowledge_of(cell: Cell) -> Knowledge:
+    """What a cell's policy knows of lengths and programs. Raises ConfigError for unknown names."""
+    if cell.knowledge is None:
+        return "true" if cell.policy in ORACLES else "learned"
+    return cast(Knowledge, nearest(cell.knowledge, get_args(Knowledge), "knowledge"))
 
 
 def scheduling_of(cell: Cell) -> SchedulingConfig:
@@ -486,7 +497,7 @@ def _checked(cell: Cell) -> Callable[[tuple[StepProfile, ...]], Setup]:
         raise ConfigError("profile_names is empty: name one step-time profile for each replica")
     if cell.slots < 1:
         raise ConfigError(f"slots={cell.slots}: must be at least 1")
-    knowledge = cast(Knowledge, nearest(cell.knowledge, get_args(Knowledge), "knowledge"))
+    knowledge = knowledge_of(cell)
     scheduling = scheduling_of(cell)
     recorded_tokens_per_s(cell.trace)
 

@@ -153,6 +153,15 @@ def test_a_row_has_every_documented_column_and_is_json(cache):
     assert row["bound_token_goodput"] is None
 
 
+def test_shortest_remaining_time_runs_with_true_lengths_unless_told_otherwise(cache):
+    row = run_cell(cell(policy="srpt", load=2.0, slots=8), cache=cache)
+    assert row["knowledge"] == "true"
+    assert row == run_cell(cell(policy="srpt", load=2.0, slots=8, knowledge="true"), cache=cache)
+    learned = run_cell(cell(policy="srpt", load=2.0, slots=8, knowledge="learned"), cache=cache)
+    assert learned["knowledge"] == "learned"
+    assert learned["token_goodput"] != row["token_goodput"], "lengths do not matter here: this tests nothing"
+
+
 def test_equal_cells_give_equal_rows(cache):
     assert run_cell(cell(policy="edf", seed=2), cache=cache) == run_cell(cell(policy="edf", seed=2), cache=cache)
 

@@ -15,7 +15,7 @@ from benchmarks.goodput_report import Results, report_markdown
 from benchmarks.goodput_tuning import chosen, tried
 from tempo_router.errors import ConfigError
 from tempo_router.request import Deadline, Latency
-from tempo_router.simulation.experiment import identity
+from tempo_router.simulation.experiment import identity, knowledge_of
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.rows import COLUMNS
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
@@ -140,13 +140,21 @@ def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(
                      "--seeds", "2", "--ablation")  # fmt: skip
     cells = goodput.plan_of(parsed).cells
     of_seed = [cell for cell in cells if cell.seed == 1 and cell.load == 1.5]
-    plain = [(cell.policy, cell.objective) for cell in of_seed if not cell.switches and cell.knowledge == "learned"]
+    known = {id(cell): knowledge_of(cell) for cell in of_seed}
+    plain = [(cell.policy, cell.objective) for cell in of_seed if not cell.switches and known[id(cell)] == "learned"]
     assert plain == [("tempo", "token"), ("tempo", "balanced"), ("fcfs", "token")]
-    changed = [cell for cell in of_seed if cell.switches or cell.knowledge != "learned"]
+    changed = [cell for cell in of_seed if cell.switches or known[id(cell)] != "learned"]
     assert all(cell.policy == "tempo" for cell in changed)
-    assert {(cell.knowledge, *cell.switches) for cell in changed if cell.objective == "token"} >= {
+    assert {(known[id(cell)], *cell.switches) for cell in changed if cell.objective == "token"} >= {
         ("none",), ("true",), ("learned", "reserve"), ("learned", "timeline"),
     }  # fmt: skip
+
+
+def test_an_oracle_is_planned_and_tuned_with_true_lengths_and_nobody_else_is(trace_path, tmp_path):
+    plan = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--policies", "all", "--tune", "--loads", "1.5"))
+    cells = [*plan.cells, *(cell for tuning in plan.tunings for cell in tuning.candidates)]
+    assert {cell.policy for cell in cells if identity(cell)["knowledge"] == "true"} == {"srpt"}
+    assert {identity(cell)["knowledge"] for cell in cells if cell.policy == "srpt"} == {"true"}
 
 
 def test_tuned_rivals_run_with_their_best_setting_and_ours_with_the_default(trace_path, tmp_path):
@@ -217,7 +225,7 @@ def test_all_cells_of_a_policy_on_an_engine_share_what_is_tried_for_it(trace_pat
             (8, True), (64, True), (8, False), (64, False),
         ]  # fmt: skip
         for cell in tuning.candidates:
-            assert (cell.seed, cell.load, cell.knowledge, dict(cell.switches)) == (1000, 1.5, "learned", {})
+            assert (cell.seed, cell.load, knowledge_of(cell), dict(cell.switches)) == (1000, 1.5, "learned", {})
             assert cell.trace.span_s < 6
 
 

@@ -34,7 +34,7 @@ def test_best_rival_has_the_highest_mean_and_is_neither_ours_nor_an_oracle():
     lines = only_place(
         [
             goodput_row("tempo", goodput=3000.0),
-            goodput_row("srpt", goodput=2900.0),
+            goodput_row("srpt", goodput=2900.0, knowledge="true"),
             goodput_row("edf", goodput=2800.0, knowledge="true"),
             goodput_row("density", goodput=2700.0),
             goodput_row("qoserve", seed=0, goodput=2000.0),
@@ -226,7 +226,7 @@ def test_policies_are_listed_best_first_with_ours_bold_and_oracles_marked():
     names = [
         line.split("|")[1].strip() for line in policies_markdown(full_rows(), 1.5).splitlines() if line.startswith("|")
     ]
-    assert names[2:6] == ["**tempo (token)**", "**tempo (balanced)**", "srpt †", "qoserve"]
+    assert names[2:6] == ["**tempo (token)**", "**tempo (balanced)**", "srpt clairvoyant †", "qoserve"]
     assert names[-1] == "fcfs"
 
 

@@ -197,6 +197,15 @@ def test_simulate_writes_a_row_for_every_combination(trace, tmp_path, capsys):
     assert err == "", "no progress bar where nobody watches"
 
 
+def test_simulate_gives_shortest_remaining_time_true_lengths_and_others_what_is_learnt(trace, tmp_path):
+    out = tmp_path / "r.json"
+    base = f"simulate --trace {trace} --profile toy-cpu --policy fcfs --policy srpt --out {out}".split()
+    for options, expected in (([], ["learned", "true"]), (["--knowledge", "none"], ["none", "none"])):
+        assert main([*base, *options]) == 0
+        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        assert [row["knowledge"] for row in rows] == expected
+
+
 def test_clients_without_patience_leave(trace, tmp_path):
     goodput = {}
     for name, options in (("patient", []), ("impatient", ["--patience", "0.000001", "--retries", "2"])):
