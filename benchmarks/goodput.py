@@ -446,6 +446,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.render:
             results = [read_results(path) for path in options.render]
             write_report(options.report, results, options.detail_load)
+            for one in results:
+                if not one.is_complete:
+                    print(f"{one.path}: INCOMPLETE, {len(one.rows)} runs; the report says so", file=sys.stderr)
             print(options.report)
             return 0
         return _measure(options)

@@ -31,7 +31,10 @@ END_MARK = "<!-- benchmarks.goodput: end of the generated text -->"
 
 @dataclass(slots=True)
 class Results:
-    """What has been measured so far, and where it is kept. Every change is written at once, whole."""
+    """What has been measured so far, and where it is kept. Every change is written at once, whole.
+
+    is_complete: whether all that was planned is there, as written last.
+    """
 
     path: Path
     conditions: Mapping[str, Any]
@@ -39,9 +42,11 @@ class Results:
     needs: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     choices: list[Mapping[str, Any]] = field(default_factory=list)
+    is_complete: bool = False
 
     def write(self, *, is_complete: bool) -> None:
         """Replace the file."""
+        self.is_complete = is_complete
         content = {
             "complete": is_complete,
             "conditions": dict(self.conditions),
@@ -61,7 +66,7 @@ def read_results(path: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         lists = (content[name] for name in ("rows", "replicas_needed", "failures", "choices"))
-        return Results(path, content["conditions"], *lists)
+        return Results(path, content["conditions"], *lists, is_complete=bool(content["complete"]))
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -74,6 +79,9 @@ def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[
     needs = [need for one in results for need in one.needs]
     failures = [failure for one in results for failure in one.failures]
     parts = ["## Conditions", _conditions_markdown(results)]
+    partial = [f"`{one.path.name}` ({len(one.rows)} runs)" for one in results if not one.is_complete]
+    if partial:
+        parts.insert(0, f"**INCOMPLETE: not all runs that were planned are here. Partial: {', '.join(partial)}.**")
     if failures:
         names = sorted({f"`{failure['policy']}` ({failure['error']})" for failure in failures})
         parts.append(f"**{len(failures)} cells failed and are missing below:** {'; '.join(names)}.")
@@ -190,7 +198,7 @@ def write_report(path: Path, results: Sequence[Results], detail_load: float = 1.
     _between_marks(path, "")
     folder = path.with_suffix("")
     drawn = draw_all(rows, folder, detail_load)
-    write_atomically(folder / "summary.csv", summary_csv(rows))
+    write_atomically(folder / "summary.csv", summary_csv(rows, is_complete=all(one.is_complete for one in results)))
     pictures = {kind: [f"{folder.name}/{picture.name}" for picture in paths] for kind, paths in drawn.items()}
     generated = f"{BEGIN_MARK}\n\n{report_markdown(results, pictures, detail_load)}\n\n{END_MARK}"
     write_atomically(path, _between_marks(path, generated))

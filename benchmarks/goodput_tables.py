@@ -583,16 +583,17 @@ def choices_markdown(choices: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(header, body)
 
 
-def summary_csv(rows: Sequence[Row]) -> str:
-    """Means over seeds of every line at every place, for spreadsheets."""
-    columns = [column for column, _, _ in _POLICY_COLUMNS]
-    out = [",".join(["engine", "trace", "load", "line", "role", "slots", "seeds", *columns])]
+def summary_csv(rows: Sequence[Row], *, is_complete: bool) -> str:
+    """Means over seeds of every line at every place, for spreadsheets; the first column: all planned runs are there."""
+    columns = [*(column for column, _, _ in _POLICY_COLUMNS), "bound_token_goodput", "wall_s"]
+    out = [",".join(["complete", "engine", "trace", "load", "line", "role", "slots", "seeds", *columns])]
     for place, lines in grouped(rows).items():
         for line in sorted(lines):
             values = [mean(lines[line], column) for column in columns]
             settings = settings_of(lines[line].values())
             seeds = str(len(lines[line]))
-            names = [place.engine, place.trace, f"{place.load:g}", line.label, line.role, settings, seeds]
+            complete = str(is_complete).lower()
+            names = [complete, place.engine, place.trace, f"{place.load:g}", line.label, line.role, settings, seeds]
             out.append(
                 ",".join(
                     [

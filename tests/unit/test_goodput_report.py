@@ -84,7 +84,7 @@ def test_many_labels_keep_their_distance():
 def results_of(rows, path):
     parsed = goodput._parse(["--out", str(path)])
     conditions = {**goodput.plan_of(parsed).conditions, "date": "2026-01-01"}
-    return Results(path, conditions, rows)
+    return Results(path, conditions, rows, is_complete=True)
 
 
 def test_a_report_has_conditions_tables_pictures_and_columns_and_leaves_what_people_wrote_around_it(tmp_path):
@@ -117,6 +117,31 @@ def test_failed_cells_are_named_in_the_report(tmp_path):
     results.failures.append({"policy": "vtc", "error": "KeyError: 'x'"})
     text = report_markdown([results], {}, 1.5)
     assert "**1 cells failed and are missing below:** `vtc` (KeyError: 'x')." in text
+
+
+def test_a_report_of_a_run_that_was_interrupted_says_so_at_its_top_and_a_whole_one_does_not(tmp_path, capsys):
+    rows = [goodput_row("fcfs", seed=seed, lateness_cdf={}, ttft_cdf=None) for seed in (0, 1)]
+    whole, part = results_of(rows, tmp_path / "whole.json"), results_of(rows[:1], tmp_path / "part.json")
+    whole.write(is_complete=True)
+    part.write(is_complete=False)
+    report = tmp_path / "report.md"
+
+    def rendered(*results):
+        assert goodput.main(["--render", *(str(one.path) for one in results), "--report", str(report)]) == 0
+        summary = (tmp_path / "report" / "summary.csv").read_text().splitlines()
+        return report.read_text(), {line.split(",")[0] for line in summary[1:]}, capsys.readouterr().err
+
+    text, marks, said = rendered(whole, part)
+    (mark,) = (line for line in text.splitlines() if "INCOMPLETE" in line)
+    assert mark.startswith("**INCOMPLETE")
+    assert "`part.json` (1 runs)" in mark
+    assert "whole.json" not in mark
+    assert text.index(mark) < text.index("## Conditions")
+    assert marks == {"false"}
+    assert said == f"{part.path}: INCOMPLETE, 1 runs; the report says so\n"
+
+    text, marks, said = rendered(whole)
+    assert ("INCOMPLETE" in text, marks, said) == (False, {"true"}, "")
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):

@@ -264,9 +264,11 @@ def test_replicas_that_were_not_enough_are_said_to_be_more_than_the_most():
 
 def test_summary_has_one_line_for_each_policy_and_place():
     rows = full_rows()
-    lines = summary_csv(rows).splitlines()
+    lines = summary_csv(rows, is_complete=True).splitlines()
     assert len(lines) == 1 + sum(len(lines) for lines in grouped(rows).values())
     assert len({line.count(",") for line in lines}) == 1
+    assert lines[0].endswith(",bound_token_goodput,wall_s")
+    assert {line.split(",")[-1] for line in lines[1:]} == {"12"}
 
 
 def test_rows_of_two_traces_with_one_name_are_refused():
