@@ -321,9 +321,38 @@ def execute(plan: Plan, results: Results, pool: Executor, jobs: int, say: Callab
     results.rows.sort(key=lambda row: order.get(key_of(row), len(order)))
     needs_order = {_need_key(_need_of(cell)): number for number, cell in enumerate(sought)}
     results.needs.sort(key=lambda need: needs_order.get(_need_key(need), len(needs_order)))
+    if plan.with_bound:
+        add_bounds(plan, results, crew, results.failures)
     is_complete = not results.failures
     results.write(is_complete=is_complete)
     return is_complete
+
+
+def add_bounds(plan: Plan, results: Results, crew: Crew, failures: list[dict[str, Any]]) -> None:
+    """Give the rows of the plan's traces, engines, loads and seeds the upper bound, where they lack it.
+
+    It depends on no policy, so the rows may be of other code: arrivals follow from the rate that a row has for 1.0x.
+    """
+    cells = {_offer_key(identity(cell)): cell for cell in plan.cells}
+    lacking: dict[str, tuple[Cell, float, list[dict[str, Any]]]] = {}
+    for row in results.rows:
+        cell = cells.get(_offer_key(row))
+        if cell is None or row["bound_token_goodput"] is not None:
+            continue
+        slots, saturated = bound_slots(replace(cell, slots=row["slots"])), row["saturated_tokens_per_s"]
+        key = json.dumps([_offer_key(row), slots, saturated])
+        lacking.setdefault(key, (replace(cell, slots=slots), saturated, []))[2].append(row)
+    tasks = [(cell, key, saturated) for key, (cell, saturated, _) in lacking.items()]
+    for key, bound in crew.each(_bound_of, tasks, "bounds", failures):
+        for row in lacking[key][2]:
+            row["bound_token_goodput"] = bound
+        results.write(is_complete=results.is_complete)
+
+
+def _offer_key(columns: Mapping[str, Any]) -> str:
+    """What rows and cells have in common for which the bound is the same, but for many slots."""
+    names = ("trace_digest", "profile", "replicas", "load", "seed", "time_scale", "kv_scale")
+    return json.dumps([columns[name] for name in names])
 
 
 def _tune(plan: Plan, results: Results, crew: Crew) -> None:
@@ -387,9 +416,11 @@ def _saturate(cell: Cell) -> float:
 
 
 def _bound(cell: Cell) -> float:
-    profiles = fleet(cell)
-    saturated = saturated_tokens_per_s(cell.trace, profiles)
-    return bound_tokens_per_s(offered(cell, saturated), profiles, bound_slots(cell))
+    return _bound_of(cell, "", saturated_tokens_per_s(cell.trace, fleet(cell)))[1]
+
+
+def _bound_of(cell: Cell, key: str, saturated: float) -> tuple[str, float]:
+    return key, bound_tokens_per_s(offered(cell, saturated), fleet(cell), bound_slots(cell))
 
 
 def _run(cell: Cell, with_bound: bool) -> dict[str, Any]:
@@ -465,14 +496,16 @@ def _measure(options: argparse.Namespace) -> int:
     if options.out.resolve() in read:
         raise ConfigError(f"--out {options.out}: would overwrite what is measured; name another file")
     plan = plan_of(options)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if options.add_bound:
+        return _add_bounds(plan, options)
     results = resumed(options.out, plan) if options.resume and options.out.exists() else Results(
         options.out, plan.conditions
     )  # fmt: skip
     if options.tune_from is not None:
         results.choices += _choices_from(options.tune_from, plan, results.choices)
-    signal.signal(signal.SIGTERM, _interrupt)
     with process_pool(options.jobs) as pool:
-        is_complete = execute(plan, results, pool, options.jobs, lambda text: print(text, file=sys.stderr, flush=True))
+        is_complete = execute(plan, results, pool, options.jobs, _tell)
     if results.rows:
         loads = {row["load"] for row in results.rows}
         print(policies_markdown(results.rows, options.detail_load if options.detail_load in loads else max(loads)))
@@ -484,6 +517,24 @@ def _measure(options: argparse.Namespace) -> int:
     if not is_complete:
         print(f'{len(results.failures)} cells failed; see "failures" in {options.out}', file=sys.stderr)
     return 0 if is_complete else 1
+
+
+def _add_bounds(plan: Plan, options: argparse.Namespace) -> int:
+    results = read_results(options.out)
+    failures: list[dict[str, Any]] = []
+    before = sum(row["bound_token_goodput"] is None for row in results.rows)
+    with process_pool(options.jobs) as pool:
+        add_bounds(plan, results, Crew(pool, options.jobs, _tell), failures)
+    left = sum(row["bound_token_goodput"] is None for row in results.rows)
+    _tell(f"{options.out}: {before - left} rows have got a bound, {left} have none (of other traces, engines, loads or")
+    _tell("seeds than these options name, or failed)")
+    write_report(options.report, [results], options.detail_load)
+    print(f"{options.out}\n{options.report}")
+    return 1 if failures else 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _choices_from(path: Path, plan: Plan, known: Sequence[Choice]) -> list[Choice]:
@@ -524,6 +575,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--window-s", type=above_zero, default=None, help="only the first seconds of each trace")
     add("--ablation", action="store_true", help="also our policy with each part left out, blind, and clairvoyant")
     add("--bound", action="store_true", help="also the upper bound for any scheduler (minutes per load and seed)")
+    add("--add-bound", action="store_true",
+        help="run nothing else: give it to the rows that --out has, whatever code they were measured with")  # fmt: skip
     add("--replicas-needed", action="store_true", help="also the replicas needed for 95 %% attainment, by policy")
     add("--rates", type=_loads, default=REPLICA_RATES, help="rates for --replicas-needed, in replicas' capacities")
     add("--quick", action="store_true", help="a generated workload, few policies, two loads, one seed")

@@ -100,6 +100,42 @@ def without_wall(row):
     return {name: value for name, value in row.items() if name != "wall_s"}
 
 
+def test_rows_without_a_bound_get_it_when_the_run_is_resumed_with_it(trace_path, tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    _, before = run(options(trace_path, out))
+    assert {row["bound_token_goodput"] for row in before.rows} == {None}
+    bare = [dict(row) for row in before.rows]
+
+    parsed = options(trace_path, out, "--resume", "--bound")
+    is_complete, results = run(parsed, results=goodput.resumed(out, goodput.plan_of(parsed)))
+    assert is_complete
+    assert json.loads(out.read_text())["rows"] == results.rows
+    assert [{**row, "bound_token_goodput": None} for row in results.rows] == bare
+    _, fresh = run(options(trace_path, tmp_path / "fresh.json", "--bound"))
+    bounds = [row["bound_token_goodput"] for row in results.rows]
+    assert bounds == [row["bound_token_goodput"] for row in fresh.rows]
+    assert all(0 < row["token_goodput"] <= row["bound_token_goodput"] for row in results.rows)
+
+    # Solved once: those of the second run came from the cache, and what is there is not looked for again.
+    monkeypatch.setattr(goodput, "bound_tokens_per_s", None)
+    assert run(parsed, results=goodput.resumed(out, goodput.plan_of(parsed)))[0]
+
+
+def test_a_bound_is_added_to_rows_of_other_code_and_of_what_the_options_name_alone(trace_path, tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    _, before = run(options(trace_path, out))
+    Results(out, {**before.conditions, "code": "0" * 16}, before.rows).write(is_complete=False)
+    monkeypatch.setattr(goodput, "process_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(goodput, "write_report", lambda *_: None)
+    arguments = ["--add-bound", "--traces", str(trace_path), "--loads", "1.5", "--seeds", "1", "--out", str(out)]
+    assert goodput.main(arguments) == 0
+    content = json.loads(out.read_text())
+    assert (content["complete"], content["conditions"]["code"]) == (False, "0" * 16)
+    assert [(row["load"], row["bound_token_goodput"] is not None) for row in content["rows"]] == [
+        (1.0, False), (1.0, False), (1.5, True), (1.5, True),
+    ]  # fmt: skip
+
+
 def test_rows_of_other_code_are_not_resumed(trace_path, tmp_path):
     out = tmp_path / "r.json"
     plan = goodput.plan_of(options(trace_path, out))

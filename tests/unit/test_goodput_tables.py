@@ -164,6 +164,18 @@ def test_a_missed_aim_is_bold_and_a_met_one_is_not():
     assert "*≥ 1.500* | *≥ 1.850*" in text
 
 
+def test_the_aim_for_the_share_of_the_bound_is_shown_with_and_without_a_bound():
+    title = "**Token objective: share of the clairvoyant upper bound**"
+    without = [goodput_row("tempo", 1.5, goodput=1425.0), goodput_row("edf", 1.5)]
+    assert f"{title}\n\nNot computed (`--bound`, `--add-bound`); aim: ≥ 90.0 % at 1.5x." in aims_markdown(without)
+    assert "| ≥ 90.0 %, not computed |" in comparison_markdown(without)
+    text = aims_markdown([{**row, "bound_token_goodput": 1500.0} for row in without])
+    assert f"{title}\n\n| engine | trace | 1.5x |" in text
+    assert "| mixed | 95.0 % |\n|  | *aim* | *≥ 90.0 %* |" in text
+    assert title not in aims_markdown([goodput_row("edf", 1.5)])
+    assert title not in aims_markdown([goodput_row("tempo", 1.5, objective="balanced")])
+
+
 def test_an_aim_for_a_latency_is_missed_by_more_not_by_less():
     slow = goodput_row("tempo", 1.5, objective="balanced", ttft_p95_s=0.31, tbt_p99_s=0.05)
     text = aims_markdown([slow, goodput_row("tempo", 2.0, objective="balanced", ttft_p95_s=0.2)])
