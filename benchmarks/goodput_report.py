@@ -5,6 +5,7 @@ what people wrote around them stays.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,7 @@ _LOAD_NOTE = (
     " knows the future; dashed: upper bound."
 )
 _POLICIES_NOTE = (
+    "Means over seeds, for each engine and trace by itself: all policies that ran there.\n\n"
     "† knows true lengths: no rival in practice. ‡ our own fallback: no rival either. slots: of a replica; *kept*:"
     " hopeless work went on as best effort, else it was dropped. 1:1 and 1:8: weights of prompt and output tokens."
 )
@@ -152,6 +154,7 @@ def _conditions_markdown(results: Sequence[Results]) -> str:
 
 def _conditions_of(results: Results) -> list[str]:
     told = results.conditions
+    rows = results.rows
     versions = f"tempo {told['tempo']}, Python {told['python']}, numpy {told['numpy']}"
     scales = ("time_scale", "kv_scale", "slo_scale")
     settings = [f"{name.replace('_', ' ')} {told[name]:g}" for name in scales if told[name] != 1.0]
@@ -170,11 +173,22 @@ def _conditions_of(results: Results) -> list[str]:
     conditions = ", ".join([f"shedding of hopeless work {told['sheds']}", *settings])
     engines = ", ".join(f"`{name}`" for name in told["profiles"])
     traces = "; ".join(f"`{name}` ({size})" for name, size in told["traces"].items())
+    names = ("seed", "load", "objective", "policy")
+    ran = "; ".join(f"{name} {_listed(row[name] for row in rows)}" for name in names)
     return [
-        f"- Simulated, {told['date']}: {versions}; {len(results.rows)} runs, {told['seeds']} seeds; {conditions}.",
+        f"- Simulated, {told['date']}: {versions}; {len(rows)} runs: {ran}; {conditions}.",
         f"- Engines: {engines}; replicas {told['replicas']}, {told['slots']} slots each.",
         f"- Traces: {traces}.",
     ]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    """What occurs in rows, with how many rows have it, where they differ: not every policy runs with every seed."""
+    counts = Counter(values)
+    is_even = len(set(counts.values())) <= 1
+    named = (f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(counts))
+    return ", ".join(name if is_even else f"{name} ({count})"
+                     for name, (_, count) in zip(named, sorted(counts.items()), strict=True)) or "none"  # fmt: skip
 
 
 def _pictures(title: str, paths: Sequence[str], note: str) -> list[str]:

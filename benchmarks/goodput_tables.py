@@ -414,29 +414,28 @@ def low_load_markdown(rows: Sequence[Row]) -> str:
 
 
 def policies_markdown(rows: Sequence[Row], load: float) -> str:
-    """All lines at one load, best first: means over seeds and traces of what every trace has for all of them."""
+    """All lines at one load, best first: a table for each engine and trace, means over the seeds of a line.
+
+    Figures of different traces or targets have no common mean, and not every policy runs on each of them.
+    """
     sections: list[str] = []
-    places = {place: lines for place, lines in grouped(rows).items() if place.load == load}
-    for engine in dict.fromkeys(place.engine for place in places):
-        here = [lines for place, lines in places.items() if place.engine == engine]
-        traces = [place.trace for place in places if place.engine == engine]
-        everywhere = [
-            line for line in sorted(here[0]) if line.role != "ablation" and all(line in lines for lines in here)
-        ]
+    for place, lines in grouped(rows).items():
+        listed = [line for line in sorted(lines) if line.role != "ablation"]
+        if place.load != load or not listed:
+            continue
         body = [
             [
                 f"**{line.label}**"
                 if line.role == "ours"
                 else line.label + {"oracle": " †", "own": " ‡"}.get(line.role, ""),
-                settings_of(row for lines in here for row in lines[line].values()),
-                *(_cell(_over_traces(here, line, column), kind) for column, _, kind in _POLICY_COLUMNS),
+                settings_of(lines[line].values()),
+                str(len(lines[line])),
+                *(_cell(mean(lines[line], column), kind) for column, _, kind in _POLICY_COLUMNS),
             ]
-            for line in sorted(everywhere, key=lambda line: -(_over_traces(here, line, "token_goodput") or 0.0))
+            for line in sorted(listed, key=lambda line: -(mean(lines[line], "token_goodput") or 0.0))
         ]
-        title = f"**{engine}, {load:g}x, mean over {', '.join(traces)}**"
-        sections.append(
-            title + "\n\n" + markdown_table(["policy", "slots", *(head for _, head, _ in _POLICY_COLUMNS)], body)
-        )
+        header = ["policy", "slots", "seeds", *(head for _, head, _ in _POLICY_COLUMNS)]
+        sections.append(f"**{place.engine}, {place.trace}, {load:g}x**\n\n{markdown_table(header, body)}")
     return "\n\n".join(sections)
 
 
@@ -454,11 +453,6 @@ _POLICY_COLUMNS = (
     ("tbt_p99_s", "TBT P99", "ms"),
     ("jain_by_tenant", "Jain", "index"),
 )
-
-
-def _over_traces(here: Sequence[Lines], line: Line, column: str) -> float | None:
-    values = [value for lines in here if (value := mean(lines[line], column)) is not None]
-    return statistics.fmean(values) if values else None
 
 
 def _cell(value: float | None, kind: str) -> str:

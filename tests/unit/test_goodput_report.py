@@ -112,6 +112,14 @@ def test_a_file_without_marks_is_not_overwritten(tmp_path):
     assert path.read_text() == "mine\n"
 
 
+def test_conditions_say_what_ran_how_often_where_it_differs(tmp_path):
+    rows = [goodput_row(policy, load, seed) for policy in ("edf", "vtc") for load in (1.0, 1.5) for seed in (0, 1)]
+    text = report_markdown([results_of(rows, tmp_path / "r.json")], {}, 1.5)
+    assert "; 8 runs: seed 0, 1; load 1, 1.5; objective token; policy edf, vtc; shedding" in text
+    text = report_markdown([results_of(rows[:-1], tmp_path / "r.json")], {}, 1.5)
+    assert "; 7 runs: seed 0 (4), 1 (3); load 1 (4), 1.5 (3); objective token; policy edf (4), vtc (3);" in text
+
+
 def test_failed_cells_are_named_in_the_report(tmp_path):
     results = results_of(full_rows(), tmp_path / "r.json")
     results.failures.append({"policy": "vtc", "error": "KeyError: 'x'"})

@@ -19,6 +19,7 @@ from benchmarks.goodput_tables import (
     ratio,
     removals,
     replicas_markdown,
+    settings_of,
     summary_csv,
 )
 from tempo_router.errors import ConfigError
@@ -125,8 +126,10 @@ def test_a_tuned_policy_is_one_line_whatever_was_chosen_where():
     ]
     assert line_of(rows[0]) == line_of(rows[1]) != line_of(goodput_row("edf"))
     assert line_of(rows[0]).label == "edf"
-    assert "| edf | 64, 48 kept |" in policies_markdown(rows, 1.5)
-    assert "| **tempo (token)** | 128 |" in policies_markdown(rows, 1.5)
+    assert settings_of(rows[:2]) == "64, 48 kept"
+    text = policies_markdown(rows, 1.5)
+    assert (text.count("| edf | 48 kept |"), text.count("| edf | 64 |")) == (1, 1)
+    assert text.count("| **tempo (token)** | 128 |") == 2
 
 
 def test_ours_is_the_tuned_line_where_there_is_one():
@@ -240,6 +243,23 @@ def test_policies_are_listed_best_first_with_ours_bold_and_oracles_marked():
     ]
     assert names[2:6] == ["**tempo (token)**", "**tempo (balanced)**", "srpt clairvoyant †", "qoserve"]
     assert names[-1] == "fcfs"
+
+
+def test_every_policy_is_in_the_table_of_where_it_ran_and_targets_have_no_common_mean():
+    rows = [
+        *(goodput_row("edf", seed=seed, goodput=1000.0 + seed) for seed in (0, 2)),
+        goodput_row("edf", trace="mixed 2x unloaded", goodput=3000.0),
+        goodput_row("vtc", goodput=500.0),
+        goodput_row("edf", 2.0, trace="c"),
+        goodput_row("tempo", trace="d", switches={"reserve": False}),
+    ]
+    tables = policies_markdown(rows, 1.5).split("\n\n")
+    assert tables[::2] == [f"**{PROFILE}, mixed, 1.5x**", f"**{PROFILE}, mixed 2x unloaded, 1.5x**"]
+    found = [[line.split(" | ")[:4] for line in table.splitlines()[2:]] for table in tables[1::2]]
+    assert found == [
+        [["| edf", "128", "2", "1,001"], ["| vtc", "128", "1", "500"]],
+        [["| edf", "128", "1", "3,000"]],
+    ]
 
 
 def test_low_loads_name_the_best_rival_for_each_measure():
