@@ -7,8 +7,8 @@ The invariants of the scheduler, and where each is tested:
 3. No inversion by eviction, none out of its own step: `test_step_planner` (`WatchedPlanner`).
 4. Determinism: twin planners in `test_step_planner`, replayed histories in `test_router_core`, equal reports in
    `tests/unit/test_simulator.py`.
-5. Removing a unit never makes a denser one inadmissible: `test_timeline`.
-6. Admitted demand stays within the allowance in every bucket: `test_timeline`.
+5. Removing a unit never makes a denser one inadmissible: `test_timeline`; of whole plans, here.
+6. Admitted demand stays within the allowance in every bucket: `test_timeline`; of whole plans, here.
 7. Monotone densities: here.
 8. Exact lengths at half load meet 99.5 %: `tests/unit/test_simulator.py`.
 9. Good tokens are those delivered in time: `tests/unit/test_simulator.py`, by an account of its own.
@@ -22,8 +22,10 @@ The invariants of the scheduler, and where each is tested:
 import itertools
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,13 +33,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo_router.config import SchedulingConfig
+from tempo_router.ledger import Ledger
 from tempo_router.policies.base import Context
 from tempo_router.policies.tempo import Tempo
 from tempo_router.prediction import ATOMS, LengthHistograms, Lengths
-from tempo_router.request import Deadline, Latency, Slo
+from tempo_router.request import Deadline, Latency, ProgramCall, ProgramId, Slo
 from tempo_router.reserve import BINS_PER_OCTAVE
 from tempo_router.step_time import Pace
-from tempo_router.tempo_plan import TempoPlan
+from tempo_router.tempo_plan import TempoPlan, _Units
+from tempo_router.timeline import ALL_BUCKETS, BUCKET_ENDS_S
 from tempo_router.value import expected_good
 from tests.builders import AGENT, BACKGROUND, CHAT, PACE, TOOL, request
 from tests.planned import PlannedJob, planned
@@ -240,12 +244,12 @@ def any_job(rng: random.Random, name: str, arrival_s: float) -> PlannedJob:
 # ---- the unit of value ----
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), octaves=st.sampled_from((-8, -2, 2, 6, 20)))
-def test_a_power_of_two_on_all_values_changes_no_decision(seed: int, octaves: int):
-    """Where only requests count, the mean length is the unit of value. Over plans that fill the reserve as they go."""
+def check_same_decisions(
+    seed: int, octaves: int, objective: dict[str, Any], plan_moved: Callable[[list[PlannedJob], float, TempoPlan], Any]
+) -> None:
+    """plan_moved: plans with all values times 2**octaves. Over plans that fill the reserve as they go."""
     rng = random.Random(seed)
-    config = SchedulingConfig.model_validate({"policy": "tempo", "request_weight": 1.0})
+    config = SchedulingConfig.model_validate({"policy": "tempo", **objective})
     plans = [TempoPlan(config), TempoPlan(config)]
     worlds: list[list[PlannedJob]] = [[], []]
     for number in range(12):
@@ -255,10 +259,8 @@ def test_a_power_of_two_on_all_values_changes_no_decision(seed: int, octaves: in
             for plan, jobs in zip(plans, worlds, strict=True):
                 jobs.append(replace(job))
                 plan.arrived(jobs[-1], is_new=True)
-        plain, moved = (
-            planned(jobs, PACE, now_s, plan=plan, mean_length=unit)
-            for plan, jobs, unit in zip(plans, worlds, (256.0, 256.0 * 2.0**octaves), strict=True)
-        )
+        plain = planned(worlds[0], PACE, now_s, plan=plans[0], mean_length=256.0)
+        moved = plan_moved(worlds[1], now_s, plans[1])
         positive = np.array([one.density for one in plain if one.density > 0.0])
         bins = BINS_PER_OCTAVE * np.log2(positive)
         if np.any(np.abs(bins - np.round(bins)) < 1e-6):
@@ -272,6 +274,40 @@ def test_a_power_of_two_on_all_values_changes_no_decision(seed: int, octaves: in
         assert orders[0] == orders[1]
 
 
+SEEDS = st.integers(0, 2**32 - 1)
+OCTAVES = st.sampled_from((-8, -2, 2, 6, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, octaves=OCTAVES)
+def test_a_power_of_two_on_all_values_changes_no_decision(seed: int, octaves: int):
+    """Where only requests count, the mean length is the unit of value."""
+    unit = 256.0 * 2.0**octaves
+    check_same_decisions(
+        seed,
+        octaves,
+        {"request_weight": 1.0},
+        lambda jobs, now_s, plan: planned(jobs, PACE, now_s, plan=plan, mean_length=unit),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, octaves=OCTAVES, objective=objectives)
+def test_a_power_of_two_on_all_values_changes_no_decision_under_any_objective(
+    seed: int, octaves: int, objective: dict[str, Any]
+):
+    value = _Units._value
+
+    def scaled(units: _Units, *given: Any) -> Any:
+        return value(units, *given) * 2.0**octaves
+
+    def plan_moved(jobs: list[PlannedJob], now_s: float, plan: TempoPlan) -> Any:
+        with patch.object(_Units, "_value", scaled):
+            return planned(jobs, PACE, now_s, plan=plan, mean_length=256.0)
+
+    check_same_decisions(seed, octaves, objective, plan_moved)
+
+
 def test_the_law_above_sees_plans_that_refuse_room():
     """It would hold of plans that admit everything."""
     rng = random.Random(4)
@@ -279,6 +315,93 @@ def test_the_law_above_sees_plans_that_refuse_room():
     verdicts = {one.is_admitted for one in planned(jobs, PACE, 0.0) if one.density > 0.0}
 
     assert verdicts == {True, False}
+
+
+# ---- admission, on whole plans ----
+
+
+def overload(rng: random.Random, plans: Sequence[TempoPlan]) -> list[PlannedJob]:
+    """Jobs that came over three seconds, programs of several calls among them; each plan has planned over all of them.
+
+    The plans have a reserve of denser work to come, and promise what is left.
+    """
+    jobs: list[PlannedJob] = []
+    for number in range(4):
+        for new in range(rng.choice((1, 10, 60))):
+            job = any_job(rng, f"{number}.{new}", float(number))
+            is_program = isinstance(job.spec.slo, ProgramCall)
+            name = ProgramId(f"p{rng.randint(0, 40)}")
+            if is_program:
+                job.spec = replace(job.spec, slo=ProgramCall(name, rng.choice((10.0, 60.0, 200.0))))
+            is_new = not (is_program and any(program_of(one) == name for one in jobs))
+            jobs.append(job)
+            for plan in plans:
+                plan.arrived(job, is_new=is_new)
+        for plan in plans:
+            planned(jobs, PACE, float(number), plan=plan)
+    return jobs
+
+
+def program_of(job: PlannedJob) -> ProgramId | None:
+    return job.spec.slo.program_id if isinstance(job.spec.slo, ProgramCall) else None
+
+
+CONFIGS = st.fixed_dictionaries({
+    "capacity_factor": st.sampled_from((0.3, 0.7, 1.2)),
+    "reserve_factor": st.sampled_from((0.0, 0.5, 1.0)),
+    "switches": st.fixed_dictionaries({"serial_demand": st.booleans(), "reserve": st.booleans()}),
+})  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, objective=objectives, config=CONFIGS)
+def test_what_a_plan_admits_needs_no_more_than_it_may_promise_by_any_bucket_end(
+    seed: int, objective: dict[str, Any], config: dict[str, Any]
+):
+    rng = random.Random(seed)
+    plan = TempoPlan(SchedulingConfig.model_validate({"policy": "tempo", **objective, **config}))
+    jobs = overload(rng, [plan])
+    seen: list[_Units] = []
+    worth = _Units._worth
+
+    def noted(units: _Units, context: Context) -> None:
+        worth(units, context)
+        seen.append(units)
+
+    with patch.object(_Units, "_worth", noted):
+        standings = planned(jobs, PACE, 4.0, plan=plan)
+    (units,) = seen
+    admitted = np.zeros(units.count, dtype=np.bool_)
+    admitted[units.unit_of] = [one.is_admitted for one in standings]
+    demand = units.demand(np.arange(units.count), ALL_BUCKETS)[admitted].sum(axis=0)
+
+    assert np.all(demand <= config["capacity_factor"] * BUCKET_ENDS_S * (1 + 1e-9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, objective=objectives, config=CONFIGS)
+def test_without_one_unit_no_denser_one_is_refused_by_a_plan(
+    seed: int, objective: dict[str, Any], config: dict[str, Any]
+):
+    rng = random.Random(seed)
+    plans = [TempoPlan(SchedulingConfig.model_validate({"policy": "tempo", **objective, **config})) for _ in range(2)]
+    jobs = overload(rng, plans)
+    gone = rng.choice(jobs)
+    name = program_of(gone)
+    rest = [job for job in jobs if job is not gone and (name is None or program_of(job) != name)]
+    whole = {id(job): one for job, one in zip(jobs, planned(jobs, PACE, 4.0, plan=plans[0]), strict=True)}
+    ledger = Ledger()
+    for job in jobs:
+        ledger.arrived(job)
+    without = {
+        id(job): one for job, one in zip(rest, planned(rest, PACE, 4.0, plan=plans[1], ledger=ledger), strict=True)
+    }
+
+    for job in rest:
+        before, after = whole[id(job)], without[id(job)]
+        assert before.density == after.density
+        if before.density > whole[id(gone)].density:
+            assert before.is_admitted == after.is_admitted
 
 
 @pytest.mark.parametrize("is_unsure", [False, True])
