@@ -10,7 +10,7 @@ The invariants of the scheduler, and where each is tested:
 5. Removing a unit never makes a denser one inadmissible: `test_timeline`; of whole plans, here.
 6. Admitted demand stays within the allowance in every bucket: `test_timeline`; of whole plans, here.
 7. Monotone densities: here.
-8. Exact lengths at half load meet 99.5 %: `tests/unit/test_simulator.py`.
+8. Exact lengths at load 0.75 meet 99.5 %: `tests/unit/test_simulated_laws.py`.
 9. Good tokens are those delivered in time: `tests/unit/test_simulator.py`, by an account of its own.
 10. Each unit ends once and nothing of it stays: `tests/unit/test_simulator.py`, `test_router_core` (`teardown`).
 11. A factor of two on all values changes no decision: here for whole plans, `test_timeline` for the reserve.

@@ -1,4 +1,4 @@
-"""Statistical laws of simulated runs under overload: gaps, tenants, unlike replicas, and what each objective prefers.
+"""Statistical laws of simulated runs: what is met below capacity; and gaps, tenants, unlike replicas, objectives.
 
 Each compares with the same run without the part that is tested, so that it fails when that part does nothing. All seeds
 are fixed, and none was chosen.
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.live import with_deadlines, with_lengths
 from tempo_router.config import SchedulingConfig
 from tempo_router.request import Deadline, Latency
 from tempo_router.simulation import transform
-from tempo_router.simulation.experiment import recorded_tokens_per_s
+from tempo_router.simulation.experiment import Cell, FigureCache, recorded_tokens_per_s, run_cell
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.rows import measures, tenant_shares
@@ -53,6 +54,21 @@ def mixture(seed: int, rate_per_s: float, duration_s: float, kinds: Sequence[tup
         units.append(Unit(name, at_s, slo, (call,), app=tenant, tenant=tenant))
         at_s += rng.expovariate(rate_per_s)
     return Trace("mixture", tuple(units))
+
+
+# ---- below capacity ----
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_clairvoyant_meets_nearly_everything_at_three_quarters_of_the_capacity_and_not_beyond_it(
+    seed: int, tmp_path: Path
+):
+    trace = workload(seed, rate_per_s=2.0, duration_s=120.0)
+    cell = Cell(trace, ("llama-3-8b:h100-80g:1",), None, 0.75, "tempo", objective="balanced", knowledge="true")
+    rows = [run_cell(replace(cell, load=load), cache=FigureCache(tmp_path)) for load in (0.75, 4.0)]
+
+    assert rows[0]["units"] > 200
+    assert rows[0]["attainment"] >= 0.995 > rows[1]["attainment"]
 
 
 # ---- gaps ----
