@@ -164,12 +164,15 @@ class StepPlanner:
         self._is_dirty = True
 
     def retune(self, call_id: DispatchId, standing: Standing) -> None:
-        """How a call stands among all others has changed."""
+        """How a call stands has changed. If it is whether it goes last, the next step knows, else the next look."""
         call = self._live.get(call_id)
-        if call is not None and standing != call.standing:
-            call.standing = standing
-            self._note_target(call)
-            self._table.retune(call)
+        if call is None or standing == call.standing:
+            return
+        if standing.is_relegated != call.standing.is_relegated:
+            self._look_again()
+        call.standing = standing
+        self._note_target(call)
+        self._table.retune(call)
 
     def retarget(self, call_id: DispatchId, slo: Slo) -> None:
         """Its target changed: a program's deadline moved, or a client chose another tier. The next step knows."""
@@ -183,6 +186,10 @@ class StepPlanner:
         if call.is_decoding:
             self._paces.follow(call)
         self._paces.look_again()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """The next plan looks at the whole order."""
         self._arrange_at_s = -1.0
         self._is_dirty = True
 

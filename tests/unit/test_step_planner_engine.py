@@ -153,3 +153,24 @@ def test_steps_are_longer_while_nobody_here_has_a_target_that_can_be_met(planner
     assert planner._capped_budget(0.0) < alone
     planner.remove(planner.find(DispatchId(2)))
     assert planner._capped_budget(0.0) == alone
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_call_that_is_relegated_goes_last_in_the_next_step(slots):
+    """And one that is no longer, first again; no time passes, so no other look at the order is due."""
+    planner = StepPlanner(
+        build_policy(SchedulingConfig(policy="tempo")),
+        slots=slots,
+        max_step_tokens=64,
+        kv=KvBlocks(100, BLOCK),
+        steps=StepTimeModel(),
+    )
+    for number in range(2):
+        add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=700))
+    assert [call.call_id for call, _ in step(planner, 0.0).prefills] == [0]
+    planner.retune(DispatchId(0), Standing(1.0, True, 0.0, True))
+    assert [call.call_id for call, _ in step(planner, 0.0).prefills] == [1]
+    planner.retune(DispatchId(0), Standing(1.0, True))
+    planner.retune(DispatchId(1), Standing(1.0, True, 0.0, True))
+    assert [call.call_id for call, _ in step(planner, 0.0).prefills] == [0]
+    planner.audit()
