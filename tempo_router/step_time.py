@@ -40,6 +40,7 @@ _OUTLIER_RATIO = 5.0
 _MAX_REJECTED_IN_A_ROW = 8
 """So many slow steps in a row are no stall: the machine is slower now. The next _WARM_UP steps are believed."""
 _UPPER_SHARE = 0.9
+_LEAST_RATIO, _MOST_RATIO = 0.5, 20.0
 _MIN_DECODES = 8.0
 _UNSURE_ABOVE = 0.30
 _UNSURE_AFTER_S = 60.0
@@ -178,9 +179,11 @@ class StepTimeModel:
     Steps with prefill and without are remembered apart, so that long stretches of one do not wash out the other.
     Steps far above the estimate (compilation, a stalled host) are left out, unless they keep coming.
     Each observation costs microseconds; the coefficients are refitted on every 16th.
+
+    prior, upper_ratio: what a machine of the same kind had found.
     """
 
-    def __init__(self, prior: Coefficients = _PRIOR) -> None:
+    def __init__(self, prior: Coefficients = _PRIOR, upper_ratio: float = 1.5) -> None:
         self._coefficients = Coefficients(*prior)
         self._decoding = _Memory()
         self._prefilling = _Memory()
@@ -192,7 +195,7 @@ class StepTimeModel:
         self._relative_error = 0.0
         self._far_off_s = 0.0
         self._bias = 0.0
-        self._upper_ratio = 1.5
+        self._upper_ratio = min(max(upper_ratio, _LEAST_RATIO), _MOST_RATIO)
         self._decodes = _MIN_DECODES
         self._tokens = _MIN_DECODES
         self._tau_s = self.step_s(0, int(_MIN_DECODES), int(_MIN_DECODES) * 512)
@@ -254,12 +257,6 @@ class StepTimeModel:
             + c.context_s * context_tokens
             + c.attention_s * attention_tokens
         )
-
-    def upper_step_s(
-        self, prefill_tokens: float, decodes: float, context_tokens: float, attention_tokens: float = 0.0
-    ) -> float:
-        """Duration that such a step does not exceed nine times in ten."""
-        return self._upper_ratio * self.step_s(prefill_tokens, decodes, context_tokens, attention_tokens)
 
     def budget_tokens(self, cap_s: float, decodes: int, context_tokens: int, past: float = 0.0) -> int:
         """The most prefill tokens beside these decodes with which the step is expected to stay within cap_s.
@@ -373,7 +370,7 @@ class StepTimeModel:
         # Stochastic quantile: moves up 9 for each 1 down, so it rests where one in ten is above.
         is_above = duration_s > self._upper_ratio * estimated_s
         self._upper_ratio *= 1 + 0.02 * (_UPPER_SHARE if is_above else _UPPER_SHARE - 1)
-        self._upper_ratio = min(max(self._upper_ratio, 0.5), 20.0)
+        self._upper_ratio = min(max(self._upper_ratio, _LEAST_RATIO), _MOST_RATIO)
 
     def _remember(self, step: StepReport, estimated_s: float) -> None:
         # Errors count relative to the step: a long prefill must not drown a hundred decode steps.

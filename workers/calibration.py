@@ -2,7 +2,8 @@
 
 Without it the planner begins with a guess and learns from the first requests, who pay for it. `measure` runs a short
 sweep of made-up requests, from one short prompt to full steps; the online fit sees each of these steps as any other.
-The coefficients are kept by model, device and engine arguments, and are only the beginning of the next fit.
+The coefficients are kept by model, device and engine arguments, with the quantile of what they miss, and are only the
+beginning of the next fit.
 """
 
 import asyncio
@@ -30,9 +31,10 @@ _LONG_CAP_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """relative_error: of the fit at the end of its sweep. steps: how many it saw."""
+    """upper_ratio, relative_error: of the fit at the end of its sweep (StepTimeModel). steps: how many it saw."""
 
     coefficients: Coefficients
+    upper_ratio: float
     relative_error: float
     steps: int
 
@@ -50,9 +52,10 @@ class CalibrationFile:
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
             coefficients = Coefficients(**values["coefficients"])
-            if not all(math.isfinite(value) and value >= 0 for value in coefficients):
+            upper_ratio = float(values["upper_ratio"])
+            if not all(math.isfinite(value) and value >= 0 for value in (*coefficients, upper_ratio)):
                 return None
-            return Calibration(coefficients, float(values["relative_error"]), int(values["steps"]))
+            return Calibration(coefficients, upper_ratio, float(values["relative_error"]), int(values["steps"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -62,6 +65,7 @@ class CalibrationFile:
         content = {
             **self._about,
             "coefficients": calibration.coefficients._asdict(),
+            "upper_ratio": calibration.upper_ratio,
             "relative_error": calibration.relative_error,
             "steps": calibration.steps,
         }

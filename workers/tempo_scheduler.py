@@ -110,11 +110,22 @@ def _is_stranger(request: Any) -> bool:
     return request.sampling_params is None or request.resumable
 
 
+def _known_steps(settings: Mapping[str, Any]) -> StepTimeModel:
+    """What was measured before, as far as it is given."""
+    if "coefficients" not in settings:
+        return StepTimeModel()
+    coefficients = Coefficients(*settings["coefficients"])
+    if "upper_ratio" not in settings:
+        return StepTimeModel(coefficients)
+    return StepTimeModel(coefficients, settings["upper_ratio"])
+
+
 class TempoScheduler(AsyncScheduler):
     """Plans every step with `StepPlanner`. One thread calls it; `tell` may be called from any.
 
     Settings are in `additional_config["tempo"]`, all optional: `scheduling` (as in the configuration of the router),
-    `slots` (sequences of one step; beyond it calls are held), `coefficients` (of step times, as measured before).
+    `slots` (sequences of one step; beyond it calls are held), `coefficients` and `upper_ratio` (of StepTimeModel, as
+    measured before).
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -128,8 +139,7 @@ class TempoScheduler(AsyncScheduler):
         if hasattr(self, "skipped_waiting"):
             self.skipped_waiting: PlannedQueue[Any] = Funnel(self.waiting)
         self._most_tokens: int = self.max_num_scheduled_tokens
-        coefficients = chosen.get("coefficients")
-        self.steps = StepTimeModel(Coefficients(*coefficients)) if coefficients else StepTimeModel()
+        self.steps = _known_steps(chosen)
         self._kv = EngineBlocks(self.cache_config.num_gpu_blocks - 1, self.block_size, self._cached_tokens)
         self.planner = StepPlanner(
             build_policy(scheduling),

@@ -95,7 +95,7 @@ class VllmEngine:
         if step_planner is None:
             raise TempoError("only planned steps are calibrated")
         steps = step_planner.steps
-        return Calibration(steps.coefficients, steps.relative_error, steps.observed)
+        return Calibration(steps.coefficients, steps.upper_ratio, steps.relative_error, steps.observed)
 
     async def start(self) -> None:
         """Load the model in the engine's thread. Raises ConfigError or EngineStartError."""

@@ -140,6 +140,7 @@ def _put_planner_in(config: Any, scheduling: SchedulingConfig, known: Calibratio
     settings: dict[str, Any] = {"slots": slots, "scheduling": scheduling.model_dump(mode="json")}
     if known is not None:
         settings["coefficients"] = list(known.coefficients)
+        settings["upper_ratio"] = known.upper_ratio
     config.additional_config = {**(config.additional_config or {}), tempo_scheduler.KEY: settings}
     log.info("step_planner_on", policy=scheduling.policy, slots=slots, places=chosen.max_num_seqs)
 

@@ -39,4 +39,5 @@ async def test_step_times_are_measured_once_for_the_same_engine(tmp_path):
     assert steps > 100
     assert later_steps == 0
     assert second.coefficients == pytest.approx(first.coefficients)
+    assert second.upper_ratio == pytest.approx(first.upper_ratio)
     assert len(list((tmp_path / "calibrations").iterdir())) == 1

@@ -15,7 +15,7 @@ from workers.call_facts import News
 from workers.engine import EngineStep
 from workers.simulated_engine import SimulatedEngine, start_simulated_engine
 
-FOUND = Calibration(Coefficients(0.002, 2e-5, 0.0, 0.0, 1e-6, 8e-5, 1e-7, 0.0), 0.12, 400)
+FOUND = Calibration(Coefficients(0.002, 2e-5, 0.0, 0.0, 1e-6, 8e-5, 1e-7, 0.0), 1.3, 0.12, 400)
 
 
 def file(folder, **arguments) -> CalibrationFile:
@@ -36,11 +36,21 @@ def test_what_cannot_be_read_is_measured_anew(tmp_path, content):
     assert kept.load() is None
 
 
-def test_coefficients_that_no_fit_gives_are_not_believed(tmp_path):
+@pytest.mark.parametrize("changed", [{"coefficients": {"token_s": -1.0}}, {"upper_ratio": -1.0}])
+def test_numbers_that_no_fit_gives_are_not_believed(tmp_path, changed):
     kept = file(tmp_path)
     kept.save(FOUND)
     values = json.loads(kept.path.read_text())
-    values["coefficients"]["token_s"] = -1.0
+    coefficients = {**values["coefficients"], **changed.get("coefficients", {})}
+    kept.path.write_text(json.dumps({**values, **changed, "coefficients": coefficients}))
+    assert kept.load() is None
+
+
+def test_what_was_kept_without_its_quantile_is_measured_anew(tmp_path):
+    kept = file(tmp_path)
+    kept.save(FOUND)
+    values = json.loads(kept.path.read_text())
+    del values["upper_ratio"]
     kept.path.write_text(json.dumps(values))
     assert kept.load() is None
 
