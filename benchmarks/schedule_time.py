@@ -26,7 +26,7 @@ from typing import Any
 
 from tempo_router.request import BestEffort, Deadline, DispatchId, GroupId, Latency, RequestId, RequestSpec, Slo
 from tempo_router.standing import Standing
-from workers.call_facts import CallFacts, values_from_facts
+from workers.call_facts import KEY, CallFacts, values_from_facts
 from workers.default_model import ensure_default_model
 
 SHAPES = tuple(itertools.product((64, 256, 1024), (0, 5000)))
@@ -62,7 +62,7 @@ class Side:
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
-        from workers import tempo_scheduler
+        from workers.tempo_scheduler import TempoScheduler
 
         own = copy.copy(config)
         own.scheduler_config = copy.copy(config.scheduler_config)
@@ -72,12 +72,12 @@ class Side:
         own.cache_config.num_gpu_blocks = blocks = 60 * running + 1000
         own.cache_config.enable_prefix_caching = False
         settings = {"slots": running, "scheduling": {"policy": "tempo"}}
-        own.additional_config = {tempo_scheduler.KEY: settings}
+        own.additional_config = {KEY: settings}
         if kind == "tempo":
             # As a worker starts it: half as many places again, for calls that are held.
             own.scheduler_config.max_num_seqs = running + running // 2
         spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        owner = tempo_scheduler.TempoScheduler if kind == "tempo" else AsyncScheduler
+        owner = TempoScheduler if kind == "tempo" else AsyncScheduler
         self.scheduler: Any = owner(
             vllm_config=own,
             kv_cache_config=KVCacheConfig(
@@ -98,8 +98,6 @@ class Side:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        from workers import tempo_scheduler
-
         number, now_s = next(self._numbers), time.monotonic()
         # Nobody overtakes the first ones: who runs and who waits shall be the same on both sides.
         density = 1e6 if number < self._running else self._rng.random()
@@ -109,7 +107,7 @@ class Side:
         params = SamplingParams(
             max_tokens=4000,
             ignore_eos=True,
-            extra_args={tempo_scheduler.KEY: values_from_facts(facts, now_s)},
+            extra_args={KEY: values_from_facts(facts, now_s)},
         )
         params.update_from_generation_config({}, 257)
         prompt = [self._rng.randrange(256) for _ in range(_PROMPT)]

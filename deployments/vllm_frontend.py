@@ -1,7 +1,7 @@
 """vLLM's front end in this process: its OpenAI application and `AsyncLLM`, over an engine client that we give it.
 
 With `remote_engine.py` the only place on the ingress side that touches vLLM. Importing it takes about 20 s. What is
-used of vLLM beyond its public interface, all of it pinned by `check_vllm`:
+used of vLLM beyond its public interface, all of it checked by `check_vllm`:
 
 - `AsyncLLM` has no parameter for its client. It asks `EngineCoreClient.make_async_mp_client` by the global name in its
   own module; while it is constructed that name is replaced by a factory of ours. This is the one patch.
@@ -44,10 +44,10 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, current_request
 from tempo_router.errors import ConfigError, EngineVersionError
+from workers.vllm_check import check_version
 from workers.vllm_start import inspect_models_here
 
 VLLM_VERSION: str = vllm.__version__
-TESTED_VERSION = "0.32.0"
 
 # Set where they mean something: `model` and `served_model_name` of the configuration.
 _ENGINE_KWARGS_SET_ELSEWHERE = {"model": "model", "served_model_name": "served_model_name"}
@@ -164,15 +164,10 @@ class TempoAsyncLLM(AsyncLLM):
 
 
 def check_vllm(version: str = VLLM_VERSION) -> None:
-    """Raise EngineVersionError unless this vLLM is the tested one and has every private name that we use."""
-    if version.partition("+")[0] != TESTED_VERSION:
-        raise EngineVersionError(
-            f"vLLM {version} is installed, but this release is tested with {TESTED_VERSION} only, and uses names that "
-            f"vLLM may change at any time; install vllm=={TESTED_VERSION}"
-        )
+    """Raise EngineVersionError unless this vLLM has every private name that we use; warn of an untested version."""
     missing = [name for name, found in _private_names().items() if not found]
-    if missing:
-        raise EngineVersionError(f"vLLM {version} lacks what its front end is driven by: {', '.join(missing)}")
+    differences = [f"{name} is missing or takes other arguments" for name in missing]
+    check_version(version, differences, needed_for="an ingress")
 
 
 def _private_names() -> dict[str, bool]:
@@ -190,7 +185,16 @@ def _private_names() -> dict[str, bool]:
         "build_app": _takes(build_vllm_app, "args", "supported_tasks", "model_config"),
         "init_app_state": _takes(init_app_state, "engine_client", "state", "args", "supported_tasks"),
         "EngineCoreReadyResponse": ready
-        >= {"max_model_len", "num_gpu_blocks", "block_size", "mamba_block_size", "kv_cache_size_tokens"},
+        >= {
+            "vllm_version",
+            "max_model_len",
+            "num_gpu_blocks",
+            "block_size",
+            "mamba_block_size",
+            "kv_cache_size_tokens",
+            "kv_cache_max_concurrency",
+            "effective_attention_block_size",
+        },
     }
 
 

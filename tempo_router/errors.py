@@ -13,7 +13,7 @@ TempoError
 ├── RequestTooLargeError      a request does not fit into one message between our processes
 ├── RequestFailedError        an admitted request cannot be finished
 ├── EngineStartError          an engine could not start (the reason is in the message)
-├── EngineVersionError        the installed engine is not one that we have tested
+├── EngineVersionError        the installed engine lacks what serving needs of it
 ├── TraceError                a workload trace cannot be read (file, line, column, value)
 └── ModelError                the model cannot be built or loaded
 
@@ -120,7 +120,7 @@ class EngineStartError(TempoError):
 
 
 class EngineVersionError(TempoError):
-    """The installed engine is not one that we have tested."""
+    """The installed engine lacks what serving needs of it."""
 
 
 class ModelError(TempoError):

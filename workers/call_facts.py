@@ -36,6 +36,9 @@ from tempo_router.request import (
 )
 from tempo_router.standing import UNRANKED, Standing
 
+KEY = "tempo"
+"""Of `additional_config` (settings) and of `SamplingParams.extra_args` (facts of one request)."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:

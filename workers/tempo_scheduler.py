@@ -1,8 +1,9 @@
 """Tempo's step planner inside vLLM: a scheduler class for the engine argument `scheduler_cls`.
 
-The only module that touches private names of vLLM's scheduler. It never copies the parent's `schedule()`: it asks the
-planner of tempo_router for the step, the same that the simulator runs, arranges the parent's state so that the parent
-comes to that step, and tells the planner what came of it.
+The only module that changes the state of vLLM's scheduler; vllm_core.py, which any scheduler may run in, reads some
+(vllm_check.py says who uses what). It never copies the parent's `schedule()`: it asks the planner of tempo_router for
+the step, the same that the simulator runs, arranges the parent's state so that the parent comes to that step, and tells
+the planner what came of it.
 
     order        `waiting` is a queue that shows only the planned prompts; partly computed ones stand last in `running`
     budget       `max_num_scheduled_tokens` for one call
@@ -10,8 +11,9 @@ comes to that step, and tells the planner what came of it.
     victim       `_preempt_request`, before the call; what vLLM itself preempts is the tail of `running`
     end          `_free_blocks`
 
-`differences` compares the installed vLLM with `_RELIED_ON` and names what the planner cannot plan for; whoever starts
-an engine asks it first and else leaves the order to vLLM (vllm_start.py).
+`differences` compares the installed vLLM with what is relied on, `not_planned` names what the planner cannot plan for.
+Whoever starts an engine asks both first, and else, or if this module cannot even be imported, leaves the order to vLLM
+(vllm_start.py).
 """
 
 import inspect
@@ -25,8 +27,11 @@ import structlog
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
@@ -36,16 +41,20 @@ from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId
 from tempo_router.step_planner import StepPlanner
 from tempo_router.step_time import Coefficients, StepTimeModel
-from workers.call_facts import CallFacts, CallUpdate, News, facts_from_values
+from workers.call_facts import KEY, CallFacts, CallUpdate, News, facts_from_values
 from workers.engine_blocks import EngineBlocks
 from workers.lora_places import LoraPlaces
 from workers.planned_queue import Funnel, PlannedQueue
+from workers.vllm_check import (
+    Attributes,
+    Signatures,
+    attribute_differences,
+    contract_differences,
+    has_attribute,
+    signature_differences,
+)
 
 log = structlog.get_logger()
-
-SCHEDULER = f"{__name__}.TempoScheduler"
-KEY = "tempo"
-"""Of `additional_config` (settings) and of `SamplingParams.extra_args` (facts of one request)."""
 
 _NEVER = 1 << 60
 _MOST_EARLY = 1024
@@ -53,18 +62,36 @@ _WORST_STANDS_S = 0.1
 """How long the last of the order is taken for the last, so that a full cache does not mean sorting at every step."""
 _FACTS_OF_A_STRANGER = {"class": "best_effort"}
 
-_RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
+_RELIED_ON: Signatures = (
     (Scheduler, "schedule", ("self", "throttle_prefills")),
     (Scheduler, "add_request", ("self", "request")),
     (Scheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
     (Scheduler, "_free_blocks", ("self", "request")),
-    (Scheduler, "finish_requests", ("self", "request_ids", "finished_status")),
-    (Scheduler, "get_request_counts", ("self",)),
     (KVCacheManager, "get_computed_blocks", ("self", "request")),
 )
-_STATE = (
-    "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
-    "kv_cache_manager", "block_size", "lora_config", "_pause_state",
+_ATTRIBUTES: Attributes = (
+    (
+        AsyncScheduler,
+        (
+            "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
+            "kv_cache_manager", "block_size", "lora_config", "vllm_config", "cache_config", "_pause_state",
+        ),
+    ),
+    (
+        Request,
+        (
+            "request_id", "status", "sampling_params", "max_tokens", "lora_request", "structured_output_request",
+            "num_prompt_tokens", "num_tokens", "num_output_tokens", "num_computed_tokens", "num_output_placeholders",
+            "num_in_flight_tokens", "next_decode_eligible_step", "resumable",
+        ),
+    ),
+    (
+        RequestStatus,
+        ("RUNNING", "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR", "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"),
+    ),
+    (SchedulerOutput, ("num_scheduled_tokens",)),
+    (StructuredOutputRequest, ("grammar",)),
+    (PauseState, ("UNPAUSED",)),
 )  # fmt: skip
 _QUEUES = ("kv_holding_waiting", "skipped_waiting")
 """Where the parent keeps those that it passed over: the first since 0.31, the second before."""
@@ -72,18 +99,12 @@ _QUEUES = ("kv_holding_waiting", "skipped_waiting")
 
 def differences() -> list[str]:
     """What of the installed vLLM is not as this module needs it; empty if all is."""
-    found = []
-    for owner, name, expected in _RELIED_ON:
-        method = getattr(owner, name, None)
-        if method is None:
-            found.append(f"{owner.__name__}.{name} does not exist")
-            continue
-        parameters = tuple(inspect.signature(method).parameters)
-        if parameters != expected:
-            found.append(f"{owner.__name__}.{name} takes ({', '.join(parameters)}), not ({', '.join(expected)})")
-    source = inspect.getsource(Scheduler)
-    found += [f"Scheduler has no {name}" for name in _STATE if f"self.{name}" not in source]
-    if not any(f"self.{name} =" in source for name in _QUEUES):
+    found = [
+        *signature_differences(_RELIED_ON),
+        *attribute_differences(_ATTRIBUTES),
+        *contract_differences(RequestQueue, PlannedQueue),
+    ]
+    if not any(has_attribute(Scheduler, name) for name in _QUEUES):
         found.append(f"Scheduler has none of {', '.join(_QUEUES)}")
     if "next_decode_eligible_step" not in inspect.getsource(Scheduler.schedule):
         found.append("Scheduler.schedule does not read next_decode_eligible_step")

@@ -5,49 +5,58 @@ come from a queue and are decoded there, off the busy loop) and the output threa
 who publishes it). Steps are observed by wrapping the scheduler's `schedule` and `update_from_output`, so any
 `scheduler_cls` is observed the same way.
 
-Everything relied on is named in `_RELIED_ON` and checked before the start.
+What serving relies on is named in `_RELIED_ON` and `_ATTRIBUTES` and checked before the start; of the scheduler that is
+little, as any `scheduler_cls` may run. What Tempo's own scheduler relies on beyond it: tempo_scheduler.py.
 """
 
-import inspect
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
 
 from tempo_router.errors import EngineVersionError
 from tempo_router.events import ReplicaLoad, StepReport
-from workers.call_facts import values_from_facts
+from workers.call_facts import KEY, values_from_facts
 from workers.engine import EngineCall, EngineFacts
+from workers.vllm_check import Attributes, Signatures, attribute_differences, check_version, signature_differences
+
+if TYPE_CHECKING:
+    from workers.tempo_scheduler import TempoScheduler
 
 try:
     import vllm
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, UtilityOutput
+    from vllm.v1.engine import (
+        EngineCoreOutput,
+        EngineCoreOutputs,
+        EngineCoreRequest,
+        EngineCoreRequestType,
+        UtilityOutput,
+    )
     from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
     from vllm.v1.engine.utils import EngineZmqAddresses
     from vllm.v1.executor import Executor
-    from vllm.v1.request import RequestStatus
+    from vllm.v1.request import Request, RequestStatus
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
-    from workers import tempo_scheduler
 except ImportError as e:
     raise EngineVersionError(f"vLLM cannot be used: {e}; install one of the tested versions (see README)") from e
 
 log = structlog.get_logger()
 
-TESTED_VERSIONS = ("0.32.0",)
-
 STOP_TIMEOUT_S = 30.0
 NOBODY = 0
 """Client index of calls of our own; upstream also files statistics under 0 when a step has no outputs."""
 
-_RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
+_RELIED_ON: Signatures = (
     (
         EngineCoreProc,
         "__init__",
@@ -75,34 +84,53 @@ _RELIED_ON: Sequence[tuple[Any, str, tuple[str, ...]]] = (
     (EngineCore, "abort_requests", ("self", "request_ids")),
     (EngineCore, "get_supported_tasks", ("self",)),
     (EngineCore, "shutdown", ("self",)),
-    (Scheduler, "schedule", ("self", "throttle_prefills")),
-    (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
     (Scheduler, "finish_requests", ("self", "request_ids", "finished_status")),
     (Scheduler, "get_request_counts", ("self",)),
+    (BlockPool, "get_num_free_blocks", ("self",)),
+    (Executor, "get_class", ("vllm_config",)),
     (MsgpackEncoder, "encode", ("self", "obj")),
     (MsgpackDecoder, "decode", ("self", "bufs")),
+)  # fmt: skip
+_ATTRIBUTES: Attributes = (
+    (
+        EngineCoreProc,
+        (
+            "ENGINE_CORE_DEAD", "aborts_queue", "input_queue", "model_executor", "output_queue", "output_thread",
+            "request_block_hasher", "scheduler", "shutdown_state", "step_fn", "vllm_config",
+        ),
+    ),
+    (Scheduler, ("schedule", "update_from_output", "requests", "kv_cache_manager")),
+    (KVCacheManager, ("block_pool",)),
+    (
+        SchedulerOutput,
+        ("num_scheduled_tokens", "preempted_req_ids", "scheduled_new_reqs", "scheduled_spec_decode_tokens"),
+    ),
+    (NewRequestData, ("req_id", "num_computed_tokens")),
+    (Request, ("request_id", "num_computed_tokens", "num_prompt_tokens", "num_tokens", "num_preemptions")),
+    (
+        EngineCoreRequest,
+        (
+            "request_id", "client_index", "priority", "prompt_token_ids", "mm_features", "sampling_params",
+            "pooling_params", "arrival_time", "lora_request", "cache_salt", "data_parallel_rank",
+        ),
+    ),
+    (EngineCoreOutputs, ("outputs", "utility_output")),
+    (EngineCoreOutput, ("request_id", "new_token_ids", "finish_reason")),
+    (UtilityOutput, ("call_id", "failure_message")),
+    (EngineZmqAddresses, ("inputs", "outputs")),
+    (RequestStatus, ("FINISHED_ABORTED",)),
+    (EngineShutdownState, ("REQUESTED",)),
+    (EngineCoreRequestType, ("ABORT", "ADD", "UTILITY", "WAKEUP")),
 )  # fmt: skip
 
 
 def check_vllm() -> None:
-    """Compare the installed vLLM with what this file was written for.
+    """Compare the installed vLLM with what serving needs of it.
 
-    Raises EngineVersionError naming each difference.
+    Raises EngineVersionError naming each difference. A version that was not tested and has none is warned of.
     """
-    differences = []
-    version = str(vllm.__version__).partition("+")[0]
-    if version not in TESTED_VERSIONS:
-        differences.append(f"its version is {vllm.__version__}, tested: {', '.join(TESTED_VERSIONS)}")
-    for owner, name, expected in _RELIED_ON:
-        method = getattr(owner, name, None)
-        if method is None:
-            differences.append(f"{owner.__name__}.{name} does not exist")
-            continue
-        found = tuple(inspect.signature(method).parameters)
-        if found != expected:
-            differences.append(f"{owner.__name__}.{name} takes ({', '.join(found)}), not ({', '.join(expected)})")
-    if differences:
-        raise EngineVersionError("the installed vLLM is not one that was tested: " + "; ".join(differences))
+    differences = [*signature_differences(_RELIED_ON), *attribute_differences(_ATTRIBUTES)]
+    check_version(str(vllm.__version__), differences, needed_for="a worker")
 
 
 # ---- what passes between the threads ----
@@ -171,13 +199,23 @@ class Core(EngineCoreProc):
     """Upstream's engine core with queues in place of sockets.
 
     slots: sequences of one step; the scheduler may have more places, for those that it holds.
+    step_planner: the class of ours that the configuration names as its scheduler; None where vLLM's own composes steps.
     publish: called in the output thread with (StepDone | Aborted | (client index, EngineCoreOutputs)), in order.
     """
 
     step_fn: Callable[[], tuple[Any, bool]]
 
-    def __init__(self, vllm_config: Any, *, slots: int, log_stats: bool, publish: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        *,
+        slots: int,
+        step_planner: "type[TempoScheduler] | None",
+        log_stats: bool,
+        publish: Callable[[Any], None],
+    ) -> None:
         self._slots = slots
+        self._step_planner = step_planner
         self.inbox: queue.SimpleQueue[Add | Abort | Utility | None] = queue.SimpleQueue()
         self._publish = publish
         self._in_flight: deque[_Scheduled] = deque()
@@ -245,13 +283,13 @@ class Core(EngineCoreProc):
         if self.step_planner is None or params is None or call.facts is None:
             return
         values = values_from_facts(call.facts, time.monotonic())
-        params.extra_args = {**(params.extra_args or {}), tempo_scheduler.KEY: values}
+        params.extra_args = {**(params.extra_args or {}), KEY: values}
 
     @property
-    def step_planner(self) -> "tempo_scheduler.TempoScheduler | None":
+    def step_planner(self) -> "TempoScheduler | None":
         """The scheduler, where it is ours."""
-        scheduler = self.scheduler
-        return scheduler if isinstance(scheduler, tempo_scheduler.TempoScheduler) else None
+        scheduler, ours = self.scheduler, self._step_planner
+        return scheduler if ours is not None and isinstance(scheduler, ours) else None
 
     def _take_utility(self, call_id: int, call: bytes, decoder: Any) -> None:
         try:
@@ -303,14 +341,14 @@ class Core(EngineCoreProc):
         step_fn, step_planner = self.step_fn, self.step_planner
         schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
-        def observed_schedule(throttle_prefills: bool = False) -> Any:
+        def observed_schedule(*args: Any, **kwargs: Any) -> Any:
             at_s = time.monotonic()
-            scheduled = schedule(throttle_prefills)
+            scheduled = schedule(*args, **kwargs)
             self._in_flight.append(self._features(scheduled, at_s))
             return scheduled
 
-        def observed_update(scheduler_output: Any, model_runner_output: Any) -> Any:
-            outputs = update(scheduler_output, model_runner_output)
+        def observed_update(*args: Any, **kwargs: Any) -> Any:
+            outputs = update(*args, **kwargs)
             self._report = self._finish_step(self._in_flight.popleft())
             if step_planner is not None and self._report is not None:
                 step_planner.observe(self._report)

@@ -2,8 +2,7 @@
 
 Requests go to the core through a queue (vllm_core.py); its output thread encodes what leaves and hands it to the event
 loop, one call per engine step. Who runs in a step is Tempo's own decision where a `scheduling` is given
-(tempo_scheduler.py), else vLLM's by priority. With vllm_core.py, vllm_start.py and tempo_scheduler.py this is all of
-the worker side that touches vLLM, private names included.
+(tempo_scheduler.py), else vLLM's by priority. Who uses which of vLLM's names: vllm_check.py.
 """
 
 import asyncio
@@ -326,7 +325,9 @@ async def start_vllm_engine(
 
     engine_kwargs: vLLM's engine arguments, as in `vllm serve`, with underscores. What is not given comes from vLLM,
     except `scheduling_policy` ("priority") and, on a CPU, what `_cpu_defaults` says.
-    Raises EngineVersionError, ConfigError (an argument that does not exist), EngineStartError with the reason.
+    Where steps cannot be planned, vLLM's priority policy composes them, and a warning says why.
+    Raises EngineVersionError (serving lacks something of vLLM), ConfigError (an argument that does not exist),
+    EngineStartError with the reason.
     """
     check_vllm()
     if sys.getswitchinterval() > _SWITCH_INTERVAL_S:

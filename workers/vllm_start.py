@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
@@ -16,10 +16,12 @@ from vllm.platforms import current_platform
 
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import ConfigError
-from workers import tempo_scheduler
 from workers.calibration import Calibration
-from workers.cpu_lora import mask_missing_adapters
+from workers.call_facts import KEY
 from workers.vllm_core import Core
+
+if TYPE_CHECKING:
+    from workers.tempo_scheduler import TempoScheduler
 
 log = structlog.get_logger()
 
@@ -108,32 +110,79 @@ def build_core(
     vllm_arguments = AsyncEngineArgs(**arguments)
     config = vllm_arguments.create_engine_config()
     if config.lora_config is not None and current_platform.is_cpu():
-        mask_missing_adapters()
+        _mask_missing_adapters()
     slots = config.scheduler_config.max_num_seqs
-    if scheduling is not None:
-        _put_planner_in(config, scheduling, known)
-    return Core(config, slots=slots, log_stats=not vllm_arguments.disable_log_stats, publish=publish)
+    step_planner = _put_planner_in(config, scheduling, known) if scheduling is not None else None
+    return Core(
+        config,
+        slots=slots,
+        step_planner=step_planner,
+        log_stats=not vllm_arguments.disable_log_stats,
+        publish=publish,
+    )
 
 
-def _put_planner_in(config: Any, scheduling: SchedulingConfig, known: Calibration | None) -> None:
-    """Let Tempo's scheduler compose the steps, or say why vLLM's own does.
+def _mask_missing_adapters() -> None:
+    try:
+        # Not above: vLLM serves without the kernels that only this module needs.
+        from workers.cpu_lora import mask_missing_adapters
 
-    Who is held keeps a place in vLLM's batch, so there are more of these than run at once.
-    """
-    obstacles = [*tempo_scheduler.differences(), *tempo_scheduler.not_planned(config)]
+        unmasked = mask_missing_adapters()
+    except ImportError as problem:
+        unmasked = [str(problem)]
+    if unmasked:
+        log.warning(
+            "cpu_lora_unmasked",
+            vllm=str(vllm.__version__),
+            kernels=unmasked,
+            effect="requests without an adapter may be answered by one that runs beside them",
+        )
+
+
+def _put_planner_in(
+    config: Any, scheduling: SchedulingConfig, known: Calibration | None
+) -> "type[TempoScheduler] | None":
+    """Let Tempo's scheduler compose the steps, and return its class; or say why vLLM's own does, and return None."""
+    planner, obstacles = _find_planner(config)
+    if planner is None or obstacles:
+        _fall_back(config, obstacles)
+        return None
+    _put_in(config, planner, scheduling, known)
+    return planner
+
+
+def _find_planner(config: Any) -> tuple["type[TempoScheduler] | None", list[str]]:
+    """Tempo's scheduler class, if this vLLM has what its import needs, and all that speaks against it."""
+    obstacles = []
     if config.scheduler_config.scheduler_cls is not None:
         obstacles.append(f"scheduler_cls is {config.scheduler_config.scheduler_cls!r}")
-    if obstacles:
-        log.warning(
-            "step_planner_off",
-            vllm=str(vllm.__version__),
-            reasons=obstacles,
-            effect="vLLM's own priority policy composes the steps; SLOs count in the router's order alone",
-        )
-        return
+    try:
+        # Not above: vLLM serves without the names that only this module needs.
+        from workers.tempo_scheduler import TempoScheduler, differences, not_planned
+    except ImportError as problem:
+        return None, [str(problem), *obstacles]
+    return TempoScheduler, [*differences(), *not_planned(config), *obstacles]
+
+
+def _fall_back(config: Any, obstacles: Sequence[str]) -> None:
+    """vLLM composes the steps: by the router's priorities, unless another scheduler is to do as it likes."""
+    chosen = config.scheduler_config
+    effect = "vLLM's own priority policy composes the steps; SLOs count in the router's order alone"
+    if chosen.scheduler_cls is not None:
+        effect = "that scheduler composes the steps; SLOs count in the router's order alone"
+    elif chosen.policy != "priority":
+        effect += f"; scheduling_policy={chosen.policy!r} does not count"
+        chosen.policy = "priority"
+    log.warning("step_planner_off", vllm=str(vllm.__version__), reasons=list(obstacles), effect=effect)
+
+
+def _put_in(
+    config: Any, planner: "type[TempoScheduler]", scheduling: SchedulingConfig, known: Calibration | None
+) -> None:
+    """Who is held keeps a place in vLLM's batch, so there are more of these than run at once."""
     chosen = config.scheduler_config
     slots = chosen.max_num_seqs
-    chosen.scheduler_cls = tempo_scheduler.SCHEDULER
+    chosen.scheduler_cls = f"{planner.__module__}.{planner.__name__}"
     # The victim is then the tail of the list of running requests, which the planner arranges.
     chosen.policy = "fcfs"
     chosen.max_num_seqs = min(math.ceil((1 + _HELD_SHARE) * slots), max(slots, chosen.max_num_batched_tokens))
@@ -141,7 +190,7 @@ def _put_planner_in(config: Any, scheduling: SchedulingConfig, known: Calibratio
     if known is not None:
         settings["coefficients"] = list(known.coefficients)
         settings["upper_ratio"] = known.upper_ratio
-    config.additional_config = {**(config.additional_config or {}), tempo_scheduler.KEY: settings}
+    config.additional_config = {**(config.additional_config or {}), KEY: settings}
     log.info("step_planner_on", policy=scheduling.policy, slots=slots, places=chosen.max_num_seqs)
 
 
@@ -152,8 +201,12 @@ def inspect_models_here() -> None:
     so once for each model class and keeps the answer under the user's home, so the first start on a machine gains.
     A vLLM without this function inspects as it likes.
     """
-    if current_platform.is_cpu() and hasattr(registry, "_run_in_subprocess"):
+    if not current_platform.is_cpu():
+        return
+    if hasattr(registry, "_run_in_subprocess"):
         registry._run_in_subprocess = _call  # noqa: SLF001 - there is no public way
+    else:
+        log.info("vllm_start_slow", vllm=str(vllm.__version__), reason="registry._run_in_subprocess does not exist")
 
 
 def _call(function: Callable[[], Any]) -> Any:

@@ -54,9 +54,25 @@ def test_this_vllm_is_as_the_adapter_needs_it():
 def test_a_changed_vllm_is_named(monkeypatch):
     monkeypatch.delattr(tempo_scheduler.Scheduler, "_preempt_request")
     monkeypatch.setattr(tempo_scheduler.Scheduler, "add_request", lambda self, request, extra: None)
-    found = tempo_scheduler.differences()
-    assert "Scheduler._preempt_request does not exist" in found
-    assert "Scheduler.add_request takes (self, request, extra), not (self, request)" in found
+    monkeypatch.delattr(tempo_scheduler.Request, "num_output_tokens")
+    monkeypatch.delattr(tempo_scheduler.StructuredOutputRequest, "grammar")
+    assert tempo_scheduler.differences() == [
+        "Scheduler.add_request takes (self, request, extra), not (self, request)",
+        "Scheduler._preempt_request does not exist",
+        "Request has no num_output_tokens",
+        "StructuredOutputRequest has no grammar",
+    ]
+
+
+def test_a_method_that_vllm_newly_asks_of_its_queues_is_named(monkeypatch):
+    queue = tempo_scheduler.RequestQueue
+    monkeypatch.setattr(queue, "find_request", lambda self, request_id: None, raising=False)
+    monkeypatch.setattr(queue, "__abstractmethods__", queue.__abstractmethods__ | {"find_request"})
+    monkeypatch.setattr(queue, "remove_requests", lambda self, requests, finished: None)
+    assert tempo_scheduler.differences() == [
+        "RequestQueue asks for find_request, which PlannedQueue does not have",
+        "RequestQueue.remove_requests takes (self, requests, finished), PlannedQueue's (self, requests)",
+    ]
 
 
 @pytest.mark.parametrize("is_async", [False, True])

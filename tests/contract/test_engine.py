@@ -497,19 +497,23 @@ async def test_an_engine_that_cannot_start_says_why(rig, tmp_path):
 
 
 @only_vllm
-async def test_a_vllm_that_differs_is_refused_by_name(rig, monkeypatch):
+async def test_a_vllm_in_which_serving_lacks_something_is_refused_by_name(rig, monkeypatch):
     from workers import vllm_core
 
     vllm_core.check_vllm()
     monkeypatch.setattr(vllm_core.vllm, "__version__", "0.31.0+cpu")
     monkeypatch.delattr(vllm_core.EngineCore, "preprocess_add_request")
-    monkeypatch.setattr(vllm_core.Scheduler, "schedule", lambda self, everything: None)
+    monkeypatch.setattr(vllm_core.EngineCore, "add_request", lambda self, everything: None)
+    monkeypatch.delattr(vllm_core.BlockPool, "get_num_free_blocks")
+    monkeypatch.delattr(vllm_core.Request, "num_tokens")
     with pytest.raises(EngineVersionError) as caught:
         vllm_core.check_vllm()
     problem = str(caught.value)
     assert "0.31.0+cpu" in problem
     assert "EngineCore.preprocess_add_request does not exist" in problem
-    assert "Scheduler.schedule takes (self, everything), not (self, throttle_prefills)" in problem
+    assert "EngineCore.add_request takes (self, everything), not (self, request, request_wave)" in problem
+    assert "BlockPool.get_num_free_blocks does not exist" in problem
+    assert "Request has no num_tokens" in problem
 
 
 async def test_shutdown_cancels_what_runs_and_leaves_no_process(rig):

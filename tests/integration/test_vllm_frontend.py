@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+import structlog
 
 from deployments.http_edge import HttpEdge
 from deployments.request_context import AdmissionVerdict, RequestFailure
@@ -361,13 +362,17 @@ async def test_unknown_arguments_are_refused_with_the_nearest_one(front):
             await vllm_frontend.build_app(front.llm, model_name=MODEL, model_path="x", frontend_kwargs=kwargs)
 
 
-async def test_another_version_of_vllm_is_refused():
+async def test_another_version_of_vllm_in_which_all_names_fit_is_used_aloud():
     from deployments import vllm_frontend
 
-    vllm_frontend.check_vllm()
-    vllm_frontend.check_vllm("0.32.0+cpu")
-    with pytest.raises(EngineVersionError, match=r"0\.33\.0"):
+    with structlog.testing.capture_logs() as logs:
+        vllm_frontend.check_vllm()
+        vllm_frontend.check_vllm("0.32.0+cpu")
+        assert logs == []
         vllm_frontend.check_vllm("0.33.0")
+    assert [(entry["log_level"], entry["event"], entry["vllm"]) for entry in logs] == [
+        ("warning", "vllm_untested", "0.33.0")
+    ]
 
 
 async def test_a_private_name_that_is_gone_is_named(monkeypatch):
