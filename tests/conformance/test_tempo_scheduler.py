@@ -160,9 +160,10 @@ def test_a_cached_prefix_leaves_the_budget_to_others(model):
     run.check_nothing_is_left()
 
 
-def test_news_reach_the_order_within_two_steps(model):
+@pytest.mark.parametrize("is_async", [False, True])
+def test_news_reach_the_order_within_two_steps(model, is_async):
     """A moved deadline, another tier, another standing: all of them for calls that wait in the engine."""
-    run = drive(model, Shape(max_step_tokens=64))
+    run = drive(model, Shape(max_step_tokens=64, is_async=is_async))
     # Larger than any step: the one that is first gets all of it.
     for number in range(3):
         prompt = list(range(1000 * number, 1000 * number + 700))
@@ -179,8 +180,49 @@ def test_news_reach_the_order_within_two_steps(model):
     run.check_nothing_is_left()
 
 
-def test_news_that_overtake_their_request_count(model):
-    run = drive(model, Shape(max_step_tokens=64))
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_is_relegated_goes_last_within_two_steps(model, is_async):
+    """Alone, and within the time for which the order of live calls stands."""
+    run = drive(model, Shape(max_step_tokens=64, is_async=is_async))
+    for number in range(2):
+        prompt = list(range(1000 * number, 1000 * number + 700))
+        run.submit(f"r{number}", prompt, 2, facts(number, run.now_s, TOOL, density=1.0))
+    assert set(run.step()) == {"r0"}
+    began_s = run.now_s
+    run.scheduler.tell(News((CallUpdate("r0", standing=Standing(1.0, True, 0.0, True)),), None))
+    run.step()
+    assert set(run.step()) == {"r1"}
+    assert run.now_s - began_s < 0.3
+    run.drain()
+    assert all(run.answers[name] == run.expected(name, 2) for name in ("r0", "r1"))
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_that_is_relegated_gives_its_slot_to_one_that_is_held(model, is_async):
+    run = drive(model, Shape(slots=2, places=4, is_async=is_async))
+    for number in range(2):
+        run.submit(f"r{number}", list(range(10)), 60, facts(number, run.now_s, TOOL))
+    for _ in range(4):
+        run.step()
+    run.submit("r2", list(range(50, 60)), 60, facts(2, run.now_s, CHAT, density=9.0))
+    # The order of live calls stands for 0.3 s.
+    run.now_s += 0.4
+    for _ in range(6):
+        last = set(run.step())
+    assert "r2" in last
+    assert run.scheduler.planner.held == 1
+    run.scheduler.tell(News((CallUpdate("r2", standing=Standing(0.0, True, 0.0, True)),), None))
+    run.step()
+    assert set(run.step()) == {"r0", "r1"}
+    run.drain()
+    assert all(run.answers[name] == run.expected(name, 60) for name in ("r0", "r1", "r2"))
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_news_that_overtake_their_request_count(model, is_async):
+    run = drive(model, Shape(max_step_tokens=64, is_async=is_async))
     run.scheduler.tell(News((CallUpdate("r1", standing=Standing(50.0, True)),), None))
     run.step()
     run.submit("r0", list(range(300)), 2, facts(0, run.now_s))
