@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.goodput_tables import (
+    AIMS,
     ablation_markdown,
     aims_markdown,
     choices_markdown,
@@ -35,6 +36,7 @@ class Results:
     """What has been measured so far, and where it is kept. Every change is written at once, whole.
 
     is_complete: whether all that was planned is there, as written last.
+    further: what else a benchmark found, by name; no table shows it. Kept as it was written.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Results:
     failures: list[dict[str, Any]] = field(default_factory=list)
     choices: list[Mapping[str, Any]] = field(default_factory=list)
     is_complete: bool = False
+    further: dict[str, Any] = field(default_factory=dict)
 
     def write(self, *, is_complete: bool) -> None:
         """Replace the file."""
@@ -55,6 +58,7 @@ class Results:
             "replicas_needed": self.needs,
             "choices": self.choices,
             "rows": self.rows,
+            **self.further,
         }
         try:
             write_atomically(self.path, json.dumps(content, allow_nan=False, indent=None, separators=(",", ":")) + "\n")
@@ -86,13 +90,15 @@ def report_markdown(results: Sequence[Results], pictures: Mapping[str, Sequence[
     if failures:
         names = sorted({f"`{failure['policy']}` ({failure['error']})" for failure in failures})
         parts.append(f"**{len(failures)} cells failed and are missing below:** {'; '.join(names)}.")
-    comparison = comparison_markdown(rows)
+    # What we aim at is for half an hour of simulated traffic.
+    has_aims = not any("live" in one.conditions for one in results)
+    comparison = comparison_markdown(rows, AIMS if has_aims else {})
     if comparison:
         parts += ["## Comparison", _COMPARISON_NOTE, comparison]
     choices = [choice for one in results for choice in one.choices]
     if choices:
         parts += ["## Settings of the policies", _CHOICES_NOTE, choices_markdown(choices)]
-    aims = aims_markdown(rows)
+    aims = aims_markdown(rows) if has_aims else ""
     if aims:
         note = "Mean over seeds (least..most); the rival is named, the best of all at that place; **bold**: aim missed."
         parts += ["## Aims", note, aims]
@@ -170,13 +176,20 @@ def _conditions_of(results: Results) -> list[str]:
         also = f" and {', '.join(told['tuned']['also'])}" if told["tuned"]["also"] else ""
         slots = "/".join(str(count) for count in told["tuned"]["slots"])
         settings.append(f"rivals{also} with the best of {slots} slots, dropping or keeping hopeless work ({part})")
+    kind, live = "Simulated", told.get("live")
+    if live is not None:
+        kind = "Live"
+        settings.append(
+            f"{live['seconds']:g} s of arrivals each, cut {live['limit_s']:g} s after the last,"
+            f" lengths and deadlines x {live['scale']:g}"
+        )
     conditions = ", ".join([f"shedding of hopeless work {told['sheds']}", *settings])
     engines = ", ".join(f"`{name}`" for name in told["profiles"])
     traces = "; ".join(f"`{name}` ({size})" for name, size in told["traces"].items())
     names = ("seed", "load", "objective", "policy")
     ran = "; ".join(f"{name} {_listed(row[name] for row in rows)}" for name in names)
     return [
-        f"- Simulated, {told['date']}: {versions}; {len(rows)} runs: {ran}; {conditions}.",
+        f"- {kind}, {told['date']}: {versions}; {len(rows)} runs: {ran}; {conditions}.",
         f"- Engines: {engines}; replicas {told['replicas']}, {told['slots']} slots each.",
         f"- Traces: {traces}.",
     ]

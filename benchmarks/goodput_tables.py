@@ -196,9 +196,12 @@ def is_jitserve(line: Line) -> bool:
 
 
 def ours(lines: Lines, objective: str) -> Line | None:
-    """Our policy, complete, under that objective; with several settings the tuned one, else the one of most slots."""
-    found = [line for line in lines if line.role == "ours" and line.objective == objective and line.sheds]
-    return max(found, key=lambda line: (line.tuned, line.slots), default=None)
+    """Our policy, complete, under that objective.
+
+    With several settings one that drops hopeless work, of those the tuned one, else the one of most slots.
+    """
+    found = [line for line in lines if line.role == "ours" and line.objective == objective]
+    return max(found, key=lambda line: (line.sheds, line.tuned, line.slots), default=None)
 
 
 def settings_of(rows: Iterable[Row]) -> str:
@@ -308,10 +311,10 @@ def is_met(spread: Spread, aim: float, name: str) -> bool:
     return spread.mean <= aim if name in AT_MOST else spread.mean >= aim
 
 
-def comparison_markdown(rows: Sequence[Row]) -> str:
+def comparison_markdown(rows: Sequence[Row], all_aims: Mapping[tuple[str, str], Mapping[float, float]] = AIMS) -> str:
     """Everything that is aimed at in two tables: the aims with how often they are met, and all figures by place.
 
-    ✓ and ✗: the aim of that load is met or missed; without a mark there is none.
+    ✓ and ✗: the aim of that load is met or missed; without a mark there is none. all_aims: as AIMS.
     """
     places = grouped(rows)
     counts: dict[tuple[str, str, float], tuple[int, int]] = {}
@@ -323,7 +326,7 @@ def comparison_markdown(rows: Sequence[Row]) -> str:
                 continue
             cells = []
             for name, spread in found.items():
-                aim = AIMS.get((objective, name), {}).get(place.load)
+                aim = all_aims.get((objective, name), {}).get(place.load)
                 cells.append(_marked(spread, aim, name))
                 if spread is not None and aim is not None:
                     met, of = counts.get((objective, name, place.load), (0, 0))

@@ -307,3 +307,22 @@ def test_rows_of_two_traces_with_one_name_are_refused():
     rows = [goodput_row(seed=0), goodput_row(seed=1, trace_digest="fedcba9876543210")]
     with pytest.raises(ConfigError, match=r"two different traces are called 'mixed' .*0123456789abcdef.*fedcba"):
         grouped(rows)
+
+
+def test_where_all_keep_hopeless_work_ours_is_compared_too_and_one_that_drops_it_goes_before():
+    kept = [goodput_row("tempo", sheds=False), goodput_row("fcfs", sheds=False, goodput=500.0)]
+    found = measure(only_place(kept), "token", "rival")
+    assert found is not None
+    assert (found.mean, found.against) == (4.0, "fcfs no shedding")
+    both = only_place([*kept, goodput_row("tempo", goodput=1000.0)])
+    line = ours(both, "token")
+    assert line is not None
+    assert line.sheds
+
+
+def test_a_comparison_without_aims_marks_nothing():
+    rows = full_rows(loads=(1.5,))
+    assert "✗" in comparison_markdown(rows)
+    plain = comparison_markdown(rows, {})
+    assert not {"✓", "✗"} & set(plain)
+    assert "| 1.5x | balanced |" in plain
