@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
-from benchmarks.live_truth import Record, engine_of, errors, read_record, simulated_row
+from benchmarks.live_truth import Record, engines_of, errors, read_record, simulated_row
 from benchmarks.servers import tempo_server
 from tempo_router.request import Deadline
 from tempo_router.simulation import transform
@@ -259,7 +259,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def truth(
     rows: Sequence[dict[str, Any]], cells: Sequence[tuple[Trace, float, float]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Every cell once more, simulated with the steps that its own engine made meanwhile. cells: trace, begin, end."""
+    """Every cell once more, simulated with the steps that its own engines made meanwhile. cells: trace, begin, end."""
     records: dict[str, Record] = {}
     found = []
     for live, (part, began_s, ended_s) in zip(rows, cells, strict=True):
@@ -268,10 +268,12 @@ def truth(
             log = events_log(policy, options)
             newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
             records[policy] = read_record(newest)
-        engine = engine_of(records[policy], began_s, ended_s)
-        simulated = simulated_row(part, live, engine, POLICIES[policy]["policy"])
-        entry = {"policy": policy, "load": live["load"], "seed": live["seed"], "steps": engine.steps}
-        entry |= {"step_error": round(engine.step_error, 3), **errors(live, simulated)}
+        engines = engines_of(records[policy], began_s, ended_s)
+        simulated = simulated_row(part, live, engines, POLICIES[policy]["policy"])
+        entry = {"policy": policy, "load": live["load"], "seed": live["seed"]}
+        entry["steps"] = [engine.steps for engine in engines]
+        entry["step_error"] = [round(engine.step_error, 3) for engine in engines]
+        entry |= errors(live, simulated)
         found.append(entry)
         print(json.dumps(entry), flush=True)
     return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from tempo_router.event_log import Asked, read_line
 from tempo_router.events import Progressed, ReplicaAttached, ReplicaCapacity, StepReport
+from tempo_router.request import ReplicaId
 from tempo_router.simulation.rows import measures
 from tempo_router.simulation.simulator import Setup, simulate
 from tempo_router.simulation.step_profiles import EngineShape, Prefill, StepProfile
@@ -59,16 +60,19 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a router's log tells of its one engine. steps: each with the moment when it ended, by the router's clock."""
+    """What a router's log tells of its engines, in the order in which they attached first.
+
+    steps: of each engine, with the moments when they ended, by the router's clock.
+    """
 
     log: Path
-    capacity: ReplicaCapacity
-    steps: Sequence[tuple[float, StepReport]]
+    capacities: Mapping[ReplicaId, ReplicaCapacity]
+    steps: Mapping[ReplicaId, Sequence[tuple[float, StepReport]]]
 
 
 @dataclass(frozen=True, slots=True)
 class LiveEngine:
-    """What a log of events says of its engine.
+    """What a log of events says of one engine.
 
     step_error: mean |measured - fitted| / measured over its steps, with the drift.
     """
@@ -80,26 +84,31 @@ class LiveEngine:
 
 def read_record(log: Path) -> Record:
     """Read a log of events. Raises ValueError when no engine attached."""
-    capacity: ReplicaCapacity | None = None
-    steps: list[tuple[float, StepReport]] = []
+    capacities: dict[ReplicaId, ReplicaCapacity] = {}
+    steps: defaultdict[ReplicaId, list[tuple[float, StepReport]]] = defaultdict(list)
     for event in _events(log):
         if isinstance(event, ReplicaAttached):
-            capacity = event.capacity
+            capacities[event.replica_id] = event.capacity
         elif isinstance(event, Progressed) and event.step is not None:
-            steps.append((event.at_s, event.step))
-    if capacity is None:
+            steps[event.replica_id].append((event.at_s, event.step))
+    if not capacities:
         raise ValueError(f"{log}: no engine attached")
-    return Record(log, capacity, steps)
+    return Record(log, capacities, steps)
 
 
-def engine_of(record: Record, since_s: float, until_s: float) -> LiveEngine:
-    """Fit a profile to the steps that ended between these moments of the router's clock.
+def engines_of(record: Record, since_s: float, until_s: float) -> list[LiveEngine]:
+    """Fit a profile of each engine to its steps that ended between these moments of the router's clock.
 
-    Moment 0 of the profile's drift is since_s. Raises ValueError when there are no steps.
+    Moment 0 of the profiles' drift is since_s. Raises ValueError when one made no steps: then it was lost, or the load
+    was too small to tell anything.
     """
-    timed = [(at_s, step) for at_s, step in record.steps if since_s <= at_s <= until_s]
+    return [_engine_of(record, replica_id, since_s, until_s) for replica_id in record.capacities]
+
+
+def _engine_of(record: Record, replica_id: ReplicaId, since_s: float, until_s: float) -> LiveEngine:
+    timed = [(at_s, step) for at_s, step in record.steps.get(replica_id, ()) if since_s <= at_s <= until_s]
     if not timed:
-        raise ValueError(f"{record.log}: no step was made between {since_s} and {until_s} s")
+        raise ValueError(f"{record.log}: no step was made by {replica_id} between {since_s} and {until_s} s")
     model = StepTimeModel()
     for _ in range(_PASSES):
         for _, step in timed:
@@ -108,7 +117,7 @@ def engine_of(record: Record, since_s: float, until_s: float) -> LiveEngine:
     errors = [
         abs(drift(at_s - since_s) * _fitted_s(model, step) - step.duration_s) / step.duration_s for at_s, step in timed
     ]
-    capacity = record.capacity
+    capacity = record.capacities[replica_id]
     shape = EngineShape(
         kv_tokens=capacity.kv_tokens // _BLOCK_SIZE * _BLOCK_SIZE,
         block_size=_BLOCK_SIZE,
@@ -133,17 +142,25 @@ def _drift(model: StepTimeModel, timed: Sequence[tuple[float, StepReport]], sinc
     return Drift(overall, {second: total / fitted[second] for second, total in measured.items()})
 
 
-def simulated_row(trace: Trace, live: Mapping[str, Any], engine: LiveEngine, policy: str) -> dict[str, Any]:
-    """The same cell, simulated. live: its row. policy: of the router."""
+def simulated_row(trace: Trace, live: Mapping[str, Any], engines: Sequence[LiveEngine], policy: str) -> dict[str, Any]:
+    """The same cell, simulated. live: its row. policy: of the router. Raises ValueError for engines that came or went.
+
+    The simulated router is told of a call what the live one was: lengths are forced, so the bound that a client states
+    is the length. A service has the forest beside the histograms.
+    """
+    if len(engines) != live["replicas"]:
+        raise ValueError(f"{len(engines)} engines attached, {live['replicas']} were to: some were lost meanwhile")
     setup = Setup(
         policy=policy,
-        profiles=(engine.profile,) * live["replicas"],
+        profiles=tuple(engine.profile for engine in engines),
         max_running=live["slots"],
         sheds=live["sheds"],
         seed=live["seed"],
+        knowledge="regressor",
+        max_output_tokens=1,
     )
     report = simulate(trace, setup)
-    return {**live, "profile": engine.profile.name, **measures(report, trace)}
+    return {**live, "profile": engines[0].profile.name, **measures(report, trace)}
 
 
 def errors(live: Mapping[str, Any], simulated: Mapping[str, Any]) -> dict[str, Any]:
