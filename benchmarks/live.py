@@ -1,16 +1,19 @@
 """Goodput of the served system with real vLLM: one trace, several policies, replayed in turns.
 
     python -m benchmarks.live --quick
-    python -m benchmarks.live --trace a.csv.gz --policies fcfs,priority,class_priority,tempo --workers 2 \
-        --loads 0.75,1.5 --seeds 3 --slots 8 --seconds 60 --scale 0.1 --json out.json
+    python -m benchmarks.live --trace a.csv.gz --policies vllm,vllm_priority,fcfs,priority,class_priority,tempo \
+        --workers 2 --loads 0.75,1.5 --seeds 3 --slots 8 --seconds 60 --scale 0.1 --json out.json --report out.md
 
 Every policy has an application of its own, `tempo serve` with the same engine flags, and all are up all the time; only
 one is under load. --through fleet leaves out Ray and HTTP (benchmarks/live_fleet.py), for machines on which several
 applications are too much; router, workers, engines and the streams between them are the same. For each seed and load
-the policies take turns, so that what else the machine does falls on all. Load 1.0 is what fcfs delivers of this trace's
-tokens from a backlog, measured first. Rows are those of the simulator's benchmark (tempo_router/simulation/rows.py),
-with `profile` naming the live engine.
+the policies take turns, so that what else the machine does falls on all. Load 1.0 is what fcfs (without it, the first
+policy) delivers of this trace's tokens from a backlog, measured first. Rows are those of the simulator's benchmark
+(tempo_router/simulation/rows.py), with `profile` naming the live engine; --report has the same tables and pictures.
 
+    vllm            vLLM's own server, without our router: first come, first served; of several each call goes to the
+                    one with the fewest open calls
+    vllm_priority   the same with vLLM's priority policy: clients give their calls' deadlines as `priority`
     fcfs            first come, first served: in the router, and vLLM's own policy of that name
     priority        earliest deadline, in the router and as vLLM's priority
     class_priority  streams, then deadlines, then best effort, in the router and as vLLM's priority
@@ -24,19 +27,23 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.goodput import OBJECTIVE_AWARE, code_digest
+from benchmarks.goodput_report import Results, write_report
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
 from benchmarks.live_truth import Record, engines_of, errors, read_record, simulated_row
-from benchmarks.servers import tempo_server
-from tempo_router.request import Deadline
+from benchmarks.servers import plain_vllm, tempo_server
+from tempo_router.request import BestEffort, Deadline
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
     OVERLOAD,
@@ -45,15 +52,17 @@ from tempo_router.simulation.experiment import (
     output_rate,
     recorded_tokens_per_s,
     trace_digest,
-    without_targets,
 )
 from tempo_router.simulation.generate import GeneratorConfig, generate
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.rows import IDENTITY, MEASURES, measures
 from tempo_router.simulation.trace import Trace
 from tempo_router.simulation.trace_file import read_trace
+from workers.default_model import resolve_model
 
 MODEL = "tempo-tiny"
+STOCK: dict[str, str] = {"vllm": "fcfs", "vllm_priority": "priority"}
+"""vLLM without our router: its own scheduling policy."""
 POLICIES: dict[str, dict[str, Any]] = {
     "fcfs": {"policy": "fcfs", "engine": "fcfs"},
     "priority": {"policy": "edf", "engine": "priority"},
@@ -62,6 +71,10 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 _MOST_TOKENS = 3000
 """Of one call, prompt and answer together; longer ones are left out, since the engines' contexts are short."""
+RIVALS = (*STOCK, "fcfs", "class_priority")
+"""Policies over which the summary has the goodput of each."""
+_UNSEEN = ("steps", "preemptions", "recomputed_tokens", "prefix_hit_tokens")
+"""Columns of which a client sees nothing."""
 QUICK = {
     "duration_s": 2400.0,
     "rate_per_s": 1.0,
@@ -116,16 +129,28 @@ def first_units(trace: Trace, seconds: float) -> Trace:
     return Trace(trace.name, tuple(unit for unit in trace.units if unit.arrival_s <= seconds))
 
 
-def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`args` of the application under this policy; everything but the policy is the same for all."""
-    chosen = POLICIES[policy]
-    engine_kwargs: dict[str, Any] = {
+def without_targets(trace: Trace) -> Trace:
+    """The trace with nothing that is ever late. No deadline in years, as in the simulator: a service refuses those."""
+    return Trace(trace.name, tuple(dataclasses.replace(unit, slo=BestEffort()) for unit in trace.units))
+
+
+def engine_kwargs_of(options: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's arguments, the same for all policies."""
+    # Our workers would be eager on a CPU anyway, vLLM's own server would not.
+    small = {"kv_cache_memory_bytes": 256 * 1024 * 1024, "enforce_eager": True}
+    return {
         "max_model_len": 4096,
         "max_num_seqs": options.slots,
         "max_num_batched_tokens": options.step_tokens,
-        **({"kv_cache_memory_bytes": 256 * 1024 * 1024} if options.model == MODEL else {}),
+        **(small if options.model == MODEL else {}),
         **options.engine_kwargs,
     }
+
+
+def arguments_of(policy: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`args` of the application under this policy; everything but the policy is the same for all."""
+    chosen = POLICIES[policy]
+    engine_kwargs = engine_kwargs_of(options)
     if chosen["engine"] == "fcfs":
         engine_kwargs["scheduling_policy"] = "fcfs"
     arguments: dict[str, Any] = {"record_events": str(events_log(policy, options))} if options.truth else {}
@@ -199,15 +224,68 @@ def offered(trace: Trace, load: float, saturated: float, seconds: float, seed: i
 def row(report: Report, replayed: Trace, **identity: Any) -> dict[str, Any]:
     """One row, as of the simulator's benchmark."""
     blank = {column.name: None for column in (*IDENTITY, *MEASURES)}
-    return {**blank, **identity, **measures(report, replayed)}
+    unchanged = {"tuned": False, "knowledge": "learned", "time_scale": 1.0, "kv_scale": 1.0, "switches": {}}
+    seen = {name: value for name, value in measures(report, replayed).items() if name not in _UNSEEN}
+    return {**blank, **unchanged, **identity, **seen}
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the applications, measure the capacity, replay, and return rows and conditions."""
+def conditions_of(options: argparse.Namespace, trace: Trace) -> dict[str, Any]:
+    """What a reader of the rows must know, as of the simulator's benchmark; and all options."""
+    return {
+        "live": {
+            "through": options.through,
+            "seconds": options.seconds,
+            "limit_s": options.limit_s,
+            "scale": options.scale,
+            "options": {name: str(value) for name, value in vars(options).items()},
+        },
+        "traces": {trace.name: f"{len(trace.units)} units, {trace.calls} calls, {trace.span_s:.0f} s"},
+        "profiles": [profile_of(options)],
+        "replicas": options.workers,
+        "slots": options.slots,
+        "seeds": options.seeds,
+        "loads": list(options.loads),
+        "sheds": "on" if options.hopeless == "refuse" else "off",
+        "time_scale": 1.0,
+        "kv_scale": 1.0,
+        "slo_scale": options.slo_scale,
+        "slo_unloaded": [],
+        "tuned": None,
+        "window_s": None,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "tempo": version("tempo-serve"),
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "code": code_digest(),
+    }
+
+
+def profile_of(options: argparse.Namespace) -> str:
+    """The engines, in place of a step-time profile."""
+    return f"live {Path(options.model).name} x {options.workers} through {options.through}"
+
+
+def identity_of(options: argparse.Namespace, trace: Trace, policy: str, **cell: Any) -> dict[str, Any]:
+    """The columns that say what a row was measured of. cell: load, seed and saturated_tokens_per_s."""
+    return {
+        "trace": trace.name,
+        "trace_digest": trace_digest(trace),
+        "profile": profile_of(options),
+        "replicas": options.workers,
+        "policy": policy,
+        "objective": "balanced" if policy in OBJECTIVE_AWARE else "token",
+        "slots": options.slots,
+        "sheds": options.hopeless == "refuse" and policy not in STOCK,
+        **cell,
+    }
+
+
+def run(options: argparse.Namespace) -> Results:
+    """Start the applications, measure the capacity, replay, and return rows, conditions and summary."""
     trace = workload(options)
-    digest = trace_digest(trace)
     folder = options.folder.absolute()
-    rows: list[dict[str, Any]] = []
+    results = Results(options.json or folder / "live.json", conditions_of(options, trace))
+    rows, found = results.rows, results.further
     cells: list[tuple[Trace, float, float]] = []
     with ExitStack() as stack:
         targets = _start(stack, folder, options)
@@ -217,7 +295,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         reference = targets.get("fcfs") or next(iter(targets.values()))
         saturated = options.saturated or saturated_tokens_per_s(with_names(trace, "full-"), reference, options.backlog)
         print(f"load 1.0 is {saturated:.0f} output tokens/s", flush=True)
-        found: dict[str, Any] = {}
         if options.saturation:
             found["saturation"] = saturation(trace, targets, options.saturation, options.backlog)
         for seed in range(options.seeds):
@@ -228,42 +305,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     began_s = time.monotonic()
                     report = targets[name](with_names(part, f"{seed}-{load}-"), options.limit_s)
                     cells.append((part, began_s, time.monotonic()))
-                    one = row(
-                        report,
-                        part,
-                        trace=trace.name,
-                        trace_digest=digest,
-                        profile=f"live {Path(options.model).name} x {options.workers} through {options.through}",
-                        replicas=options.workers,
-                        load=load,
-                        policy=name,
-                        objective="balanced",
-                        seed=seed,
-                        slots=options.slots,
-                        sheds=options.hopeless == "refuse",
-                        tuned=False,
-                        knowledge="learned",
-                        saturated_tokens_per_s=saturated,
-                    )
-                    rows.append(one)
-                    _print_row(one)
-                    if options.json:
-                        _write(options.json, rows, options)
+                    cell = {"load": load, "seed": seed, "saturated_tokens_per_s": saturated}
+                    rows.append(row(report, part, **identity_of(options, trace, name, **cell)))
+                    _print_row(rows[-1])
+                    found["summary"] = summary(rows)
+                    results.write(is_complete=False)
     if options.truth:
         found["truth"] = truth(rows, cells, options)
-    if options.json:
-        _write(options.json, rows, options, **found)
-    return {"rows": rows, "summary": summary(rows), **found}
+    results.write(is_complete=True)
+    return results
 
 
 def truth(
     rows: Sequence[dict[str, Any]], cells: Sequence[tuple[Trace, float, float]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Every cell once more, simulated with the steps that its own engines made meanwhile. cells: trace, begin, end."""
+    """Every cell once more, simulated with the steps that its own engines made meanwhile. cells: trace, begin, end.
+
+    But those of vLLM without our router: nobody recorded its steps.
+    """
     records: dict[str, Record] = {}
     found = []
     for live, (part, began_s, ended_s) in zip(rows, cells, strict=True):
         policy = live["policy"]
+        if policy in STOCK:
+            continue
         if policy not in records:
             log = events_log(policy, options)
             newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
@@ -288,13 +353,27 @@ def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[
     for name in options.policies:
         own = folder / name
         own.mkdir(parents=True, exist_ok=True)
-        if options.through == "fleet":
+        if name in STOCK:
+            targets[name] = partial(_over_http, _start_stock(stack, own, name, options))
+        elif options.through == "fleet":
             targets[name] = stack.enter_context(fleet_server(own, arguments_of(name, options))).replay
         else:
             server = stack.enter_context(tempo_server(own, arguments_of(name, options)))
-            targets[name] = partial(_over_http, Target(server.url, options.model))
+            targets[name] = partial(_over_http, Target((server.url,), options.model))
         print(f"{name} is up after {time.monotonic() - began_s:.0f} s", flush=True)
     return targets
+
+
+def _start_stock(stack: ExitStack, folder: Path, policy: str, options: argparse.Namespace) -> Target:
+    """As many of vLLM's own servers as there are workers otherwise."""
+    model_path = resolve_model(options.model, folder / "data")
+    flags = {**engine_kwargs_of(options), "scheduling_policy": STOCK[policy]}
+    urls = []
+    for number in range(options.workers):
+        own = folder / f"server-{number}"
+        own.mkdir(exist_ok=True)
+        urls.append(stack.enter_context(plain_vllm(own, model_path, flags, model=options.model)).url)
+    return Target(tuple(urls), options.model, has_programs=False, has_priorities=STOCK[policy] == "priority")
 
 
 def _over_http(target: Target, trace: Trace, limit_s: float) -> Report:
@@ -302,7 +381,7 @@ def _over_http(target: Target, trace: Trace, limit_s: float) -> Report:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By load and policy: mean and range over the seeds, and goodput over that of fcfs and class_priority."""
+    """By load and policy: mean and range over the seeds, and goodput over that of each of RIVALS."""
     found = []
     for load in sorted({one["load"] for one in rows}):
         at_load = [one for one in rows if one["load"] == load]
@@ -315,7 +394,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             entry["attainment_of_streams"] = _spread(
                 [one["attainment_by_class"]["latency"] for one in own if "latency" in one["attainment_by_class"]]
             )
-            for rival in ("fcfs", "class_priority"):
+            for rival in RIVALS:
                 theirs = {one["seed"]: one for one in at_load if one["policy"] == rival}
                 entry[f"goodput_over_{rival}"] = _spread(
                     [
@@ -336,27 +415,30 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def _print_row(one: dict[str, Any]) -> None:
     by_class = " ".join(f"{name} {share:.2f}" for name, share in one["attainment_by_class"].items())
-    ttft = one["ttft_p95_s"]
+    # Of few units none may have a target, or none be a stream.
+    attained, ttft_s = ("-" if one[name] is None else f"{one[name]:.3f}" for name in ("attainment", "ttft_p95_s"))
     print(
         f"seed {one['seed']} load {one['load']:.2f} {one['policy']:15} good tokens/s {one['token_goodput']:7.1f} "
-        f"attained {one['attainment']:.3f} ({by_class}) TTFT P95 {ttft if ttft is None else round(ttft, 2)} s "
-        f"units {one['units']} {one['status_by_class']}",
+        f"attained {attained} ({by_class}) TTFT P95 {ttft_s} s units {one['units']} {one['status_by_class']}",
         flush=True,
     )
 
 
-def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, **found: Any) -> None:
-    conditions = {name: str(value) for name, value in vars(options).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"conditions": conditions, "rows": rows, "summary": summary(rows), **found}
-    path.write_text(json.dumps(content, indent=1))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    options = parsed(arguments)
+    results = run(options)
+    for entry in results.further["summary"]:
+        print(json.dumps(entry))
+    if options.report:
+        write_report(options.report, [results])
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked. Raises SystemExit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="default: a generated one")
-    parser.add_argument("--policies", type=lambda text: text.split(","), default=list(POLICIES))
+    parser.add_argument("--policies", type=lambda text: text.split(","), help="default: all that --through can serve")
     parser.add_argument("--loads", type=lambda text: [float(one) for one in text.split(",")], default=[0.75, 1.5])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default=MODEL, help="path or hub id")
@@ -373,18 +455,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--through", choices=("http", "fleet"), default="http", help="fleet: without Ray and HTTP")
     parser.add_argument("--backlog", type=int, default=20_000, help="output tokens by which load 1.0 is measured")
     parser.add_argument("--folder", type=Path, default=Path("bench-results/live"), help="for logs and the model")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as they come")
+    parser.add_argument("--json", type=Path, help="rows go here as they come; default: live.json in --folder")
+    parser.add_argument("--report", type=Path, help="write Markdown with tables to this file, pictures beside it")
     parser.add_argument("--saturation", type=int, default=0, help="rounds of a backlog without targets, first")
     parser.add_argument("--truth", action="store_true", help="simulate every cell too, and report what differs")
     parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")
     options = parser.parse_args(arguments)
     if options.quick:
         options.policies, options.seeds, options.loads, options.seconds = ["fcfs", "tempo"], 1, [1.5], 20.0
-    unknown = [name for name in options.policies if name not in POLICIES]
+    known = (*POLICIES,) if options.through == "fleet" else (*STOCK, *POLICIES)
+    options.policies = options.policies or list(known)
+    unknown = [name for name in options.policies if name not in known]
     if unknown:
-        parser.error(f"unknown policies: {', '.join(unknown)}; there are {', '.join(POLICIES)}")
-    for entry in run(options)["summary"]:
-        print(json.dumps(entry))
+        parser.error(f"no such policies through {options.through}: {', '.join(unknown)}; there are {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":

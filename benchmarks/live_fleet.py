@@ -2,7 +2,7 @@
 
 For machines on which several whole applications are too much: processes are forked from one that has imported vLLM
 already, so an application is up in seconds. What is left out is the same for every policy: the HTTP server, templates,
-tokenizing and detokenizing.
+tokenizing and detokenizing. The router hears of a call what it would hear from an ingress.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -18,20 +19,31 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live_client import Delivered, prompt_of, replay
+from benchmarks.live_client import Delivered, headers_of, program_name, prompt_of, replay
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.ingress_link import IngressLink
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
+from deployments.prefix_growth import SharedPrefixes
+from deployments.program_api import ProgramApi
+from deployments.program_calls import join
+from deployments.program_client import ProgramClient
+from deployments.program_identity import ProgramFields, identify
+from deployments.request_context import RequestContext
 from tempo_router.config import TempoConfig
-from tempo_router.request import Deadline, GroupId, ProgramCall, ProgramId, RequestId, RequestSpec, Slo
+from tempo_router.errors import ProgramError
+from tempo_router.program_graph import CallStatus
+from tempo_router.program_ops import EndCall
+from tempo_router.request import Deadline, GroupId, Latency, ProgramCall, RequestId, RequestSpec
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.trace import Trace, TraceCall, Unit
 
 _HOST = "127.0.0.1"
 _START_S = 120.0
 _REPLAY_S = 3600.0
+_QUIET_S = 0.5
+"""After a replay: what it cut off is still being given up."""
 
 
 def preload_vllm() -> None:
@@ -166,7 +178,7 @@ async def _route(config: TempoConfig, pipe: Connection) -> None:
             pipe.send(await replay(trace, client, limit_s=limit_s))
         except Exception as error:  # noqa: BLE001 - whoever ordered the replay hears of it
             pipe.send(RuntimeError(repr(error)))
-        await client.forget_all()
+        await asyncio.sleep(_QUIET_S)
     await client.link.stop()
     await router.stop()
     await store.close()
@@ -175,7 +187,7 @@ async def _route(config: TempoConfig, pipe: Connection) -> None:
 
 @dataclass
 class _Open:
-    """A call on its way. is_stream: the time of every token counts."""
+    """A call on its way."""
 
     delivered: Delivered
     now_s: Callable[[], float]
@@ -207,6 +219,10 @@ class LinkSender:
             router_wait_s=30.0,
             engine_version=str(vllm.__version__),
         )
+        self._run = uuid.uuid4()
+        self._prefixes = SharedPrefixes()
+        self._programs = ProgramClient(self.link.programs)
+        self._program_api = ProgramApi(self._programs, time.time)
 
     async def connect(self) -> None:
         """Wait until the router and a worker are there."""
@@ -215,35 +231,90 @@ class LinkSender:
             while self.link.not_ready_because is not None:  # noqa: ASYNC110 - the link has no event for it
                 await asyncio.sleep(0.05)
 
-    async def forget_all(self) -> None:
-        """Cancel what a replay left open."""
-        for request_id in list(self._open):
-            self.link.cancel(request_id)
-            self._open.pop(request_id).ended.set()
-        await asyncio.sleep(0.5)
-
     async def send(self, unit: Unit, call: TraceCall, delivered: Delivered, now_s: Callable[[], float]) -> None:
-        """Submit and wait for the end."""
-        arrival_s = time.monotonic() - (now_s() - unit.arrival_s if not unit.is_program else 0.0)
+        """Find its place in its program, submit and wait for the end."""
+        context = RequestContext(
+            slo=unit.slo,
+            tier="",
+            app=unit.app,
+            tenant=unit.tenant,
+            arrival_s=time.monotonic() - (now_s() - unit.arrival_s if not unit.is_program else 0.0),
+            is_streaming=isinstance(unit.slo, Latency),
+        )
+        said = [(name.encode(), value.encode()) for name, value in headers_of(unit, call, self._run, now_s()).items()]
+        identity = identify(said, ProgramFields(), unit.tenant, ())
+        if identity is None:
+            await self._submit(context, call, delivered, now_s)
+            return
+        has_own_slo = not isinstance(unit.slo, Deadline)
+        await join(self._programs, identity, context, has_own_slo=has_own_slo, now_epoch_s=time.time())
+        try:
+            await self._submit(context, call, delivered, now_s)
+        finally:
+            self._leave(context, delivered)
+
+    async def end_program(self, unit: Unit, *, is_complete: bool) -> None:
+        """Finish or cancel it."""
+        name = program_name(unit, self._run)
+        if is_complete:
+            await self._program_api.finish(name, unit.tenant)
+            return
+        try:
+            await self._program_api.cancel(name, "", unit.tenant)
+        except ProgramError as error:
+            # What was cut off before the router had heard of it made no program.
+            if error.code != "unknown_program":
+                raise
+
+    async def _submit(
+        self, context: RequestContext, call: TraceCall, delivered: Delivered, now_s: Callable[[], float]
+    ) -> None:
         name = RequestId(f"{next(self._numbers)}-{call.request_id}")
+        prompt = prompt_of(call)
+        prefix_id, prefix_tokens = self._prefixes.note(context.tenant, prompt)
+        ticket = context.program
         spec = RequestSpec(
             request_id=name,
-            arrival_s=arrival_s,
-            slo=_slo(unit, now_s()),
+            arrival_s=context.arrival_s,
+            slo=context.slo,
             prompt_tokens=call.prompt_tokens,
             max_output_tokens=call.output_tokens,
             group_id=GroupId(name),
             model=self._model,
-            app=unit.app,
-            tenant=unit.tenant,
+            app=context.app,
+            tenant=context.tenant,
+            stage=ticket.stage if ticket else 0,
+            prefix_id=prefix_id,
+            prefix_tokens=prefix_tokens,
+            program_id=ticket.program_id if ticket else "",
+            call_id=ticket.call_id if ticket else "",
         )
         one = self._open[name] = _Open(delivered, now_s)
-        verdict = await self.link.submit(spec, _payload(spec, call))
-        if not verdict.is_admitted:
-            self._open.pop(name, None)
-            delivered.status = "refused"
-            return
-        await one.ended.wait()
+        try:
+            verdict = await self.link.submit(spec, _payload(spec, prompt))
+            if not verdict.is_admitted:
+                delivered.status = "refused"
+                return
+            await one.ended.wait()
+        finally:
+            # Unless it has ended, its client has left.
+            if self._open.pop(name, None) is not None:
+                self.link.cancel(name)
+
+    def _leave(self, context: RequestContext, delivered: Delivered) -> None:
+        ticket = context.program
+        assert ticket is not None
+        statuses: dict[str, CallStatus] = {"finished": "completed", "cut": "cancelled"}
+        self._programs.end(
+            EndCall(
+                ticket.program_id,
+                ticket.call_id,
+                ticket.attempt,
+                statuses.get(delivered.status, "failed"),
+                prompt_tokens=delivered.call.prompt_tokens,
+                output_tokens=delivered.tokens,
+            )
+        )
 
     def frame_received(self, worker_id: str, frame: wire.WorkerToIngress) -> None:
         """Outputs of one engine step."""
@@ -287,20 +358,14 @@ class LinkSender:
             one.ended.set()
 
 
-def _slo(unit: Unit, now_s: float) -> Slo:
-    if unit.is_program and isinstance(unit.slo, Deadline):
-        return ProgramCall(ProgramId(unit.unit_id), max(0.001, unit.arrival_s + unit.slo.ttlt_s - now_s))
-    return unit.slo
-
-
-def _payload(spec: RequestSpec, call: TraceCall) -> list[bytes]:
+def _payload(spec: RequestSpec, prompt: Sequence[int]) -> list[bytes]:
     """The request as vLLM's front end would encode it; greedy, and as long as the trace says."""
     from vllm import SamplingParams
 
     from workers.vllm_payload import encoded_request
 
-    params = SamplingParams(max_tokens=call.output_tokens, ignore_eos=True, temperature=0.0)
-    return list(encoded_request(spec.attempt_id, prompt_of(call), params))
+    params = SamplingParams(max_tokens=spec.max_output_tokens, ignore_eos=True, temperature=0.0)
+    return list(encoded_request(spec.attempt_id, prompt, params))
 
 
 def with_names(trace: Trace, prefix: str) -> Trace:

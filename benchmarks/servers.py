@@ -20,7 +20,7 @@ import psutil
 
 from benchmarks.http_load import cpu_seconds, process_tree
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 # What Ray and vLLM call their processes. The first that matches names the role; what is left is "other" (Ray's own).
 _ROLES = (
@@ -87,19 +87,31 @@ def tempo_server(folder: Path, arguments: Mapping[str, Any]) -> Iterator[Server]
 
 
 @contextlib.contextmanager
-def plain_vllm(folder: Path, model_path: str, engine_kwargs: Mapping[str, Any]) -> Iterator[Server]:
-    """vLLM's own server. Its environment on a CPU is what our workers choose, so that only the server differs."""
+def plain_vllm(
+    folder: Path, model_path: str, engine_kwargs: Mapping[str, Any], *, model: str = "tempo-tiny"
+) -> Iterator[Server]:
+    """vLLM's own server. Its environment on a CPU is what our workers choose, so that only the server differs.
+
+    model: as clients call it.
+    """
     port = free_port()
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in engine_kwargs.items() if value is not True]
-    flags += [f"--{name.replace('_', '-')}" for name, value in engine_kwargs.items() if value is True]
+    flags = [_flag(name, value) for name, value in engine_kwargs.items()]
     # The command `vllm` looks for a distribution of its own name and fails on the CPU build.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
-    program += ["--served-model-name", "tempo-tiny", "--host", "127.0.0.1", "--port", str(port), *flags]
+    program += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port), *flags]
     # Ours writes no line per request to the terminal either.
     program += ["--disable-uvicorn-access-log"]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
     with _running("plain", program, port, folder / "plain.log", environment) as server:
         yield server
+
+
+def _flag(name: str, value: object) -> str:
+    """An argument of vLLM's engine as its command takes it."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed}={json.dumps(value) if isinstance(value, dict | list) else value}"
 
 
 @contextlib.contextmanager

@@ -16,4 +16,4 @@ $PYTHON -m benchmarks.dummy_model "$MODEL"
 $PYTHON -m benchmarks.live --through fleet --model "$MODEL" \
     --engine-kwargs '{"load_format": "dummy", "gpu_memory_utilization": 0.22, "enforce_eager": true, "max_model_len": 8192}' \
     --policies fcfs,priority,class_priority,tempo --loads 1.5 --seeds 1 --seconds 40 --slots 64 --step-tokens 2048 \
-    --scale 1.0 --backlog 60000 --truth --folder "$OUT/live" --json "$OUT/live.json"
+    --scale 1.0 --backlog 60000 --truth --folder "$OUT/live" --json "$OUT/live.json" --report "$OUT/live-report.md"
