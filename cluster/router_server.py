@@ -46,9 +46,11 @@ from tempo_router.actions import (
     Abort,
     Action,
     Admit,
+    Defer,
     Dispatch,
     Evict,
     Expire,
+    Readmit,
     Redate,
     Reject,
     Relegate,
@@ -328,6 +330,8 @@ class RouterServer:
                 worker = self._workers.get(replica_id)
                 if worker is not None:
                     worker.outbox.merge(wire.RouterToWorker(retargets=[retarget_message(dispatch_id, slo)]))
+            case Defer() | Readmit():
+                pass  # Told to who asks why (explain.py); nobody has to act.
             case _:
                 assert_never(action)
 

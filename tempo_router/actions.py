@@ -114,4 +114,27 @@ class Redate:
     deadline_s: float
 
 
-Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget | Redate
+DeferReason = Literal["no_room", "no_worth"]
+"""no_room: denser work takes all that the capacity timeline has. no_worth: by the estimates nothing of it can be in
+time, though it is not given up yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """The plan no longer has room for a request with a target, waiting or running: it only fills what is spare.
+
+    Of each request said when that begins, and not again before a `Readmit`.
+    """
+
+    request_id: RequestId
+    reason: DeferReason
+
+
+@dataclass(frozen=True, slots=True)
+class Readmit:
+    """The plan has room again for a request that was deferred."""
+
+    request_id: RequestId
+
+
+Action = Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retune | Retarget | Redate | Defer | Readmit

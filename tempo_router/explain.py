@@ -6,15 +6,18 @@ with what the client saw. Ring buffer: the oldest are forgotten. Times are secon
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from tempo_router.actions import (
     Abort,
     Action,
     Admit,
+    Defer,
+    DeferReason,
     Dispatch,
     Evict,
     Expire,
+    Readmit,
     Redate,
     Reject,
     Relegate,
@@ -38,17 +41,28 @@ from tempo_router.request import slo_class as class_of
 
 QUANTILES = (0.1, 0.5, 0.9)
 _MOST_DECISIONS = 64
+_MOST_TURNS = 8
+"""Times that a request is told to be deferred or admitted again: a plan may change its mind many times a second."""
+
+_WHY_DEFERRED: dict[DeferReason, str] = {
+    "no_room": "the plan has no room for it; it fills what is spare",
+    "no_worth": "by the estimates nothing of it can be in time; it fills what is spare",
+}
 
 
 @dataclass(slots=True)
 class Explanation:
-    """One request. cost_s, density: as estimated at its arrival. outcome: None while it is open."""
+    """One request. cost_s, density: as estimated at its arrival. outcome: None while it is open.
+
+    turns: how often a plan deferred it or admitted it again.
+    """
 
     spec: RequestSpec
     output_quantiles: tuple[float, ...]
     cost_s: float
     density: float
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    turns: int = 0
     outcome: Outcome | None = None
 
     def add(self, at_s: float, what: str, **why: Any) -> None:
@@ -56,6 +70,18 @@ class Explanation:
         if len(self.decisions) >= _MOST_DECISIONS:
             del self.decisions[_MOST_DECISIONS // 2]
         self.decisions.append({"at_s": round(at_s - self.spec.arrival_s, 4), "what": what, **why})
+
+    def turned(self, at_s: float, what: Literal["deferred", "admitted"], why: str) -> None:
+        """A plan deferred it or admitted it again; of many such turns only the first ones and the last are kept."""
+        self.turns += 1
+        if self.turns <= _MOST_TURNS:
+            self.add(at_s, what, reason=why)
+            return
+        positions = range(len(self.decisions) - 1, -1, -1)
+        last = next((at for at in positions if self.decisions[at]["what"] in ("deferred", "admitted")), None)
+        if last is not None:
+            del self.decisions[last]
+        self.add(at_s, what, reason=why, turn=self.turns)
 
     def shown(self) -> dict[str, Any]:
         """As clients and logs see it."""
@@ -79,7 +105,7 @@ class Explanation:
             "estimated_gpu_s": round(self.cost_s, 4),
             "density": round(self.density, 3),
             "decisions": self.decisions,
-            "is_open": outcome is None,
+            "is_open": outcome is None and self.decisions[-1]["what"] != "rejected",
             "slo_met": None if outcome is None else outcome.is_met,
             "missed_by_s": None if outcome is None else missed_by_s(spec.slo, outcome),
             "ttft_s": None if outcome is None else outcome.ttft_s,
@@ -113,7 +139,7 @@ class DecisionLog:
         if len(self._known) > self._most:
             self._known.popitem(last=False)
 
-    def decided(self, action: Action, at_s: float) -> None:
+    def decided(self, action: Action, at_s: float) -> None:  # noqa: C901  # one case per action
         """The core decided something."""
         if isinstance(action, Retune):
             return
@@ -128,6 +154,10 @@ class DecisionLog:
                 record.add(at_s, "rejected", reason=action.reason, retry_after_s=action.retry_after_s)
             case Dispatch():
                 self._note_dispatch(record, action, at_s)
+            case Defer():
+                record.turned(at_s, "deferred", _WHY_DEFERRED[action.reason])
+            case Readmit():
+                record.turned(at_s, "admitted", "the plan has room for it again")
             case Relegate():
                 record.add(at_s, "relegated", reason="its target is out of reach; it goes on as best effort")
             case Expire():
@@ -155,7 +185,8 @@ class DecisionLog:
             record.add(at_s, "preempted", replica=replica_id, reason=why)
 
     def _record_of(
-        self, action: Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retarget | Redate
+        self,
+        action: Admit | Reject | Dispatch | Abort | Relegate | Expire | Evict | Retarget | Redate | Defer | Readmit,
     ) -> Explanation | None:
         match action:
             case Abort(dispatch_id=dispatch_id):
@@ -186,8 +217,6 @@ class DecisionLog:
         if len(self._dispatched) > 2 * self._most:
             del self._dispatched[next(iter(self._dispatched))]
         standing = action.standing
-        if standing.density and not standing.is_admitted:
-            record.add(at_s, "deferred", reason="the plan had no room for it; it fills what is spare")
         why: dict[str, Any] = {"replica": action.replica_id, "priority": action.priority}
         if standing.density:
             why |= {"density": round(standing.density, 3), "later_stages_s": round(standing.later_s, 3)}

@@ -65,6 +65,7 @@ class Fleet:
             standing=request.standing,
         )
         call.cached_tokens = request.cached_tokens
+        call.is_deferred = request.is_deferred
         self.add(call)
         self.keep(call)
         return call

@@ -18,6 +18,7 @@ class Call:
     ticket, since_s: order and time of its dispatch. standing: where the last plan put it.
     cached_tokens: leading tokens of its context that its replica is believed to have cached.
     timer: number of the timer that is set for it (hopeless.py).
+    is_deferred: the plan has no room for it, and that has been said (deferrals.py).
     is_aborted: its tokens are no longer wanted; it only holds its room until the replica says that it ended.
     """
 
@@ -26,6 +27,7 @@ class Call:
         "dispatch_id",
         "expected_tokens",
         "is_aborted",
+        "is_deferred",
         "lengths",
         "new_tokens",
         "replica",
@@ -55,6 +57,7 @@ class Call:
         self.new_tokens = new_tokens
         self.expected_tokens = new_tokens + self._left()
         self.is_aborted = False
+        self.is_deferred = False
         self.ticket = ticket
         self.since_s = since_s
         self.standing = standing

@@ -14,6 +14,7 @@ from tempo_router.actions import Abort, Action, Admit, Evict, Expire, Reject, Re
 from tempo_router.backlog import expected_wait_s
 from tempo_router.commitment import HoldingBack, held_back
 from tempo_router.config import SchedulingConfig
+from tempo_router.deferrals import note_deferrals
 from tempo_router.dispatcher import Dispatcher
 from tempo_router.events import (
     Arrived,
@@ -266,7 +267,7 @@ class RouterCore:
         return request_id in self._line.requests
 
     def snapshot(self) -> RouterSnapshot:
-        """Counts as of the last event. O(running calls)."""
+        """Counts as of the last event. O(waiting requests and running calls)."""
         return router_snapshot(self._line, self._fleet, is_settled=self._is_settled, is_draining=self._is_draining)
 
     # ---- arrivals ----
@@ -651,6 +652,8 @@ class RouterCore:
                 request.standing = request.standing._replace(is_admitted=False)
                 if request.is_queued:
                     queue.rekey(request, context)
+        note_deferrals(waiting, actions)
+        note_deferrals(running, actions)
         retuned: dict[ReplicaId, list[tuple[DispatchId, Standing]]] = {}
         for call in running:
             if call.replica.capacity.has_step_planner:

@@ -16,6 +16,7 @@ class WaitingRequest:
     hopeless_at_s: when it is beyond help, as predicted when it came.
     is_at_front: the next plan looks at it again (plan_turns.py).
     standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
+    is_deferred: the plan has no room for it, and that has been said (deferrals.py).
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.
     timer: number of the timer that is set for it (hopeless.py).
@@ -29,6 +30,7 @@ class WaitingRequest:
         "entry",
         "hopeless_at_s",
         "is_at_front",
+        "is_deferred",
         "is_in_line",
         "is_queued",
         "is_relegated",
@@ -59,6 +61,7 @@ class WaitingRequest:
         self.is_relegated = False
         self.standing = UNRANKED
         self.is_at_front = False
+        self.is_deferred = False
         self.is_in_line = False
         self.is_queued = False
         self.key = 0.0

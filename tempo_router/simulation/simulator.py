@@ -18,9 +18,11 @@ from tempo_router.actions import (
     Abort,
     Action,
     Admit,
+    Defer,
     Dispatch,
     Evict,
     Expire,
+    Readmit,
     Redate,
     Reject,
     Relegate,
@@ -388,7 +390,7 @@ class _Run:
                 raise TempoError(f"{request_id!r} was evicted, but no simulated replica is ever lost")
             case Redate(request_id=request_id):
                 raise TempoError(f"{request_id!r} has another deadline, but those of simulated programs stay")
-            case Admit() | Relegate():
+            case Admit() | Relegate() | Defer() | Readmit():
                 pass
 
     def _dispatch(self, action: Dispatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tempo_router.actions import Abort, Admit, Dispatch, Evict, Expire, Redate, Reject, Relegate
+from tempo_router.actions import Abort, Admit, Defer, Dispatch, Evict, Expire, Readmit, Redate, Reject, Relegate
 from tempo_router.attainment import Attainment
 from tempo_router.explain import DecisionLog, missed_by_s
 from tempo_router.metrics import Outcome
@@ -33,6 +33,7 @@ def test_a_record_tells_the_life_of_a_request():
     log = DecisionLog(10)
     name = arrived(log, "r")
     log.decided(Admit(name, 0, 0.25, 0.9), 10.0)
+    log.decided(Defer(name, "no_room"), 10.5)
     standing = Standing(density=3.0, is_admitted=False, later_s=2.0)
     log.decided(Dispatch(DispatchId(1), name, 0, GPU, -5, standing), 11.0)
     log.decided(Evict(name, 0), 12.0)
@@ -42,7 +43,7 @@ def test_a_record_tells_the_life_of_a_request():
     log.decided(Abort(DispatchId(2), GPU), 15.0)
     log.ended(name, outcome(False, ttft_s=4.0), 16.0)
     assert told(log, "r") == [
-        (0.0, "arrived"), (0.0, "queued"), (1.0, "deferred"), (1.0, "dispatched"), (2.0, "evicted"),
+        (0.0, "arrived"), (0.0, "queued"), (0.5, "deferred"), (1.0, "dispatched"), (2.0, "evicted"),
         (2.5, "resubmitted"), (3.0, "relegated"), (4.0, "dispatched"), (5.0, "aborted"), (6.0, "ended"),
     ]  # fmt: skip
     [shown] = [one.shown() for one in log.find("r", "")]
@@ -51,6 +52,34 @@ def test_a_record_tells_the_life_of_a_request():
     }  # fmt: skip
     assert (shown["slo_met"], shown["missed_by_s"]) == (False, 2.0)
     assert list(shown["estimated_output_tokens"]) == ["0.1", "0.5", "0.9"]
+
+
+def test_a_deferral_is_told_when_the_plan_makes_it_though_the_request_never_runs():
+    log = DecisionLog(10)
+    name = arrived(log, "r")
+    log.decided(Defer(name, "no_room"), 10.25)
+    log.decided(Readmit(name), 11.0)
+    log.decided(Defer(name, "no_worth"), 12.0)
+    log.decided(Expire(name), 14.0)
+    assert told(log, "r") == [
+        (0.0, "arrived"), (0.25, "deferred"), (1.0, "admitted"), (2.0, "deferred"), (4.0, "expired")
+    ]  # fmt: skip
+    [shown] = [one.shown() for one in log.find("r", "")]
+    reasons = [one["reason"] for one in shown["decisions"] if one["what"] in ("deferred", "admitted")]
+    assert all(said in why for said, why in zip(("no room", "room for it again", "in time"), reasons, strict=True))
+
+
+def test_a_plan_that_changes_its_mind_often_crowds_out_nothing_else():
+    log = DecisionLog(10)
+    name = arrived(log, "r")
+    for number in range(500):
+        log.decided(Defer(name, "no_room") if number % 2 == 0 else Readmit(name), 11.0 + number)
+    log.decided(Dispatch(DispatchId(1), name, 0, GPU, -5), 600.0)
+    whats = [what for _, what in told(log, "r")]
+    assert whats == ["arrived", *["deferred", "admitted"] * 4, "dispatched"]
+    [shown] = [one.shown() for one in log.find("r", "")]
+    assert shown["decisions"][1]["at_s"] == 1.0
+    assert (shown["decisions"][8]["at_s"], shown["decisions"][8]["turn"]) == (500.0, 500)
 
 
 def test_a_request_whose_deadline_moved_is_explained_by_the_new_one():
@@ -80,6 +109,7 @@ def test_refusals_are_told_with_their_reasons():
     log.decided(Reject(arrived(log, "full"), 0, "queue_full", 2.0), 10.0)
     log.decided(Expire(arrived(log, "late")), 12.0)
     assert told(log, "full")[-1] == (0.0, "rejected")
+    assert [log.find(name, "")[0].shown()["is_open"] for name in ("full", "late")] == [False, True]
     assert told(log, "late")[-1] == (2.0, "expired")
 
 
