@@ -17,7 +17,7 @@ import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ INFERENCE_PATHS = frozenset(
 # Spelled as various clients and probes spell them.
 _READINESS_PATHS = frozenset({"/health", "/readiness", "/health/readiness"})
 _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/liveness"})
+_METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _SERVICE_TIER = b'"service_tier":'
@@ -94,6 +95,7 @@ class HttpEdge:
 
     not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
     programs: asks the router about programs; None: calls belong to none, and there is no /v1/programs.
+    before_scrape: gets what /metrics is to tell of the router.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
 
@@ -105,6 +107,7 @@ class HttpEdge:
         not_ready_because: WhyNot,
         not_alive_because: WhyNot = lambda: None,
         programs: ProgramClient | None = None,
+        before_scrape: Callable[[], Awaitable[None]] | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
@@ -120,6 +123,7 @@ class HttpEdge:
         self._identify_by = config.programs.identify_by
         self._chats = GrowingChats()
         self._programs = programs
+        self._before_scrape = before_scrape
         self._own: OwnPaths | None = None
         if programs is not None:
             self._own = OwnPaths(
@@ -145,6 +149,8 @@ class HttpEdge:
         elif path and self._own is not None and self._own.answers(path):
             await self._own.get(path, scope, send)
         else:
+            if path in _METRICS_PATHS and self._before_scrape is not None:
+                await self._before_scrape()
             await self._app(scope, receive, send)
 
     async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:

@@ -77,7 +77,11 @@ class IngressReplica:
         )
         self._programs = ProgramClient(self._link.programs)
         self._edge = HttpEdge(
-            app, config, not_ready_because=lambda: self._link.not_ready_because, programs=self._programs
+            app,
+            config,
+            not_ready_because=lambda: self._link.not_ready_because,
+            programs=self._programs,
+            before_scrape=own_metrics.StepTimeErrors(self._programs).ask,
         )
 
     def __serve_build_asgi_app__(self) -> HttpEdge:

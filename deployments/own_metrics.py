@@ -1,16 +1,23 @@
 """What `/metrics` says of Tempo, beside vLLM's own metrics: of one ingress (README.md has the list)."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 
+from cluster.program_desk import ViewConsole
+from deployments.program_client import ProgramClient
+from tempo_router.errors import RouterUnavailableError
 from tempo_router.metrics import Outcome
 from tempo_router.request import Slo, slo_class
 
 _TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _TTLT_BUCKETS_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 300.0, 600.0)
+
+_ROUTER_WAIT_S = 2.0
+"""A scrape waits no longer for the router. Prometheus gives up after 10 s, unless told otherwise."""
 
 
 class Replica(Protocol):
@@ -50,6 +57,47 @@ def export(
 ) -> None:
     """Serve them from now on, with the process's other metrics. Once per process."""
     registry.register(OwnMetrics(replicas, are_planned=are_planned))
+
+
+class StepTimeErrors:
+    """A collector of how well the router estimates the steps of each replica; `ask` first, before every scrape.
+
+    All ingresses say the same, as there is one router. If it does not answer, nothing is said.
+    """
+
+    def __init__(self, client: ProgramClient, registry: CollectorRegistry = REGISTRY) -> None:
+        self._client = client
+        self._replicas: list[dict[str, Any]] = []
+        registry.register(self)
+
+    async def ask(self) -> None:
+        """Have the router tell what is to be served."""
+        try:
+            async with asyncio.timeout(_ROUTER_WAIT_S):
+                state = await self._client.ask(ViewConsole(most=0))
+        except (TimeoutError, RouterUnavailableError):
+            # Series that end show it; old values would look like new ones.
+            self._replicas = []
+        else:
+            self._replicas = state["queue"]["replicas"]
+
+    def collect(self) -> Iterator[Metric]:
+        """Both metrics, as told last."""
+        error = GaugeMetricFamily(
+            "tempo_step_time_error_ratio",
+            "Mean error of estimated step times, relative to what the steps took, by replica.",
+            labels=("replica",),
+        )
+        unsure = GaugeMetricFamily(
+            "tempo_step_time_unsure",
+            "1 where that error was above 30 % for a minute, so that costs and steps keep a margin.",
+            labels=("replica",),
+        )
+        for one in self._replicas:
+            error.add_metric((one["replica_id"],), one["step_error"])
+            unsure.add_metric((one["replica_id"],), float(one["is_unsure"]))
+        yield error
+        yield unsure
 
 
 class RequestMetrics:
