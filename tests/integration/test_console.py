@@ -18,7 +18,7 @@ from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.metrics import Outcome
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
-from tempo_router.request import Latency, RequestId
+from tempo_router.request import Deadline, Latency, RequestId
 from tests.browser import HOW_TO, browser, driver_program
 from tests.fleet import Fleet, call, eventually, submit
 from tests.served import free_port
@@ -167,6 +167,44 @@ async def test_it_shows_one_tenant_by_a_link_and_by_its_box(console: Console) ->
         await asyncio.to_thread(page.run, typed, "nobody")
         none = "return document.getElementById('programs').textContent.includes('None of this tenant')"
         await asyncio.to_thread(page.until, none, "it says that there are none")
+        assert await asyncio.to_thread(page.complaints) == []
+
+
+async def test_it_shows_every_request_in_its_state(console: Console) -> None:
+    """Far more answers are wanted than two engines of eight places can give in time: the plan defers many."""
+    client = console.fleet.clients[0]
+    for number in range(6):
+        await submit(client, call(f"s{number}", output_tokens=3000, slo=Latency(60, 10)))
+    for number in range(600):
+        await submit(client, call(f"d{number}", prompt_tokens=3500, output_tokens=3000, slo=Deadline(20)))
+    for number in range(30):
+        await submit(client, call(f"b{number}", output_tokens=3000))
+    program = driver_program()
+    assert program is not None
+    cells = (
+        "return Object.fromEntries([...document.querySelectorAll('#queue tr[data-class]')].map(row => "
+        "[row.dataset.class, [...row.querySelectorAll('td.count')].map(one => Number(one.textContent))]))"
+    )
+    with browser(program) as page:
+        await asyncio.to_thread(page.open, console.url)
+        await asyncio.to_thread(page.until, "return Number(document.body.dataset.updates) >= 1", "it has data")
+        waiting = console.fleet.router.snapshot()["core"].states["deadline"]
+        assert waiting.deferred + waiting.relegated > 0, waiting
+
+        def is_as_counted() -> bool:
+            """The page is a second old at most: between two changes of the queue it shows what is counted now."""
+            states = console.fleet.router.snapshot()["core"].states
+            order = ("in_turn", "deferred", "relegated", "unplaceable", "unbegun", "begun", "deferred_in_engine",
+                     "relegated_in_engine")  # fmt: skip
+            counted = {name: [getattr(one, state) for state in order] for name, one in states.items()}
+            return bool(page.run(cells) == counted)
+
+        give_up_s = time.monotonic() + 30
+        while not await asyncio.to_thread(is_as_counted):
+            assert time.monotonic() < give_up_s, "the page never shows what the router counts"
+        drawn = "return document.querySelectorAll('#queue tr[data-class=deadline] .stack i').length"
+        assert await asyncio.to_thread(page.run, drawn) >= 2
+        _keep(await asyncio.to_thread(page.picture), "console-queue.png")
         assert await asyncio.to_thread(page.complaints) == []
 
 
