@@ -22,7 +22,7 @@ from cluster.program_store import ProgramStore, ScriptCall
 from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreUnavailableError
-from tempo_router.events import Event, ProgramFinished, ProgramRelegated, ProgramRetargeted
+from tempo_router.events import Event, ProgramFinished, ProgramOutlined, ProgramRelegated, ProgramRetargeted
 from tempo_router.graph_outline import ended_stages
 from tempo_router.ledger import Program
 from tempo_router.pattern_history import KnownPrograms, PatternHistory
@@ -185,6 +185,8 @@ class ProgramDesk:
 
     def settled(self) -> None:
         """Every ingress had time to say again what was not stored: now what is unknown does not exist."""
+        for graph in self.book.live:
+            self._tell_outline(graph)
         deferred, self._deferred = self._deferred or [], None
         for owner, op in deferred:
             self.asked(owner, op)
@@ -384,10 +386,17 @@ class ProgramDesk:
         for change in changes:
             graph = change.program
             self.writer.put(self._store.script_for(change, self._fence, now_s), graph)
+            if change.kind == "whole":
+                self._tell_outline(graph)
             if change.kind == "status":
                 self._status_changed(graph)
             if not graph.is_over:
                 self._moved[graph.program_id] = None
+
+    def _tell_outline(self, graph: ProgramGraph) -> None:
+        """Tell the core what is known of a program's shape."""
+        if graph.outline:
+            self._handle(ProgramOutlined(time.monotonic(), graph.program_id, graph.outline))
 
     def _status_changed(self, graph: ProgramGraph) -> None:
         if not graph.is_over:

@@ -21,6 +21,7 @@ import msgspec
 
 from cluster.redis_store import RedisStore
 from tempo_router.errors import LeaseLostError
+from tempo_router.known_stages import KnownStage
 from tempo_router.patterns import Outline, StageOutline
 from tempo_router.program_book import MOST_ENDED, Change
 from tempo_router.program_graph import GraphCall, Objective, ProgramGraph, ProgramStatus
@@ -152,6 +153,7 @@ class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
     ended_s: float | None = None
     created_by: str = ""
     asked_s: float | None = None
+    outline: tuple[KnownStage, ...] = ()
 
 
 class _StoredCall(msgspec.Struct, omit_defaults=True):
@@ -307,7 +309,7 @@ def _about(graph: ProgramGraph) -> bytes:
         About(
             graph.program_id, graph.tenant, graph.app, graph.created_s, graph.deadline_s, graph.objective, graph.name,
             graph.reason, graph.closed_by, graph.last_s, graph.relegated_s, graph.ended_s,
-            graph.created_by, graph.asked_s,
+            graph.created_by, graph.asked_s, graph.outline,
         )
     )  # fmt: skip
 
@@ -326,7 +328,7 @@ def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:
     graph = ProgramGraph(
         ProgramId(about.program_id), about.tenant, about.app, about.created_s, about.deadline_s, about.objective,
         about.name, status, about.reason, about.closed_by, -1, about.last_s, about.relegated_s, about.ended_s,
-        {call.call_id: call for call in _calls(fields)}, about.created_by, about.asked_s,
+        {call.call_id: call for call in _calls(fields)}, about.created_by, about.asked_s, about.outline,
     )  # fmt: skip
     graph.last_s = max([graph.last_s, *(call.ended_s or call.began_s for call in graph.calls.values())])
     return graph

@@ -67,7 +67,7 @@ class GraphApi:
         Ends with the event "program", the whole of it. Leaving early cancels the program.
         """
         graph = parse_graph(new.graph)
-        made = await self._programs.create(new)
+        made = await self._programs.create(new, graph)
         program_id = str(made["id"])
         if made["calls"] or program_id in self._runs:
             raise ProgramError("invalid_program", f"program {program_id!r} has begun: its graph runs once", "graph")

@@ -23,7 +23,8 @@ from tempo_router.request import Slo
 class NewProgram:
     """A program to be made: a deadline in seconds from now, or as a date (seconds since the epoch).
 
-    objective: "deadline", or "best_effort" without one. graph: a declared graph, for `run_program`.
+    objective: "deadline", or "best_effort" without one. graph: a declared graph, for `run_program`. outline: what is
+    known of the stages of a program whose calls you make yourself (docs/programs.md).
     """
 
     deadline_s: float | None = None
@@ -33,6 +34,7 @@ class NewProgram:
     objective: str = "deadline"
     tenant: str = ""
     graph: dict[str, Any] | None = None
+    outline: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

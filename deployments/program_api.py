@@ -14,18 +14,21 @@ import msgspec
 
 from cluster.program_desk import ExplainRequest, ListPrograms, ViewConsole, ViewProgram
 from deployments import console, openai_errors
+from deployments.declared_graph import DeclaredGraph
 from deployments.handle_api import NewProgram
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
 from deployments.program_identity import program_id_of, resolved_id
+from deployments.program_outline import outline_of, parse_outline
 from deployments.request_context import AdmissionVerdict
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError, RouterUnavailableError
+from tempo_router.known_stages import KnownStage
 from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram, FinishProgram
 
 PREFIX = "/v1/programs"
 REQUESTS = "/v1/requests"
-_CREATE = ("app", "deadline_s", "deadline", "objective", "name", "user", "graph", "stream")
+_CREATE = ("app", "deadline_s", "deadline", "objective", "name", "user", "graph", "outline", "stream")
 _STATUSES = ("running", "relegated", "finished", "cancelled")
 _FILTERS = ("status", "app", "name", "limit", "after", "user")
 _MAX_NAME_CHARS = 128
@@ -79,8 +82,11 @@ class ProgramApi:
 
     # ---- one by one, as the Python handle has them, too; they raise ProgramError, RouterUnavailableError ----
 
-    async def create(self, new: NewProgram) -> Any:
-        """Make a program, or find the one of this name, if it is equal and not over."""
+    async def create(self, new: NewProgram, graph: DeclaredGraph | None = None) -> Any:
+        """Make a program, or find the one of this name, if it is equal and not over.
+
+        graph: the one that it declares, checked.
+        """
         if new.objective not in ("deadline", "best_effort"):
             raise ProgramError("invalid_program", "must be 'deadline' or 'best_effort'", "objective")
         given = {"deadline_s": new.deadline_s, "deadline": new.deadline}
@@ -93,6 +99,7 @@ class ProgramApi:
             name=_text({"name": new.name}, "name"),
             operation=_operation(),
             asked_s=new.deadline_s,
+            outline=_outline(new.outline, graph),
         )
         return await self._client.ask(op)
 
@@ -185,7 +192,16 @@ def new_program(fields: Mapping[str, Any], tenant: str) -> NewProgram:
         objective=fields.get("objective", "deadline"),
         tenant=_tenant(fields, tenant),
         graph=fields.get("graph"),
+        outline=fields.get("outline"),
     )
+
+
+def _outline(outline: object, graph: DeclaredGraph | None) -> tuple[KnownStage, ...]:
+    if graph is None:
+        return () if outline is None else parse_outline(outline)
+    if outline is not None:
+        raise ProgramError("invalid_program", "outline: give a graph or an outline, not both", "outline")
+    return outline_of(graph)
 
 
 def _fields(body: bytes, known: tuple[str, ...]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tempo_router.known_stages import KnownStage
 from tempo_router.prediction import Lengths
 from tempo_router.request import DispatchId, ProgramId, ReplicaId, RequestId, RequestSpec
 
@@ -148,6 +149,15 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramOutlined:
+    """These are all stages that this program will have, ascending, whether or not any call of it has come."""
+
+    at_s: float
+    program_id: ProgramId
+    stages: tuple[KnownStage, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramFinished:
     """The client says that no further call of this program will come. is_complete False: it gave up halfway."""
 
@@ -199,6 +209,7 @@ Event = (
     | Cancelled
     | Predicted
     | ProgramFinished
+    | ProgramOutlined
     | ProgramRelegated
     | ProgramRetargeted
     | ReplicaAttached

@@ -44,6 +44,7 @@ class Program:
         "is_lost",
         "is_retargeted",
         "live",
+        "model",
         "path_s",
         "program_id",
         "stage",
@@ -55,6 +56,7 @@ class Program:
     def __init__(self, spec: RequestSpec, program_id: ProgramId, deadline_s: float) -> None:
         self.program_id = program_id
         self.app = spec.app
+        self.model = spec.model
         self.tenant = spec.tenant
         self.arrival_s = spec.arrival_s
         self.move_deadline(deadline_s)

@@ -1,6 +1,7 @@
 """The history of programs by patterns: what a program looked like so far decides what is expected of it.
 
-The same questions and answers as `ProgramHistory`, which is asked where too few outlines came as far as a program.
+The same questions and answers as `ProgramHistory`, which is asked where too few outlines came as far as a program, and
+where a program's graph is known.
 """
 
 from collections.abc import Iterable, Sequence
@@ -179,17 +180,15 @@ class PatternHistory(ProgramHistory):
         """`forecast` of many: every program has its own."""
         return [NOTHING if one is None else self.forecast(one) for one in programs], list(range(len(programs)))
 
-    def shares_ahead(self, program: Program) -> list[float]:
-        """How the stages that are expected to come share their time."""
+    def stages_ahead(self, program: Program) -> list[Forecast]:
+        """Each of the stages that are expected to come, in order."""
         found = self._match(program)
-        if found is None:
-            return super().shares_ahead(program)
-        return [max(tokens, 1.0) for tokens in found.stage_tokens]
+        return list(found.stages) if found is not None else super().stages_ahead(program)
 
     def least_chain_tokens(self, program: Program, share: float) -> float:
         """Longest answers of later stages, summed, that are exceeded with probability 1 - share; 0 where unknown."""
         found = self._match(program)
-        return found.quantile(REST_CHAIN, share) if found is not None and found.rests.size else 0.0
+        return found.quantile(REST_CHAIN, share) if found is not None else super().least_chain_tokens(program, share)
 
     def match(self, program: Program) -> dict[str, object]:
         """How a program is foretold, for who asks."""
@@ -210,8 +209,9 @@ class PatternHistory(ProgramHistory):
         }
 
     def _match(self, program: Program) -> Match | None:
+        """None where too few are alike, and where no guess is needed: its graph is known."""
         unfolding = self._unfolding.get(program.program_id)
-        if unfolding is None or not unfolding.stages:
+        if unfolding is None or not unfolding.stages or program.program_id in self._known_graphs:
             return None
         if unfolding.known is None:
             span_s = program.deadline_s - program.arrival_s

@@ -80,14 +80,14 @@ class Match:
     """How outlines continue a program: the expected rest, and the rests of the likeliest complete outlines.
 
     outlines: how many came as far. alike: how many of them count, weighed. rests: (weight, stages, calls, output
-    tokens, longest answers summed), by outline. stage_tokens: expected longest answers of the likely later stages.
+    tokens, longest answers summed), by outline. stages: each of the later stages that are likelier than not.
     """
 
     forecast: Forecast
     outlines: int
     alike: float
     rests: Floats
-    stage_tokens: tuple[float, ...]
+    stages: tuple[Forecast, ...]
 
     def quantile(self, column: int, share: float) -> float:
         """The value of a column of `rests` that is not exceeded with this probability; 0 if there are none."""
@@ -197,9 +197,9 @@ class PatternTable:
         whole = self._complete[rows]
         rests = self._rests[rows[whole], stage]
         rests[:, 0] = weights[whole]
-        forecast, tokens = self._forecast(rows, weights, stage, lambda mean: _atoms(rests, mean))
+        forecast, stages = self._forecast(rows, weights, stage, lambda mean: _atoms(rests, mean))
         alike = float(weights.sum() ** 2 / (weights @ weights))
-        return Match(forecast, measured.rows.size, alike, rests, tokens)
+        return Match(forecast, measured.rows.size, alike, rests, stages)
 
     # ---- alike ----
 
@@ -239,7 +239,7 @@ class PatternTable:
 
     def _forecast(
         self, rows: Ints, weights: Floats, stage: int, atoms: Callable[[float], tuple[float, ...]]
-    ) -> tuple[Forecast, tuple[float, ...]]:
+    ) -> tuple[Forecast, tuple[Forecast, ...]]:
         """atoms: of the longest answers of later stages, summed, by their mean."""
         counts = self._counts[rows]
         by_count = np.bincount(counts, weights, minlength=MAX_STAGES + 1)
@@ -275,7 +275,10 @@ class PatternTable:
             chain_atoms=atoms(total[CHAIN]),
         )
         likely = sum(share > 0.5 for share in reach)
-        return forecast, tuple(means[:likely, CHAIN].tolist())
+        return forecast, tuple(
+            Forecast(chain_tokens=chain, chain_prompt_tokens=prompt, gaps_s=gap_s, stages=1.0)
+            for chain, prompt, gap_s in means[:likely, (CHAIN, CHAIN_PROMPT, GAP)].tolist()
+        )
 
 
 def _atoms(rests: Floats, mean: float) -> tuple[float, ...]:

@@ -321,7 +321,14 @@ class LengthHistograms:
 
     def lookup(self, spec: RequestSpec) -> Lengths:
         """The distribution for this request: of the most specific key with answers."""
-        for key in _keys_of(spec):
+        return self._of_first(_keys_of(spec))
+
+    def of_stage(self, model: str, app: str, stage: int) -> Lengths:
+        """Likewise, for a call that has not come yet."""
+        return self._of_first(_keys(model, app, stage, -1)[1:])
+
+    def _of_first(self, keys: tuple[_Key, ...]) -> Lengths:
+        for key in keys:
             histogram = self._histograms.get(key)
             if histogram is not None:
                 if self._is_stale(histogram):
@@ -391,8 +398,11 @@ class LengthHistograms:
 
 
 def _keys_of(spec: RequestSpec) -> tuple[_Key, _Key, _Key, _Key]:
-    model, app, stage = spec.model[:MAX_NAME], spec.app[:MAX_NAME], min(spec.stage, LAST_STAGE)
-    bucket = spec.prompt_tokens.bit_length()
+    return _keys(spec.model, spec.app, spec.stage, spec.prompt_tokens.bit_length())
+
+
+def _keys(model: str, app: str, stage: int, bucket: int) -> tuple[_Key, _Key, _Key, _Key]:
+    model, app, stage = model[:MAX_NAME], app[:MAX_NAME], min(stage, LAST_STAGE)
     return (model, app, stage, bucket), (model, app, stage, -1), (model, app, -1, -1), (model, None, -1, -1)
 
 

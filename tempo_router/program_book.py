@@ -180,8 +180,10 @@ class ProgramBook:
         if len(self._live) >= self._most:
             message = f"{self._most} programs are in progress (programs.max_programs); try again later"
             raise ProgramError("too_many_programs", message)
-        graph = ProgramGraph(ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name)
-        graph.created_by, graph.asked_s = op.operation, _asked_s(op)
+        graph = ProgramGraph(
+            ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name,
+            created_by=op.operation, asked_s=_asked_s(op), outline=op.outline,
+        )  # fmt: skip
         self._live[graph.program_id] = graph
         return graph, [Change(graph, "whole")]
 

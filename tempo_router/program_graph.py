@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tempo_router.errors import ProgramError
+from tempo_router.known_stages import KnownStage
 from tempo_router.request import ProgramId
 
 CallStatus = Literal["running", "completed", "failed", "cancelled"]
@@ -77,8 +78,9 @@ class ProgramGraph:
 
     deadline_s: when its last call must have ended; None without one. stage: highest stage that began.
     closed_by: operation that said that no further call will come; "" while more may come. last_s: when its last call
-    began or ended. relegated_s, ended_s: when that happened. reason: why it was cancelled.
-    created_by, asked_s: the operation that created it and the deadline as that gave it (see CreateProgram).
+    began or ended. relegated_s, ended_s: when that happened. reason: why it was cancelled. created_by, asked_s: the
+    operation that created it and the deadline as that gave it (see CreateProgram). outline: all stages that it will
+    have, as its client knows them; empty where nothing is known.
     """
 
     program_id: ProgramId
@@ -98,6 +100,7 @@ class ProgramGraph:
     calls: dict[str, GraphCall] = field(default_factory=dict)
     created_by: str = ""
     asked_s: float | None = None
+    outline: tuple[KnownStage, ...] = ()
     _running: dict[str, GraphCall] = field(default_factory=dict)
     _last_of_branch: dict[str, str] = field(default_factory=dict)
     _by_stage: dict[int, list[str]] = field(default_factory=dict)

@@ -6,10 +6,13 @@ was seen, and how likely another stage follows, from every stage that ended and 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
+from tempo_router.known_stages import KnownStage
 from tempo_router.ledger import Program
+from tempo_router.prediction import LengthHistograms, Lengths
 from tempo_router.request import ProgramId
 from tempo_router.running_mean import RunningMean
 
@@ -27,6 +30,8 @@ that ended a stage tell what follows it."""
 
 _LIKELY = 0.5
 ATOMS = 8
+SPREAD = 0.25
+"""Standard deviation of what is expected of a program, as a share of it."""
 
 Call = tuple[int, int, float]
 """(missing prompt tokens, output tokens, gap before it in seconds)"""
@@ -91,16 +96,39 @@ class _Seen:
         self.last_end_s: float | None = None
 
 
+class _KnownGraph:
+    """What is known of one program, and what it foretells: (stage of the program, changes before, stages to come)."""
+
+    __slots__ = ("foretold", "stages")
+
+    def __init__(self, stages: tuple[KnownStage, ...]) -> None:
+        self.stages = stages
+        self.foretold: tuple[int, int, list[Forecast], Forecast] | None = None
+
+
 class ProgramHistory:
-    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone."""
+    """Stage statistics by (application, deadline in half octaves), backed by those of the application alone.
+
+    A program of which more is known (`outlined`) is foretold by that instead. lengths: what is known of answers, for
+    its stages that nobody has seen yet.
+    """
 
     def __init__(self) -> None:
+        self.lengths = LengthHistograms()
+        self._known_graphs: dict[ProgramId, _KnownGraph] = {}
         self._stages: dict[tuple[str, int | None], list[_Stage]] = {}
         self._seen: dict[ProgramId, _Seen] = {}
         self._forecasts: dict[_Outline, tuple[int, Forecast]] = {}
         self._observed = 0
         self._wait_s = 0.0
         self._waited_at_s = 0.0
+
+    def outlined(self, program_id: ProgramId, stages: tuple[KnownStage, ...]) -> None:
+        """These are all stages that the program will have, ascending; () where nothing is known, or any more."""
+        if stages:
+            self._known_graphs[program_id] = _KnownGraph(stages)
+        else:
+            self._known_graphs.pop(program_id, None)
 
     def call_started(self, wait_s: float, now_s: float) -> None:
         """A call that was not given up got its first token so long after its release; later stages will, too."""
@@ -145,43 +173,124 @@ class ProgramHistory:
 
     def forecast(self, program: Program) -> Forecast:
         """What comes after the program's current stage."""
+        known = self._known_graphs.get(program.program_id)
+        if known is not None:
+            return self._foretold(program, known)[1]
         return self._forecast((program.app, program.bucket, program.stage))
 
     def forecasts(self, programs: Sequence[Program | None]) -> tuple[list[Forecast], list[int]]:
         """`forecast` of many, NOTHING for None: (different ones, which of them each program has)."""
-        number_of: dict[_Outline | None, int] = {}
+        number_of: dict[_Outline | Program | None, int] = {}
         numbered = number_of.setdefault
+        known = self._known_graphs
         numbers = [
-            numbered(None if one is None else (one.app, one.bucket, one.stage), len(number_of)) for one in programs
+            numbered(
+                one if one is None or one.program_id in known else (one.app, one.bucket, one.stage), len(number_of)
+            )
+            for one in programs
         ]
-        return [NOTHING if outline is None else self._forecast(outline) for outline in number_of], numbers
+        return [self._forecast_of(one) for one in number_of], numbers
 
-    def shares_ahead(self, program: Program) -> list[float]:
-        """How the stages that are expected to come share their time, in order; as many as are likelier than not."""
+    def stages_ahead(self, program: Program) -> list[Forecast]:
+        """Each of the stages that are expected to come, in order; as many as are likelier than not."""
+        known = self._known_graphs.get(program.program_id)
+        if known is not None:
+            return self._foretold(program, known)[0]
         own, general = self._of(program.app, program.bucket)
-        shares: list[float] = []
+        ahead: list[Forecast] = []
         reached = 1.0
         for number in range(program.stage, min(len(general), _MAX_STAGES)):
             stage = _trusted(own, general, number)
             if number > program.stage:
-                shares.append(max(stage.chain_tokens.value, 1.0))
+                ahead.append(
+                    Forecast(
+                        chain_tokens=stage.chain_tokens.value, chain_prompt_tokens=stage.chain_prompt.value,
+                        gaps_s=stage.gap_s.value, stages=1.0,
+                    )
+                )  # fmt: skip
             reached *= stage.follows.value
             if reached < _LIKELY:
                 break
-        return shares
+        return ahead
 
-    def least_chain_tokens(self, program: Program, share: float) -> float:  # noqa: ARG002  # means know no quantiles
-        """Longest answers of later stages, summed, that are exceeded with probability 1 - share; 0 where unknown."""
-        return 0.0
+    def least_chain_tokens(self, program: Program, share: float) -> float:
+        """Longest answers of later stages, summed, that are exceeded with probability 1 - share; 0 where unknown.
+
+        Means know no quantiles. Of a known graph the stages are certain, and each is taken at its least.
+        """
+        known = self._known_graphs.get(program.program_id)
+        if known is None:
+            return 0.0
+        return sum(self._least_tokens(program, one, share) for one in known.stages if one.stage > program.stage)
 
     def match(self, program: Program) -> dict[str, object]:
         """How a program is foretold, for who asks."""
+        known = self._known_graphs.get(program.program_id)
+        if known is not None:
+            stages = len(known.stages)
+            return {"kind": "known graph", "app": program.app, "stage": program.stage, "stages": stages}
         return {"kind": "stage means", "app": program.app, "stage": program.stage}
+
+    def _forecast_of(self, one: _Outline | Program | None) -> Forecast:
+        if one is None:
+            return NOTHING
+        return self.forecast(one) if isinstance(one, Program) else self._forecast(one)
+
+    # ---- known graphs ----
+
+    def _foretold(self, program: Program, known: _KnownGraph) -> tuple[list[Forecast], Forecast]:
+        """(each stage to come, all of them)."""
+        foretold = known.foretold
+        if foretold is None or foretold[0] != program.stage or self._has_moved_on(foretold[1]):
+            ahead = [self._known_stage(program, one) for one in known.stages if one.stage > program.stage]
+            foretold = known.foretold = (program.stage, self._observed, ahead, _total(ahead))
+        return foretold[2], foretold[3]
+
+    def _known_stage(self, program: Program, one: KnownStage) -> Forecast:
+        """What was not said of it is as in this stage of the application, or as answers and prompts are otherwise."""
+        own, general = self._of(program.app, program.bucket)
+        like = _trusted(own, general, one.stage) if one.stage < len(general) else _Stage()
+        usual = self._usual_lengths(program, one.stage)
+        output = _first(one.output_tokens, like.output, usual.mean)
+        longest = _first(one.output_tokens, like.chain_tokens, _longest_of(one.calls, usual))
+        if one.max_tokens is not None:
+            output, longest = min(output, one.max_tokens), min(longest, one.max_tokens)
+        prompt = _first(one.prompt_tokens, like.chain_prompt, self._longest_prompt(program))
+        return Forecast(
+            calls=one.calls,
+            prompt_tokens=one.calls * prompt,
+            squared_prompts=one.calls * prompt * prompt,
+            output_tokens=one.calls * output,
+            chain_tokens=max(output, longest),
+            chain_prompt_tokens=prompt,
+            gaps_s=_first(one.gap_s, like.gap_s, 0.0),
+            stages=1.0,
+        )
+
+    def _least_tokens(self, program: Program, one: KnownStage, share: float) -> float:
+        if one.output_tokens is not None:
+            least = max(0.0, one.output_tokens * (1.0 + SPREAD * NormalDist().inv_cdf(share)))
+        else:
+            least = self._usual_lengths(program, one.stage).quantile(share)
+        return least if one.max_tokens is None else min(least, one.max_tokens)
+
+    def _usual_lengths(self, program: Program, stage: int) -> Lengths:
+        return self.lengths.of_stage(program.model, program.app, stage)
+
+    def _longest_prompt(self, program: Program) -> float:
+        """Of the calls of its present stage."""
+        seen = self._seen.get(program.program_id)
+        return max(seen.prompts, default=0) if seen is not None else 0
+
+    # ---- means ----
+
+    def _has_moved_on(self, observed: int) -> bool:
+        """Whether what was foretold after so many changes is stale. The first programs teach the most."""
+        return self._observed - observed >= min(16, 1 + observed // 8)
 
     def _forecast(self, outline: _Outline) -> Forecast:
         known = self._forecasts.get(outline)
-        # The first programs teach the most.
-        if known is not None and self._observed - known[0] < min(16, 1 + known[0] // 8):
+        if known is not None and not self._has_moved_on(known[0]):
             return known[1]
         forecast = self._sum_up(outline)
         if len(self._forecasts) > _MAX_KEYS:
@@ -267,6 +376,31 @@ def _true_forecast(stages: Sequence[Sequence[Call]]) -> Forecast:
         gaps_s=sum(max(gap for _, _, gap in stage) for stage in stages if stage),
         stages=len(longest),
     )
+
+
+def _total(stages: Iterable[Forecast]) -> Forecast:
+    """Of stages that certainly come."""
+    sums = [0.0] * 8
+    for one in stages:
+        values = (
+            one.calls, one.prompt_tokens, one.squared_prompts, one.output_tokens,
+            one.chain_tokens, one.chain_prompt_tokens, one.gaps_s, one.stages,
+        )  # fmt: skip
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+    calls, prompts, squared, outputs, chain, chain_prompts, gaps, count = sums
+    return Forecast(calls, prompts, squared, outputs, chain, chain_prompts, gaps, count)
+
+
+def _first(said: float | None, seen: RunningMean, otherwise: float) -> float:
+    """What was said, or else what was seen, if anything was."""
+    if said is not None:
+        return said
+    return seen.value if seen.count else otherwise
+
+
+def _longest_of(calls: int, lengths: Lengths) -> float:
+    """About the longest of so many answers."""
+    return lengths.mean if calls == 1 else max(lengths.mean, lengths.quantile(calls / (calls + 1)))
 
 
 def _stage(stages: list[_Stage], number: int) -> _Stage:

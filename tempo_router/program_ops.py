@@ -5,12 +5,13 @@ Dates are seconds since the epoch. `tenant` is who asks; nobody sees or touches 
 
 from dataclasses import dataclass
 
+from tempo_router.known_stages import KnownStage
 from tempo_router.program_graph import CallStatus, NewCall, Objective
 
 
 @dataclass(frozen=True, slots=True)
 class CreateProgram:
-    """A program with a deadline, or without one as best effort.
+    """A program with a deadline, or without one as best effort. outline: its stages, where they are known.
 
     operation: names this wish, so that it is carried out once. asked_s: the deadline as its client gave it, in
     seconds from when it asked, or None: as a date. Who asks again for the same has the same program.
@@ -24,6 +25,7 @@ class CreateProgram:
     name: str = ""
     operation: str = ""
     asked_s: float | None = None
+    outline: tuple[KnownStage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

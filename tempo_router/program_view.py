@@ -1,6 +1,6 @@
 """What a client is shown of its program. Dates are seconds since the epoch, as the client gave them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tempo_router.program_graph import GraphCall, ProgramGraph
@@ -30,6 +30,7 @@ def program_view(graph: ProgramGraph, now_s: float, outlook: Outlook | None) -> 
         **summary(graph),
         "calls": [_call(call) for call in graph.calls.values()],
         "stages": _stages(graph),
+        "outline": _outline(graph),
         "stage_budgets_s": budgets(graph, now_s, outlook),
         "prediction": None if outlook is None else _prediction(outlook),
     }
@@ -105,6 +106,14 @@ def _stages(graph: ProgramGraph) -> list[dict[str, Any]]:
         }
         for stage, calls in graph.stages
     ]
+
+
+def _outline(graph: ProgramGraph) -> dict[str, Any] | None:
+    """As the client said it, or what its declared graph says; what nobody said is left out."""
+    if not graph.outline:
+        return None
+    stages = [{key: value for key, value in asdict(one).items() if value is not None} for one in graph.outline]
+    return {"stages": stages}
 
 
 def _prediction(outlook: Outlook) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tempo_router.events import (
     Event,
     Predicted,
     ProgramFinished,
+    ProgramOutlined,
     ProgramRelegated,
     ProgramRetargeted,
     Progressed,
@@ -108,6 +109,7 @@ class RouterCore:
         self._groups = GroupBook()
         self._ledger = Ledger()
         self._history = history if history is not None else ProgramHistory()
+        self._history.lengths = self._lengths
         self._plan = TempoPlan(config) if config.policy == "tempo" else None
         self._by_columns = self._policy if isinstance(self._policy, ColumnPolicy) else None
         self._turns = PlanTurns()
@@ -168,6 +170,9 @@ class RouterCore:
                 self._on_predicted(event)
             case ProgramFinished(program_id=program_id, is_complete=is_complete):
                 self._on_program_finished(program_id, is_complete)
+            case ProgramOutlined(program_id=program_id, stages=stages):
+                self._history.outlined(program_id, stages)
+                self._plan_at_s = min(self._plan_at_s, self._now_s)
             case ProgramRelegated(program_id=program_id):
                 self._on_program_relegated(program_id, actions)
             case ProgramRetargeted(program_id=program_id, deadline_s=deadline_s):
@@ -211,7 +216,7 @@ class RouterCore:
             return None
         history = self._history
         return outlook(
-            list(program.live.values()), history.forecast(program), history.shares_ahead(program), self._steps.pace(),
+            list(program.live.values()), history.forecast(program), history.stages_ahead(program), self._steps.pace(),
             wait_s=history.wait_s(self._now_s), left_s=left_s, pattern=history.match(program),
         )  # fmt: skip
 
@@ -427,6 +432,7 @@ class RouterCore:
         program = self._ledger.program_ended(program_id, is_complete=is_complete)
         if program is not None:
             self._history.program_ended(program, is_complete=is_complete)
+        self._history.outlined(program_id, ())
 
     def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:
         program = self._ledger.programs.get(program_id)

@@ -30,7 +30,8 @@ from tempo_router.ledger import Program
 from tempo_router.metrics import INPUT_WEIGHT, OUTPUT_WEIGHT
 from tempo_router.plan_table import ABOVE, MEAN, PRODUCED, TAIL, UNIT, UPPER, PlannedJob, PlanTable
 from tempo_router.policies.base import Context, Job
-from tempo_router.program_history import ATOMS, Forecast, ProgramHistory
+from tempo_router.program_history import ProgramHistory
+from tempo_router.program_time import chances, deviations, margin_of, serial_s, unseen
 from tempo_router.replicas import Call
 from tempo_router.request import RequestSpec
 from tempo_router.reserve import Reserve
@@ -44,22 +45,8 @@ from tempo_router.waiting import WaitingRequest
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_SPREAD = 0.25
-_SPREAD_S = 0.3
-"""Standard deviation of the time that a program needs: this share of it, and so many seconds."""
-
-_UNSEEN_SHARE = 0.5
-"""Of the time left that a program is believed to take where nobody went before it: a client that sets a deadline leaves
-about as much slack as work. Without it the first programs look short, and twice as many are begun as can be ended."""
-
-_UNSEEN_GAPS = 0.25
-"""Of that time, what tools and prompts take; the rest is decoding."""
-
 _UNSEEN_COST = 2.0
 """GPU time of unseen stages over that of decoding their longest calls: for prompts, and calls beside them."""
-
-_UNSURE = 1.5
-"""Factor on what work is believed to take while the step-time model is far off."""
 
 _standing: Callable[[Iterable[object]], Standing] = partial(tuple.__new__, Standing)
 """A standing from its values in order, at half the cost of the call that checks them."""
@@ -270,7 +257,7 @@ class _Units:
         facts, generated = self._facts, self.generated
         context_tokens = facts[CONTEXT]
         produced = generated - facts[GENERATED]
-        margin = _UNSURE if pace.is_unsure else 1.0
+        margin = margin_of(pace)
         past = np.maximum(context_tokens - self.missing, 0.0)
         self.prefill_s = margin * self.missing * (pace.prefill_token_s + pace.attention_s * (past + self.missing / 2))
         now = context_tokens + produced
@@ -301,18 +288,17 @@ class _Units:
         )
         if unknown.any():
             left_s = self._facts[DEADLINE_S, self._first_calls] - self._now_s
-            unseen_s = _UNSEEN_SHARE * unknown * np.where(unknown > 0.0, np.maximum(left_s, 0.0), 0.0)
-            unseen_tokens = (1.0 - _UNSEEN_GAPS) * unseen_s / self.tau_s
+            left_s = np.where(unknown > 0.0, np.maximum(left_s, 0.0), 0.0)
+            unseen_tokens, unseen_gaps_s = unseen(unknown, left_s, self.tau_s)
             chain_tokens = chain_tokens + unseen_tokens
-            gaps = gaps + _UNSEEN_GAPS * unseen_s
+            gaps = gaps + unseen_gaps_s
             self.later_tokens = self.later_tokens + unseen_tokens
             self.later_cost_s += _UNSEEN_COST * unseen_tokens * (pace.share_s + pace.decode_s)
         self.chain_tokens, self.gaps_s = chain_tokens, gaps
-        self._longer_s = _deviations(different, of_unit) * self.tau_s
+        self._longer_s = deviations(different, of_unit) * self.tau_s
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
-        chain_s = PREFILL_WALL_RATIO * self.chain_prefill_s
         self.waits_s = stages * self.wait_s
-        self.later_s = chain_tokens * self.tau_s + chain_s + gaps + self.waits_s + stages * self.tau_s
+        self.later_s = serial_s(chain_tokens, chain_prompts, gaps, stages, pace, self.wait_s)
 
     def _worth(self, context: Context) -> None:
         now_s = self._now_s
@@ -343,10 +329,7 @@ class _Units:
         self.crit_s = crit_s + self.later_s
         is_program = self.kind == PROGRAM
         is_lost = np.array([one is not None and one.is_lost for one in self.programs], dtype=np.bool_)
-        with np.errstate(invalid="ignore"):
-            crit_s = np.maximum(self.crit_s[:, None] + self._longer_s, 0.0)
-            z = (self.left_s[:, None] - crit_s) / (_SPREAD * crit_s + _SPREAD_S)
-            program_chance = np.where(is_program & ~is_lost, _normal(z).mean(axis=1), 0.0)
+        program_chance = np.where(is_program & ~is_lost, chances(self.left_s, self.crit_s, self._longer_s), 0.0)
         done = np.array([0.0 if one is None else one.done_tokens for one in self.programs])
         expected = _sums(unit_of, self.generated + self.left.mean, count) + self.later_tokens + done
         self.chance = np.where(is_program, program_chance, self.chance)
@@ -452,22 +435,6 @@ def _sums(unit_of: Ints, amounts: Floats, count: int) -> Floats:
     """Amounts of calls, added up by unit."""
     sums: Floats = np.bincount(unit_of, amounts, count).astype(np.float64)
     return sums
-
-
-def _deviations(different: Sequence[Forecast], of_unit: Sequence[int]) -> Floats:
-    """By how many tokens the longest answers to come may differ from their mean: (units, atoms), or (units, 1)."""
-    if not any(one.chain_atoms for one in different):
-        return np.zeros((len(of_unit), 1))
-    rows = [
-        [atom - one.chain_tokens for atom in one.chain_atoms] if one.chain_atoms else [0.0] * ATOMS for one in different
-    ]
-    deviations: Floats = np.array(rows, dtype=np.float64)[of_unit]
-    return deviations
-
-
-def _normal(z: Floats) -> Floats:
-    """Distribution function of the standard normal, to three digits."""
-    return 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * z**3)))
 
 
 def _tenant_factors(units: _Units, context: Context) -> Floats:

@@ -20,7 +20,11 @@ GRAPH = {
 
 async def is_made_extended_and_finished(handle: Any) -> None:
     """create_program, program, programs, extend_program, finish_program."""
-    made = await handle.create_program.remote(NewProgram(deadline_s=60, app="by hand", name="job", tenant="ours"))
+    outline = {"stages": [{"calls": 1}, {"calls": 3, "output_tokens": 40}]}
+    made = await handle.create_program.remote(
+        NewProgram(deadline_s=60, app="by hand", name="job", tenant="ours", outline=outline)
+    )
+    assert [one["calls"] for one in made["outline"]["stages"]] == [1, 3]
     assert (made["status"], made["app"]) == ("running", "by hand")
     assert (await handle.program.remote("job", "ours"))["id"] == made["id"]
     listed = await handle.programs.remote("ours", app="by hand", status="running")

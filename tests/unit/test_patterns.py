@@ -211,7 +211,7 @@ def test_what_is_told_of_a_match_is_plain_json():
     history.call_came(program("new"), 0, 400, 0.0)
     told = [
         history.match(program("new")),
-        history.shares_ahead(program("new")),
+        [asdict(one) for one in history.stages_ahead(program("new"))],
         asdict(history.forecast(program("new"))),
     ]
     assert json.loads(json.dumps(told))
