@@ -179,7 +179,8 @@ class ProgramDesk:
         unfolding = tuple(
             (graph.program_id, tuple(ended_stages(graph)), now_here_s - (now_s - graph.last_s)) for graph in graphs
         )
-        known = KnownPrograms(tuple(reversed(outlines)), unfolding)
+        here = (replace(one, at_s=now_here_s - (now_s - one.at_s)) for one in reversed(outlines))
+        known = KnownPrograms(tuple(here), unfolding)
         self._patterns.begin(known)
         return known
 

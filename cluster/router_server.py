@@ -163,11 +163,14 @@ class RouterServer:
         self._programs = self._open_desk()
         known = await self._programs.restore()
         if self._config.record_events is not None:
-            most = self._config.programs.max_patterns
+            kept = self._config.programs
             self._recorder = EventRecorder(
                 Path(self._config.record_events),
-                Beginning(self._config.scheduling, self.epoch, beginning, most_patterns=most, programs=known),
-            )
+                Beginning(
+                    self._config.scheduling, self.epoch, beginning,
+                    most_patterns=kept.max_patterns, pattern_age_s=kept.pattern_age_s, programs=known,
+                ),
+            )  # fmt: skip
         wire_pb2_grpc.add_RouterControlServicer_to_server(_Control(self), self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
@@ -185,7 +188,7 @@ class RouterServer:
     def make_history(self) -> ProgramHistory:
         """What programs are foretold by, empty."""
         if self._config.scheduling.program_model == "patterns":
-            return PatternHistory(self._config.programs.max_patterns)
+            return PatternHistory(self._config.programs.max_patterns, self._config.programs.pattern_age_s)
         return ProgramHistory()
 
     async def stop(self) -> None:

@@ -27,7 +27,7 @@ from tempo_router.request import ProgramId
 from tempo_router.router import RouterCore
 from tempo_router.standing import Standing
 
-VERSION = 2
+VERSION = 3
 
 _KINDS: dict[str, Any] = {
     name: kind
@@ -41,13 +41,15 @@ _KINDS: dict[str, Any] = {
 class Beginning:
     """How the core began. lengths: a snapshot of what it knew of answer lengths, None for nothing.
 
-    most_patterns: outlines that are kept. programs: what it knew of them, where patterns foretell them.
+    most_patterns: outlines that are kept; pattern_age_s: for how long. programs: what it knew of them, where patterns
+    foretell them.
     """
 
     scheduling: SchedulingConfig
     epoch: int
     lengths: Mapping[str, Any] | None = None
     most_patterns: int = 5000
+    pattern_age_s: float = 14 * 24 * 3600.0
     programs: KnownPrograms = field(default_factory=KnownPrograms)
 
     def core(self) -> RouterCore:
@@ -60,7 +62,7 @@ class Beginning:
     def _history(self) -> ProgramHistory:
         if self.scheduling.program_model != "patterns":
             return ProgramHistory()
-        history = PatternHistory(self.most_patterns)
+        history = PatternHistory(self.most_patterns, self.pattern_age_s)
         history.begin(self.programs)
         return history
 
@@ -99,6 +101,7 @@ def beginning_line(beginning: Beginning) -> str:
             "epoch": beginning.epoch,
             "lengths": beginning.lengths,
             "most_patterns": beginning.most_patterns,
+            "pattern_age_s": beginning.pattern_age_s,
             "programs": asdict(beginning.programs),
         }
     )
@@ -125,6 +128,7 @@ def read_beginning(line: str) -> Beginning:
             values["epoch"],
             values["lengths"],
             values["most_patterns"],
+            values["pattern_age_s"],
             _read_programs(values["programs"]),
         )
     except (ValueError, KeyError, TypeError) as e:

@@ -4,8 +4,9 @@ The same questions and answers as `ProgramHistory`, which is asked where too few
 where a program's graph is known.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tempo_router.ledger import Program
 from tempo_router.patterns import (
@@ -29,7 +30,8 @@ _MAX_LEARNT = 4096
 class KnownPrograms:
     """What a router knows of programs when it begins.
 
-    outlines: of those that ended, oldest first. unfolding: of those in progress, what `PatternHistory.resume` takes.
+    outlines: of those that ended, oldest first, by the router's clock. unfolding: of those in progress, what
+    `PatternHistory.resume` takes.
     """
 
     outlines: tuple[Outline, ...] = ()
@@ -80,11 +82,14 @@ class _Unfolding:
 
 
 class PatternHistory(ProgramHistory):
-    """Learns every program that ends; foretells by those that looked alike. most: outlines that are kept."""
+    """Learns every program that ends; foretells by those that looked alike.
 
-    def __init__(self, most: int = 5000) -> None:
+    most: outlines that are kept. age_s: for how long, at most.
+    """
+
+    def __init__(self, most: int = 5000, age_s: float = math.inf) -> None:
         super().__init__()
-        self._book = PatternBook(most)
+        self._book = PatternBook(most, age_s)
         self._unfolding: dict[ProgramId, _Unfolding] = {}
         self._learnt: list[Outline] = []
 
@@ -127,6 +132,7 @@ class PatternHistory(ProgramHistory):
         unfolding = self._unfolding.get(program.program_id)
         if unfolding is None:
             unfolding = self._unfolding[program.program_id] = _Unfolding()
+            self._book.forget_aged(now_s)
         if not unfolding.stages or stage > unfolding.stages[-1].number:
             gap_s = 0.0 if unfolding.last_end_s is None else max(0.0, now_s - unfolding.last_end_s)
             if unfolding.stages:
@@ -154,9 +160,10 @@ class PatternHistory(ProgramHistory):
         current.longest = max(current.longest, output_tokens)
         unfolding.known = None
 
-    def program_ended(self, program: Program, *, is_complete: bool) -> None:
+    def program_ended(self, program: Program, now_s: float, *, is_complete: bool) -> None:
         """It is learnt: with its end if it is complete, else as far as it came."""
-        super().program_ended(program, is_complete=is_complete)
+        super().program_ended(program, now_s, is_complete=is_complete)
+        self._book.forget_aged(now_s)
         unfolding = self._unfolding.pop(program.program_id, None)
         if unfolding is None or not unfolding.stages:
             return
@@ -166,7 +173,7 @@ class PatternHistory(ProgramHistory):
             # Nobody knows how its last stage would have ended.
             stages = stages if unfolding.is_between else stages[:-1]
         if stages:
-            outline = _outline(program, stages, is_complete=is_complete)
+            outline = replace(_outline(program, stages, is_complete=is_complete), at_s=now_s)
             self._book.add(outline)
             self._learnt.append(outline)
             del self._learnt[:-_MAX_LEARNT]

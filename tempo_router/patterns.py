@@ -10,6 +10,7 @@ Programs that were given up are outlines without an end: they tell what stages l
 but never that none did. Counting only complete ones would make programs look short, as overload gives up long ones.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class StageOutline(NamedTuple):
 class Outline:
     """A program that ended. is_complete: its last stage was its last; otherwise it was given up there.
 
-    span_s: its deadline, from its arrival; 0 without one. at_s: when it ended, in seconds since the epoch.
+    span_s: its deadline, from its arrival; 0 without one. at_s: when it ended, in seconds since the epoch where it is
+    stored, and on the router's clock in a router.
     """
 
     app: str
@@ -151,6 +153,7 @@ class PatternTable:
     def drop_oldest(self) -> None:
         """Forget the program that ended first."""
         self._release(self._ended.popleft())
+        self._fresh += 1
 
     def _take_row(self) -> int:
         if not self._free:
@@ -355,12 +358,16 @@ def _features(last: Floats, spans: Floats, *, is_between: bool) -> Floats:
 
 
 class PatternBook:
-    """Outlines by application. most: of all together; when there are more, the oldest go."""
+    """Outlines by application. most: of all together; when there are more, the oldest go.
 
-    def __init__(self, most: int = 5000) -> None:
+    age_s: older ones go, too, when they are looked for. Costs O(1) while none does.
+    """
+
+    def __init__(self, most: int = 5000, age_s: float = math.inf) -> None:
         self._most = most
+        self._age_s = age_s
         self._tables: dict[str, PatternTable] = {}
-        self._order: deque[str] = deque()
+        self._order: deque[tuple[str, float]] = deque()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -368,9 +375,14 @@ class PatternBook:
     def add(self, outline: Outline) -> None:
         """One more program ended."""
         self._table(outline.app).add(outline)
-        self._order.append(outline.app)
+        self._order.append((outline.app, outline.at_s))
         if len(self._order) > self._most:
-            self._forget(self._order.popleft())
+            self._forget_oldest()
+
+    def forget_aged(self, now_s: float) -> None:
+        """Forget programs that ended longer ago than `age_s`. now_s: by the clock of the outlines' at_s."""
+        while self._order and self._order[0][1] < now_s - self._age_s:
+            self._forget_oldest()
 
     def progressed(self, name: str, outline: Outline) -> None:
         """As `PatternTable.progressed`."""
@@ -395,10 +407,12 @@ class PatternBook:
     def _table(self, app: str) -> PatternTable:
         table = self._tables.get(app)
         if table is None:
-            table = self._tables[app] = PatternTable(self._most)
+            # One more than there are ever: what is forgotten is decided here alone.
+            table = self._tables[app] = PatternTable(self._most + 1)
         return table
 
-    def _forget(self, app: str) -> None:
+    def _forget_oldest(self) -> None:
+        app, _ = self._order.popleft()
         table = self._tables[app]
         table.drop_oldest()
         if not len(table):

@@ -165,7 +165,7 @@ class ProgramHistory:
         for stages in self._of(program.app, program.bucket):
             _stage(stages, stage).output.add(output_tokens)
 
-    def program_ended(self, program: Program, *, is_complete: bool) -> None:
+    def program_ended(self, program: Program, now_s: float, *, is_complete: bool) -> None:  # noqa: ARG002  # no age
         """No further call will come. is_complete False: it was given up, and nobody knows what would have come."""
         seen = self._seen.pop(program.program_id, None)
         if seen is not None and seen.calls and is_complete:

@@ -431,7 +431,7 @@ class RouterCore:
         self._lost_unseen.pop(program_id, None)
         program = self._ledger.program_ended(program_id, is_complete=is_complete)
         if program is not None:
-            self._history.program_ended(program, is_complete=is_complete)
+            self._history.program_ended(program, self._now_s, is_complete=is_complete)
         self._history.outlined(program_id, ())
 
     def _on_program_relegated(self, program_id: ProgramId, actions: list[Action]) -> None:

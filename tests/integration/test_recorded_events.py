@@ -100,6 +100,7 @@ async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path:
     lines = recorded(tmp_path, 2)
     beginning = read_beginning(lines[0])
     assert len(beginning.programs.outlines) == 20
+    assert all(0 <= time.monotonic() - one.at_s < 600 for one in beginning.programs.outlines), "not dates: moments here"
     assert len(beginning.programs.unfolding) == 6
     assert any(isinstance(read_line(line), Asked) for line in lines[1:])
     lines[0] = beginning_line(replace(beginning, programs=KnownPrograms()))

@@ -148,6 +148,54 @@ def test_a_book_keeps_the_newest_outlines_of_all_applications():
     assert book.match("new", (stage(1),), 60.0) is not None
 
 
+def test_what_ended_too_long_ago_is_compared_with_no_more():
+    book = PatternBook(most=30, age_s=100.0)
+    for number in range(40):
+        book.add(Outline("old" if number < 20 else "new", 60.0, (stage(1), stage(number)), at_s=float(number)))
+    assert len(book) == 30
+    book.forget_aged(110.0)
+    assert len(book) == 30, "the oldest one that is left ended 100 s ago"
+    book.forget_aged(120.0)
+    assert len(book) == 20
+    assert book.match("old", (stage(1),), 60.0) is None
+    match = book.match("new", (stage(1),), 60.0)
+    assert match is not None
+    assert (match.outlines, match.forecast.stages) == (20, 1.0)
+    book.forget_aged(133.0)
+    assert book.match("new", (stage(1),), 60.0) is None, "seven are too few, as if there had never been more"
+    book.forget_aged(1e9)
+    assert len(book) == 0
+
+
+def test_a_running_history_forgets_with_time_and_the_newest_programs_count():
+    history = PatternHistory(most=100, age_s=1000.0)
+    history.restore(Outline("research", 60.0, (stage(50), stage(2000)), at_s=float(number)) for number in range(20))
+    early, late = program("early"), program("late")
+    history.call_came(early, 0, 100, 900.0)
+    assert history.match(early)["kind"] == "patterns"
+    history.call_came(late, 0, 100, 2000.0)
+    assert history.match(late)["kind"] == "stage means"
+
+    for number in range(20):
+        one = program(f"p{number}")
+        history.call_came(one, 0, 100, 2000.0)
+        history.call_ended(one, 0, 50, 2001.0)
+        history.program_ended(one, 2001.0 + number, is_complete=True)
+    assert {outline.at_s for outline in history.drain_learnt()} == {2001.0 + number for number in range(20)}
+    again = program("again")
+    history.call_came(again, 0, 100, 2500.0)
+    assert history.match(again)["outlines"] == 20
+    assert history.forecast(again).stages == 0.0
+
+
+def test_a_book_that_is_full_keeps_as_many_as_it_may():
+    book = PatternBook(most=20)
+    book.add_all(Outline("app", 60.0, (stage(1), stage(1))) for _ in range(50))
+    match = book.match("app", (stage(1),), 60.0)
+    assert match is not None
+    assert match.outlines == len(book) == 20
+
+
 def test_equal_histories_foretell_equally():
     def told() -> list[float]:
         rng = random.Random(5)

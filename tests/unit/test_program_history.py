@@ -33,13 +33,13 @@ def runs(history: ProgramHistory, one: Program, stages: list[Stage], given_up_af
         for prompt, _ in calls:
             history.call_came(one, number, prompt, now_s)
         if given_up_after == number:
-            history.program_ended(one, is_complete=False)
+            history.program_ended(one, now_s, is_complete=False)
             return
         for _, output in calls:
             now_s += 1.0
             history.call_ended(one, number, output, now_s)
         now_s += GAP_S
-    history.program_ended(one, is_complete=True)
+    history.program_ended(one, now_s, is_complete=True)
 
 
 def truth(stages: list[Stage]) -> Forecast:
