@@ -223,7 +223,7 @@ class ProgramDesk:
             if graph is None or graph.status != "running" or graph.deadline_s is None:
                 continue
             at_s = graph.deadline_s - self._least_left_s(program_id)
-            if at_s <= now_s and graph.running:
+            if at_s <= now_s:
                 self._changed(self.book.relegate(graph, now_s))
             else:
                 heapq.heappush(self._doubts, (max(at_s, now_s + SWEEP_S), program_id))
