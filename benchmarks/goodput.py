@@ -201,6 +201,8 @@ def _traces(options: argparse.Namespace) -> list[Trace]:
             )
             for trace in traces
         ]
+    if options.prefix_cache == "off":
+        traces = [transform.without_prefix_cache(trace) for trace in traces]
     names = [trace.name for trace in traces]
     for name in names:
         if names.count(name) > 1:
@@ -567,6 +569,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tune-load", type=above_zero, default=TUNE_LOAD, help="load to choose at (default %(default)s)")
     add("--tune-window-s", type=above_zero, default=None, help="choose on the first seconds of each trace only")
     add("--tune-from", type=Path, metavar="FILE", help="take what these results chose, whatever code; try the rest")
+    add("--prefix-cache", choices=("on", "off"), default="on", help="whether engines cache prefixes (default on)")
     add("--time-scale", type=above_zero, default=1.0, help="factor on step times")
     add("--kv-scale", type=above_zero, default=1.0, help="factor on KV memory")
     add("--slo-scale", type=above_zero, default=1.0, help="factor on all targets; below 1 is tighter")

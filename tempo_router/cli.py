@@ -276,6 +276,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-s", type=above_zero, help="only what arrives in the first seconds of a trace")
     parser.add_argument("--without-app", action="append", default=[], help="leave out this application; repeatable")
     parser.add_argument("--max-call-tokens", type=at_least_one, help="leave out units with a larger call")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="engines that cache no prefixes of prompts")
     parser.add_argument("--slo-factor", type=above_zero, help="multiply all targets; below 1 is tighter")
     parser.add_argument(
         "--slo-unloaded",
@@ -323,6 +324,8 @@ def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> lis
             trace = transform.at_most_tokens(trace, options.max_call_tokens)  # noqa: PLW2901
         if not trace.units:
             raise ConfigError(f"{trace.name}: none of {units_before} units is left; leave out less")
+        if options.no_prefix_cache:
+            trace = transform.without_prefix_cache(trace)  # noqa: PLW2901
         if options.slo_unloaded is not None:
             trace = transform.with_unloaded_slos(trace, options.slo_unloaded, step_times[0])  # noqa: PLW2901
         if options.slo_factor is not None:

@@ -197,7 +197,10 @@ def load_profile(name: str, path: Path | None = None) -> StepProfile:
     """
     profiles = preset_profiles() | (file_profiles(path) if path is not None else {})
     if name not in profiles:
-        raise ConfigError(f"profile {name!r}: no such step-time profile; there are: {', '.join(sorted(profiles))}")
+        where = "among the presets" if path is None else f"among the presets and in {path}"
+        raise ConfigError(
+            f"profile {name!r}: no such step-time profile {where}; there are: {', '.join(sorted(profiles))}"
+        )
     return profiles[name]
 
 

@@ -87,6 +87,18 @@ def at_most_tokens(trace: Trace, tokens: int) -> Trace:
     )
 
 
+def without_prefix_cache(trace: Trace) -> Trace:
+    """The trace as engines see it that cache no prefixes: no prompt begins with what another one had; so it is named.
+
+    A change of the trace and not of the engine, so that the reference for loads, the bound and every policy follow.
+    """
+    units = (
+        replace(unit, calls=tuple(replace(call, prefix_id="", prefix_tokens=0) for call in unit.calls))
+        for unit in trace.units
+    )
+    return replace(_with_units(trace, units), name=f"{trace.name} no prefix cache")
+
+
 def first_s(trace: Trace, seconds: float) -> Trace:
     """The units that arrive in the first `seconds`."""
     return _with_units(trace, (unit for unit in trace.units if unit.arrival_s < seconds))

@@ -313,7 +313,12 @@ def test_targets_can_be_multiples_of_what_units_take_alone_on_each_engine(trace_
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [(("--slo-scale", "0.5"), "tiny targets x 0.5"), (("--window-s", "6"), "tiny first 6 s"), ((), "tiny")],
+    [
+        (("--slo-scale", "0.5"), "tiny targets x 0.5"),
+        (("--prefix-cache", "off"), "tiny no prefix cache"),
+        (("--window-s", "6"), "tiny first 6 s"),
+        ((), "tiny"),
+    ],
 )
 def test_a_changed_trace_has_another_name_so_that_its_rows_are_told_apart(trace_path, tmp_path, change, name):
     parsed = options(trace_path, tmp_path / "r.json", "--loads", "1.5", "--policies", "fcfs", *change)

@@ -321,7 +321,10 @@ def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
         (["--switch", "tick_s"], "expected KEY=VALUE"),
         (["--switch", "timeline=maybe"], "switches: timeline='maybe': Input should be a valid boolean"),
         (["--switch", "tick_s=1", "--switch", "tick_s=2"], "tick_s: given twice"),
-        (["--profile", "toy-gpu", "--slots", "4"], "'toy-gpu': no such step-time profile; there are: llama-3-8b"),
+        (
+            ["--profile", "toy-gpu", "--slots", "4"],
+            "'toy-gpu': no such step-time profile among the presets; there are",
+        ),
         (["--profile-path", "nowhere.json"], "nowhere.json"),
         (["--profile", "toy-cpu", "--replicas", "3"], "--replicas 3: there are 2 --profile"),
         (["--slots", "0"], "must be a whole number above zero"),
@@ -449,6 +452,19 @@ def test_targets_can_be_changed_for_a_simulation(trace, tmp_path):
         (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
         found.append({name: value for name, value in row.items() if name != "wall_s"})
     assert found[0] == found[1]
+
+
+def test_without_a_prefix_cache_no_prompt_is_found_in_one(tmp_path):
+    out = tmp_path / "r.json"
+    base = "simulate --generate duration_s=20 rate_per_s=1 agent.share=1 --profile llama-3-8b:h100-80g:1 --policy fcfs"
+    found = []
+    for options in ([], ["--no-prefix-cache"]):
+        assert main([*base.split(), *options, "--out", str(out)]) == 0
+        found += json.loads(out.read_text(encoding="utf-8"))["rows"]
+    cached, uncached = found
+    assert cached["prefix_hit_tokens"] > 0 == uncached["prefix_hit_tokens"]
+    assert uncached["trace"] == f"{cached['trace']} no prefix cache"
+    assert uncached["saturated_tokens_per_s"] < cached["saturated_tokens_per_s"]
 
 
 def test_the_module_runs_as_the_command_does():

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -184,6 +185,11 @@ def test_a_file_that_is_something_else_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         load_profile("toy-cpu", tmp_path / "nothing.json")
+
+
+def test_a_profile_that_is_not_in_the_file_is_named_with_the_file(profile_file):
+    with pytest.raises(ConfigError, match=rf"'m:g:3': no such .* in {re.escape(str(profile_file))}; .*m:g:2"):
+        load_profile("m:g:3", profile_file)
 
 
 chunks = st.builds(Prefill, st.integers(1, 4096), st.integers(0, 8192))
