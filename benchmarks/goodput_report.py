@@ -70,8 +70,15 @@ def read_results(path: Path) -> Results:
     """A file of an earlier run. Raises ConfigError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        lists = (content[name] for name in ("rows", "replicas_needed", "failures", "choices"))
-        return Results(path, content["conditions"], *lists, is_complete=bool(content["complete"]))
+        return Results(
+            path,
+            content["conditions"],
+            rows=content["rows"],
+            needs=content["replicas_needed"],
+            failures=content["failures"],
+            choices=content["choices"],
+            is_complete=content["complete"],
+        )
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError) as e:
