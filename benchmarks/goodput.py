@@ -110,7 +110,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     policies = _policies(options)
     objectives = [nearest(name, tuple(OBJECTIVES), "objective") for name in options.objectives]
     base = {"profile_path": options.profile_path, "slots": options.slots, "sheds": options.sheds == "on",
-            "time_scale": options.time_scale, "kv_scale": options.kv_scale}  # fmt: skip
+            "time_scale": options.time_scale, "kv_scale": options.kv_scale,
+            "switches": {} if options.chunk_tokens is None else {"chunk_tokens": options.chunk_tokens}}  # fmt: skip
     workloads = {
         profile: _with_unloaded_slos(traces, Cell(traces[0], (profile,), load=1.0, policy=OURS, **base), options)
         for profile in profiles
@@ -172,13 +173,13 @@ def _with_unloaded_slos(traces: Sequence[Trace], cell: Cell, options: argparse.N
 
 def _variants(blank: Cell, policies: Sequence[str], objectives: Sequence[str], *, with_ablation: bool) -> list[Cell]:
     cells = [
-        replace(blank, policy=policy, objective=objective)
+        replace(blank, policy=policy, objective=objective, switches={} if policy == OURS else blank.switches)
         for policy in policies
         for objective in (objectives if policy in OBJECTIVE_AWARE else objectives[:1])
     ]
     if with_ablation:
         for objective in objectives:
-            ours = replace(blank, objective=objective)
+            ours = replace(blank, objective=objective, switches={})
             cells += [
                 replace(ours, switches={name: not is_on}) for name, is_on in SwitchesConfig().model_dump().items()
             ]
@@ -562,6 +563,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=at_least_one, default=None, help="number of seeds (default 3; 0 is the trace as recorded)")
     add("--slots", type=at_least_one, default=REFERENCE_SLOTS, help="calls that a replica runs at once (default 128)")
     add("--sheds", choices=("on", "off"), default="on", help="whether hopeless work is dropped (default on)")
+    add("--chunk-tokens", type=at_least_one, metavar="N",
+        help=f"tokens of a step of policies that fill it with pieces of prompts; not {OURS} (default 512)")  # fmt: skip
     add("--tune", action="store_true", help="choose slots and shedding for every policy but ours, on a part of its own")
     add("--tune-slots", type=_counts, default=TUNE_SLOTS, metavar="N,N", help="to choose from (default 32,48,64,128)")
     add("--tune-also", type=_names, default=[], metavar="NAMES", help=f"choose for these, too: {OURS}")
@@ -600,6 +603,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.tune = options.tune or options.tune_from is not None or bool(options.tune_also)
     if options.slo_unloaded and options.slo_scale != 1.0:
         parser.error("--slo-unloaded sets all targets: put the scale into its factors and leave --slo-scale out")
+    if options.tune and options.chunk_tokens is not None:
+        parser.error("--chunk-tokens and --tune: settings are chosen with each policy's own chunks; leave one out")
     is_short = options.quick or not options.traces
     options.loads = options.loads or (QUICK_LOADS if is_short else DEFAULT_LOADS)
     options.policies = options.policies or (list(QUICK_POLICIES) if is_short else ["all"])

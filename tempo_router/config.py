@@ -164,6 +164,12 @@ class SchedulingConfig(StrictModel):
     step_cap_share: float = Field(
         0.3, gt=0, le=1, description="longest step, as a share of the tightest time between tokens served"
     )
+    chunk_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="tokens of a step under policies that fill steps with pieces of prompts (not tempo), where Tempo "
+        "composes them; null: 512",
+    )
     plan_s: float = Field(0.5, gt=0, description="seconds between plans over the whole queue, without arrivals")
     switches: SwitchesConfig = SwitchesConfig()
     max_waiting_requests: int = Field(10_000, gt=0, description="beyond it requests get 429 (guessed)")

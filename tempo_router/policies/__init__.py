@@ -1,6 +1,7 @@
 """Ordering policies, one per file. A new one needs its file and its line in `build_policy`."""
 
-from typing import assert_never, get_args
+from dataclasses import replace
+from typing import Any, assert_never, cast, get_args
 
 from tempo_router.config import PolicyName, SchedulingConfig
 from tempo_router.policies.alise import SpeculativeQueues
@@ -31,8 +32,17 @@ from tempo_router.policies.vtc import VirtualTokenCounter
 POLICY_NAMES: tuple[str, ...] = get_args(PolicyName)
 
 
-def build_policy(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case per policy
-    """The policy that the configuration names."""
+def build_policy(config: SchedulingConfig) -> Policy:
+    """The policy that the configuration names, with its size of chunks."""
+    policy = _named(config)
+    if config.chunk_tokens is None or policy.batch.kind != "chunked":
+        return policy
+    # Every policy is a dataclass, which its protocol cannot say.
+    resized: Policy = replace(cast(Any, policy), batch=replace(policy.batch, step_tokens=config.chunk_tokens))
+    return resized
+
+
+def _named(config: SchedulingConfig) -> Policy:  # noqa: C901  # one case per policy
     match config.policy:
         case "fcfs":
             return FirstCome()

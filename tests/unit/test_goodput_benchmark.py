@@ -186,6 +186,14 @@ def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(
     }  # fmt: skip
 
 
+def test_chunks_of_another_size_are_those_of_all_policies_but_ours(trace_path, tmp_path):
+    parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,edf,vtc", "--chunk-tokens", "256",
+                     "--loads", "1.5", "--ablation")  # fmt: skip
+    cells = goodput.plan_of(parsed).cells
+    found = {(cell.policy, cell.switches.get("chunk_tokens")) for cell in cells}
+    assert found == {("tempo", None), ("edf", 256), ("vtc", 256)}
+
+
 def test_an_oracle_is_planned_and_tuned_with_true_lengths_and_nobody_else_is(trace_path, tmp_path):
     plan = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--policies", "all", "--tune", "--loads", "1.5"))
     cells = [*plan.cells, *(cell for tuning in plan.tunings for cell in tuning.candidates)]
@@ -425,6 +433,7 @@ def test_numbers_out_of_range_are_refused(arguments, capsys):
     [
         (["--tune", "--tune-seed", "2"], "--tune-seed 2 is among the 3 seeds that are compared"),
         (["--slo-unloaded", "2", "--slo-scale", "0.5"], "leave --slo-scale out"),
+        (["--tune", "--chunk-tokens", "256"], "leave one out"),
         (["--tune-slots", "32,0"], "'0': must be a whole number above zero"),
     ],
 )

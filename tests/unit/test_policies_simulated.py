@@ -4,6 +4,7 @@ What a policy is good for is tested elsewhere; here everything ends, nothing is 
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 
 from benchmarks.live import with_deadlines, with_lengths
 from tempo_router.config import SchedulingConfig, SwitchesConfig
-from tempo_router.policies import POLICY_NAMES
+from tempo_router.policies import POLICY_NAMES, build_policy
+from tempo_router.request import Deadline
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.report import Report
-from tempo_router.simulation.simulator import Setup, _Run
+from tempo_router.simulation.simulator import Setup, _Run, simulate
 from tempo_router.simulation.step_profiles import load_profile
-from tempo_router.simulation.trace import Trace
+from tempo_router.simulation.trace import Trace, TraceCall, Unit
 
 PROFILE = load_profile("llama-3-8b:h100-80g:1")
 
@@ -79,3 +81,22 @@ def test_without_each_part_of_tempo_everything_ends_and_nothing_is_lost(switch: 
     run, report = finished_run("tempo", scheduling=scheduling)
 
     check(run, report)
+
+
+def test_chunks_have_the_size_that_is_set_where_a_policy_fills_steps_with_them():
+    batches = {}
+    for chunk_tokens in (None, 64):
+        for policy in POLICY_NAMES:
+            config = SchedulingConfig.model_validate({"policy": policy, "chunk_tokens": chunk_tokens})
+            batches[policy, chunk_tokens] = build_policy(config).batch
+    for policy in POLICY_NAMES:
+        before, after = batches[policy, None], batches[policy, 64]
+        assert after == (replace(before, step_tokens=64) if before.kind == "chunked" else before)
+    assert {policy for policy in POLICY_NAMES if batches[policy, 64].step_tokens != 64} == {"tempo", "vllm_fcfs"}
+
+    lone = Trace("lone", (Unit("u", 0.0, Deadline(20.0), (TraceCall("u", prompt_tokens=640, output_tokens=1),)),))
+    steps = {
+        size: simulate(lone, Setup("fcfs", (PROFILE,), SchedulingConfig.model_validate({"chunk_tokens": size}))).steps
+        for size in (None, 64)
+    }
+    assert steps == {None: 2, 64: 10}
