@@ -25,7 +25,17 @@ from vllm.v1.engine import EngineCoreOutputs  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder  # noqa: E402
 
 from tempo_router.config import SchedulingConfig  # noqa: E402
-from tests.conformance.test_same_tokens import SCHEMA, Mischief, answers, engine, scheduler_of  # noqa: E402
+from tests.conformance.test_same_tokens import (  # noqa: E402
+    NOTHING,
+    SCHEMA,
+    Mischief,
+    answers,
+    assert_only_they_are_cut_short,
+    engine,
+    scheduler_of,
+    some_long_ones,
+    what_is_left,
+)
 from tests.contract.test_engine import Listener  # noqa: E402
 from workers.cpu_lora import mask_missing_adapters  # noqa: E402
 from workers.default_model import ensure_default_model  # noqa: E402
@@ -131,18 +141,31 @@ def test_every_answer_is_that_of_stock_vllm(model, adapters, right, monkeypatch,
     planned = engine(model, kind="planned", is_async=is_async, **ENGINE_KWARGS)
     found = answers(planned, asked=requests(), adapters=adapters)
     differing = [name for name in right if found.get(name) != right[name]]
-    scheduler = scheduler_of(planned)
-    scheduler.audit()
-    left = (scheduler.get_request_counts(), len(scheduler.planner), len(scheduler.requests), scheduler._loras.waiting)
-    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    left = what_is_left(scheduler_of(planned))
     planned.engine_core.shutdown()
 
     assert differing == []
-    assert left == ((0, 0), 0, 0, [])
-    assert free == 48
+    assert left == NOTHING
     assert Mischief.held > 30, "hardly anybody was held: this tests nothing"
     assert Mischief.taken > 10, "hardly anybody lost the cache: this tests nothing"
     assert len(waited) > 5, "hardly anybody waited for a place: this tests nothing"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_stays_is_not_disturbed_by_who_leaves(model, adapters, right, is_async):
+    """And the places of those who left are free again."""
+    aborts = some_long_ones(requests())
+    assert len({adapters[name].lora_int_id if name in adapters else 0 for name in aborts}) == ADAPTERS + 1
+    Mischief.rng = random.Random(6)
+    planned = engine(model, kind="planned", is_async=is_async, **ENGINE_KWARGS)
+    found = answers(planned, aborts, asked=requests(), adapters=adapters)
+    left = what_is_left(scheduler_of(planned))
+    held_places = dict(scheduler_of(planned)._loras._calls)
+    planned.engine_core.shutdown()
+
+    assert_only_they_are_cut_short(found, right, aborts)
+    assert left == NOTHING
+    assert held_places == {}
 
 
 def test_each_adapter_gives_another_answer(right):
