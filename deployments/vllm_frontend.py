@@ -37,14 +37,21 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine import EngineCoreReadyResponse, async_llm
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreReadyResponse,
+    EngineCoreRequest,
+    UtilityOutput,
+    async_llm,
+)
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from deployments.request_context import AdmissionRejected, AdmissionVerdict, current_request
 from tempo_router.errors import ConfigError, EngineVersionError
-from workers.vllm_check import check_version
+from workers.vllm_check import Attributes, attribute_differences, check_version
 from workers.vllm_start import inspect_models_here
 
 VLLM_VERSION: str = vllm.__version__
@@ -74,6 +81,27 @@ _FRONTEND_KWARGS_OF_UVICORN = frozenset(
         "uds",
         "uvicorn_log_level",
     }
+)
+
+# What remote_engine.py replaces, so that nothing of it reaches for an engine, and what it reads and writes.
+_OF_THE_CLIENT: Mapping[str, Sequence[str]] = {
+    "get_output_async": (),
+    "get_supported_tasks_async": (),
+    "add_request_async": ("request",),
+    "abort_requests_async": ("request_ids",),
+    "call_utility_async": ("method",),
+    "call_utility_all_async": ("method",),
+    "get_kv_event_sources": (),
+    "shutdown": ("timeout",),
+}
+_WIRE_TYPES: Attributes = (
+    (
+        EngineCoreRequest,
+        ("request_id", "prompt_token_ids", "prompt_embeds", "sampling_params", "lora_request", "resumable"),
+    ),
+    (EngineCoreOutput, ("request_id", "new_token_ids", "finish_reason", "stop_reason")),
+    (EngineCoreOutputs, ("outputs", "scheduler_stats", "engine_index")),
+    (UtilityOutput, ("failure_message", "result")),
 )
 
 # vLLM's Anthropic routes log every exception with its traceback; the others know NotAdmitted for what it is.
@@ -167,6 +195,7 @@ def check_vllm(version: str = VLLM_VERSION) -> None:
     """Raise EngineVersionError unless this vLLM has every private name that we use; warn of an untested version."""
     missing = [name for name, found in _private_names().items() if not found]
     differences = [f"{name} is missing or takes other arguments" for name in missing]
+    differences += attribute_differences(_WIRE_TYPES)
     check_version(version, differences, needed_for="an ingress")
 
 
@@ -182,6 +211,10 @@ def _private_names() -> dict[str, bool]:
         "AsyncLLM.abort": _takes(AsyncLLM.abort, "request_id", "internal"),
         "AsyncLLM.check_admission": _takes(getattr(AsyncLLM, "check_admission", None), "n", "request_id"),
         "OutputProcessor.abort_requests": _takes(OutputProcessor.abort_requests, "request_ids", "internal"),
+        **{
+            f"AsyncMPClient.{name}": _takes(getattr(AsyncMPClient, name, None), *parameters)
+            for name, parameters in _OF_THE_CLIENT.items()
+        },
         "build_app": _takes(build_vllm_app, "args", "supported_tasks", "model_config"),
         "init_app_state": _takes(init_app_state, "engine_client", "state", "args", "supported_tasks"),
         "EngineCoreReadyResponse": ready

@@ -379,7 +379,8 @@ async def test_a_private_name_that_is_gone_is_named(monkeypatch):
     from deployments import vllm_frontend
 
     monkeypatch.delattr(vllm_frontend.AsyncLLM, "_add_request")
-    with pytest.raises(EngineVersionError, match=r"AsyncLLM\._add_request"):
+    monkeypatch.setattr(vllm_frontend.AsyncMPClient, "abort_requests_async", lambda self, names: None)
+    with pytest.raises(EngineVersionError, match=r"AsyncLLM\._add_request.*AsyncMPClient\.abort_requests_async"):
         vllm_frontend.check_vllm()
 
 
