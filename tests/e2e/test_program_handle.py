@@ -37,8 +37,8 @@ async def test_calls_have_their_places_in_a_program(handle: Any) -> None:
         (first.call_id, []), ("sum", [first.call_id])
     ]  # fmt: skip
     assert (seen["status"], seen["output_tokens"]) == ("finished", 8)
-    told = (await handle.explain.remote("sum"))["requests"]
-    assert [(one["call"], one["program"]) for one in told] == [("sum", made["id"])]
+    told = (await handle.explain.remote(first.call_id))["requests"]
+    assert [(one["call"], one["program"]) for one in told] == [(first.call_id, made["id"])]
 
 
 async def test_a_generation_says_that_its_program_is_late(handle: Any) -> None:
