@@ -294,8 +294,7 @@ class ProgramDesk:
         except (msgspec.DecodeError, KeyError) as error:
             self._refuse(owner, message, ProgramError("invalid_program", f"{message.kind}: {error}"))
             return
-        if self._deferred is not None and isinstance(op, FinishProgram | CancelProgram | ExtendProgram):
-            # Calls that an earlier router let in may still be told again: they came before this.
+        if self._deferred is not None and self._must_wait(op):
             self._deferred.append((owner, message))
             return
         try:
@@ -308,6 +307,14 @@ class ProgramDesk:
                 self._look_up(owner, message, op, error)
             else:
                 self._refuse(owner, message, error)
+
+    def _must_wait(self, op: Any) -> bool:
+        """Whether what came before it may still be told again, by who told it to an earlier router."""
+        if isinstance(op, EndCall):
+            # Its beginning may wait itself, for the call that it follows.
+            graph = self.book.find(op.program_id)
+            return graph is None or op.call_id not in graph.calls
+        return isinstance(op, FinishProgram | CancelProgram | ExtendProgram)
 
     def _carry_out(self, owner: str, message: wire.ProgramOp, op: Any) -> None:
         now_s = self._epoch_s()

@@ -88,8 +88,8 @@ from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
 
-INGRESS_GRACE_S = 5.0
 REDIS_RETRY_S = 0.2
+INGRESS_GRACE_S = 5.0
 """How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
 token streams break too, and the workers abort. This covers a broken control stream alone."""
 

@@ -68,7 +68,8 @@ def invalid_slo(error: InvalidSloError) -> ApiError:
 
 def program_refused(error: ProgramError) -> ApiError:
     """What cannot be done with a program, and why."""
-    status, kind = _PROGRAM_STATUS[error.code]
+    # A router of another version may say what this one has no name for.
+    status, kind = _PROGRAM_STATUS.get(error.code, (400, "invalid_request_error"))
     retry_after_s = 1.0 if status == 503 else None
     return ApiError(status, str(error), kind, error.code, error.field or None, retry_after_s)
 

@@ -10,7 +10,6 @@ Everything may be left out: a stage comes after the one before and has one call;
 checked before the program is made.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from tempo_router.known_stages import KnownStage
 from tempo_router.program_graph import MAX_STAGE
 
 MAX_KNOWN_CALLS = 1000
+MAX_KNOWN_STAGES = 100
+"""Each is kept with its program, and looked at when it moves."""
 _MAX_TOKENS = 10_000_000
 _MAX_GAP_S = 366 * 24 * 3600.0
 _KEYS = ("stage", "calls", "prompt_tokens", "output_tokens", "max_tokens", "gap_s")
@@ -31,8 +32,8 @@ def parse_outline(value: object) -> tuple[KnownStage, ...]:
     if not isinstance(value, dict) or set(value) != {"stages"} or not isinstance(value["stages"], list):
         raise _wrong("outline", "must be an object with a list of stages")
     given = value["stages"]
-    if not 1 <= len(given) <= MAX_KNOWN_CALLS:
-        raise _wrong("outline.stages", f"{len(given)} stages; there may be 1 to {MAX_KNOWN_CALLS}")
+    if not 1 <= len(given) <= MAX_KNOWN_STAGES:
+        raise _wrong("outline.stages", f"{len(given)} stages; there may be 1 to {MAX_KNOWN_STAGES}")
     stages: list[KnownStage] = []
     for number, one in enumerate(given):
         stages.append(_stage(one, f"outline.stages[{number}]", stages[-1].stage if stages else -1))
@@ -43,7 +44,10 @@ def parse_outline(value: object) -> tuple[KnownStage, ...]:
 
 
 def outline_of(graph: DeclaredGraph) -> tuple[KnownStage, ...]:
-    """What a declared graph tells. A stage waits for tools where a call of it does; how long, nobody knows."""
+    """What a declared graph tells of its first stages, MAX_KNOWN_STAGES at most.
+
+    A stage waits for tools where a call of it does; how long, nobody knows.
+    """
     stage_of: dict[str, int] = {}
     caps: dict[int, list[int | None]] = {}
     after_tools: set[int] = set()
@@ -63,7 +67,7 @@ def outline_of(graph: DeclaredGraph) -> tuple[KnownStage, ...]:
             max_tokens=None if None in of_calls else max(cap for cap in of_calls if cap is not None),
             gap_s=None if stage in after_tools else 0.0,
         )
-        for stage, of_calls in sorted(caps.items())
+        for stage, of_calls in sorted(caps.items())[:MAX_KNOWN_STAGES]
     )
 
 
@@ -102,7 +106,7 @@ def _gap(one: Mapping[str, Any], where: str) -> float | None:
     value = one.get("gap_s")
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= _MAX_GAP_S:
         raise _wrong(f"{where}.gap_s", f"{str(value)[:64]} is no number of seconds from 0 to a year")
     return float(value)

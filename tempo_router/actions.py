@@ -123,7 +123,7 @@ time, though it is not given up yet."""
 class Defer:
     """The plan no longer has room for a request with a target, waiting or running: it only fills what is spare.
 
-    Of each request said when that begins, and not again before a `Readmit`.
+    Said of each attempt when that begins, and not again before a `Readmit`.
     """
 
     request_id: RequestId

@@ -108,7 +108,7 @@ class Dispatcher:
             self._ledger.left(spec)
             actions.append(Expire(spec.request_id))
             return
-        request.is_relegated = True
+        request.is_given_up = True
         request.standing = request.standing._replace(is_relegated=True)
         actions.append(Relegate(spec.request_id))
         if request.is_queued:

@@ -66,6 +66,7 @@ class Fleet:
         )
         call.cached_tokens = request.cached_tokens
         call.is_deferred = request.is_deferred
+        call.is_given_up = request.is_given_up
         self.add(call)
         self.keep(call)
         return call

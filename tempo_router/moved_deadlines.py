@@ -64,7 +64,7 @@ class MovedDeadlines:
 
     def _forgive(self, request: WaitingRequest, context: Context) -> None:
         """It has time again."""
-        request.is_relegated = False
+        request.is_given_up = False
         request.standing = request.standing._replace(is_relegated=False)
         request.hopeless_at_s = hopeless_at_s(request.spec, request.lengths, context.pace)
         self._timers.set(request)
@@ -75,6 +75,7 @@ class MovedDeadlines:
         if call.is_aborted:
             return
         was_relegated = call.is_relegated
+        call.is_given_up = False
         call.standing = call.standing._replace(is_relegated=False)
         if not call.new_tokens:
             self._timers.set_again(call, context.pace, context.now_s)

@@ -91,8 +91,8 @@ class ProgramBook:
         elif graph.program_id not in self._ended:
             self._live[graph.program_id] = graph
         for alias in dict.fromkeys(call.alias for call in graph.calls.values() if call.alias):
-            # A session that went on in another program belongs to that one.
-            if not graph.is_over or alias not in self._aliases:
+            # A session that goes on in another program belongs to that one.
+            if not graph.is_over or self._aliases.get(alias) not in self._live:
                 _remember(self._aliases, alias, graph.program_id, _ALIASES)
 
     # ---- changes ----
@@ -171,7 +171,8 @@ class ProgramBook:
             raise ProgramError("invalid_program", message, "deadline_s")
         if known is None:
             return self._open(op, now_s)
-        _check_deadline(op.deadline_s, now_s)
+        if not _is_same_deadline(known, op):
+            _check_deadline(op.deadline_s, now_s)
         _refuse_unless_equal(known, op)
         return known, []
 
@@ -279,12 +280,20 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
     if op.app and op.app != known.app:
         message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"
         raise ProgramError("program_exists", message, "app")
-    if op.deadline_s != known.deadline_s and _asked_s(op) != known.asked_s:
+    if op.outline and op.outline != known.outline:
+        message = f"{what} has another outline; give another program another name"
+        raise ProgramError("program_exists", message, "outline")
+    if not _is_same_deadline(known, op):
         message = (
             f"{what} has the deadline {_date(known.deadline_s)}, not {_date(op.deadline_s)}; extend it to move that, "
             "or give another program another name"
         )
         raise ProgramError("program_exists", message, "deadline")
+
+
+def _is_same_deadline(known: ProgramGraph, op: CreateProgram) -> bool:
+    """As it is now, or as it was asked for first."""
+    return op.deadline_s == known.deadline_s or _asked_s(op) == known.asked_s
 
 
 def _asked_s(op: CreateProgram) -> float | None:

@@ -28,6 +28,7 @@ class Call:
         "expected_tokens",
         "is_aborted",
         "is_deferred",
+        "is_given_up",
         "lengths",
         "new_tokens",
         "replica",
@@ -58,6 +59,7 @@ class Call:
         self.expected_tokens = new_tokens + self._left()
         self.is_aborted = False
         self.is_deferred = False
+        self.is_given_up = False
         self.ticket = ticket
         self.since_s = since_s
         self.standing = standing
@@ -81,8 +83,8 @@ class Call:
 
     @property
     def is_relegated(self) -> bool:
-        """It can no longer meet its SLO."""
-        return self.standing.is_relegated
+        """It can no longer meet its SLO: it was given up, or the last plan says so of its program."""
+        return self.is_given_up or self.standing.is_relegated
 
     @property
     def kv_tokens(self) -> int:

@@ -172,7 +172,8 @@ class RouterCore:
                 self._on_program_finished(program_id, is_complete)
             case ProgramOutlined(program_id=program_id, stages=stages):
                 self._history.outlined(program_id, stages)
-                self._plan_at_s = min(self._plan_at_s, self._now_s)
+                if program_id in self._ledger.programs:
+                    self._plan_at_s = min(self._plan_at_s, self._now_s)
             case ProgramRelegated(program_id=program_id):
                 self._on_program_relegated(program_id, actions)
             case ProgramRetargeted(program_id=program_id, deadline_s=deadline_s):
@@ -397,6 +398,7 @@ class RouterCore:
             self._retire(spec.request_id, actions)
             actions.append(Expire(spec.request_id))
             return
+        call.is_given_up = True
         call.standing = call.standing._replace(is_relegated=True)
         actions.append(Relegate(spec.request_id))
         if call.replica.capacity.has_step_planner:

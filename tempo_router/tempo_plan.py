@@ -157,7 +157,9 @@ class TempoPlan:
         verdicts = (density, admitted, later, units.is_hopeless)
         standings = list(map(_standing, zip(*(column.tolist() for column in verdicts), strict=True)))
         for job, unit in zip(jobs, units.unit_of.tolist(), strict=True):
-            job.standing = standings[unit]
+            standing = standings[unit]
+            # What was given up stays so, whatever the plan says of it.
+            job.standing = standing._replace(is_relegated=True) if job.is_given_up else standing
         self._waiting = (rows[len(running) :], np.array(verdicts, dtype=np.float64)[:, units.unit_of[len(running) :]])
 
     def columns(self, waiting: Sequence[WaitingRequest]) -> Columns:

@@ -15,7 +15,7 @@ class WaitingRequest:
     cost_s: predicted GPU seconds, as counted in the backlog.
     hopeless_at_s: when it is beyond help, as predicted when it came.
     is_at_front: the next plan looks at it again (plan_turns.py).
-    standing: where the last plan put it. is_relegated: it can no longer meet its SLO and is ordered as best effort.
+    standing: where the last plan put it. is_given_up: it can no longer meet its SLO and is ordered as best effort.
     is_deferred: the plan has no room for it, and that has been said (deferrals.py).
     is_in_line: it waits; is_queued: it waits in the queue, from where it may be popped and put back.
     key, entry: where it stands in the queue, and which of its entries there is the valid one.
@@ -31,9 +31,9 @@ class WaitingRequest:
         "hopeless_at_s",
         "is_at_front",
         "is_deferred",
+        "is_given_up",
         "is_in_line",
         "is_queued",
-        "is_relegated",
         "key",
         "lengths",
         "since_s",
@@ -58,7 +58,7 @@ class WaitingRequest:
         self.lengths = lengths
         self.cost_s = cost_s
         self.hopeless_at_s = hopeless_at_s
-        self.is_relegated = False
+        self.is_given_up = False
         self.standing = UNRANKED
         self.is_at_front = False
         self.is_deferred = False
@@ -69,6 +69,11 @@ class WaitingRequest:
         self.cached_tokens = 0
         self.timer = 0
         self.blocked_since_s: float | None = None
+
+    @property
+    def is_relegated(self) -> bool:
+        """It was given up."""
+        return self.is_given_up
 
     @property
     def facts(self) -> Facts:

@@ -82,7 +82,7 @@ def waiting(
     """A waiting request with the lengths of a fresh router."""
     known = lengths if lengths is not None else LengthHistograms().lookup(spec)
     one = WaitingRequest(spec, ticket, spec.arrival_s, known, cost_s=0.1, hopeless_at_s=float("inf"))
-    one.is_relegated = is_relegated
+    one.is_given_up = is_relegated
     return one
 
 

@@ -26,6 +26,7 @@ class PlannedJob:
     ticket: int = 1
     since_s: float = 0.0
     standing: Standing = UNRANKED
+    is_given_up: bool = False
 
     @property
     def facts(self) -> Facts:

@@ -55,6 +55,7 @@ class Programs(RuleBasedStateMachine):
     """What Redis holds must come to what the router knows, and no client may be told otherwise.
 
     attempts: of each call that was let in, its last attempt and who serves it. told: tokens of its ended attempts.
+    ends: its last end, as attempt, ingress and operation.
     """
 
     redis: ForgetfulRedis
@@ -73,6 +74,7 @@ class Programs(RuleBasedStateMachine):
         self.began_by: dict[tuple[str, str], str] = {}
         self.attempts: dict[tuple[str, str], tuple[int, str]] = {}
         self.told: dict[tuple[str, str], set[int]] = {}
+        self.ends: dict[tuple[str, str], tuple[int, Ingress, str]] = {}
         self.deadlines: dict[str, set[float]] = {}
         self.closing: dict[str, list[tuple[Ingress, str]]] = {}
         self.hopeless: set[str] = set()
@@ -175,7 +177,9 @@ class Programs(RuleBasedStateMachine):
         attempt, name = self.attempts[program_id, call_id]
         if name in self.ingresses:
             self.told[program_id, call_id].add(tokens)
-            self.ask(name, EndCall(program_id, call_id, attempt, status, 1, tokens))
+            op_id = self.ask(name, EndCall(program_id, call_id, attempt, status, 1, tokens))
+            assert op_id is not None
+            self.ends[program_id, call_id] = attempt, self.ingresses[name], op_id
 
     @precondition(lambda self: self.ids)
     @rule(ingress=INGRESSES, which=st.integers(0, 20), is_cancelled=st.booleans())
@@ -310,6 +314,9 @@ class Programs(RuleBasedStateMachine):
             assert acknowledged <= graph.calls.keys() <= let_in
             assert graph.deadline_s in self.deadlines[program_id]
             for call in graph.calls.values():
+                attempt, ingress, op_id = self.ends.get((program_id, call.call_id), (-1, None, ""))
+                if ingress is not None and op_id in ingress.stored and attempt == call.attempt:
+                    assert call.status != "running", "an end that was acknowledged counts"
                 # Nothing but what a client was served; a call that was cut off counts for nothing.
                 assert call.output_tokens in {0, *self.told[program_id, call.call_id]}
                 assert call.attempt <= self.attempts[program_id, call.call_id][0]

@@ -58,7 +58,7 @@ def test_keys_of_many_are_those_of_each(seed: int):
     for number in range(120):
         slo = rng.choice((CHAT, TOOL, BACKGROUND, ProgramCall(ProgramId(f"p{number % 9}"), 60.0)))
         one = one_of(slo, rng.choice((DEFERRED, ADMITTED, UNRANKED)), f"r{number}", rng.choice((0, 0, 4)))
-        one.is_relegated = rng.random() < 0.2
+        one.is_given_up = rng.random() < 0.2
         ledger.arrived(one)
         jobs.append(one)
         if rng.random() < 0.05:

@@ -133,7 +133,7 @@ def test_best_effort_waits_while_steps_near_their_cap_serve_what_can_be_in_time(
     desk.enter("sure", slo=TOOL).standing = Standing(density=5.0, is_admitted=True)
     assert dispatched(desk.dispatch()) == [("sure", "gpu0")]
     desk.enter("background", slo=BACKGROUND)
-    desk.enter("late", slo=TOOL).is_relegated = True
+    desk.enter("late", slo=TOOL).is_given_up = True
     call = desk.fleet.running[RequestId("sure")]
     replica.progress([call], [(call.dispatch_id, 1)])
     desk.dispatcher.step_cap_s = replica.steps.tau_s

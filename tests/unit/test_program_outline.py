@@ -32,7 +32,7 @@ def test_stages_follow_one_another_unless_they_are_numbered():
 
 
 def test_the_largest_outline_is_taken():
-    assert len(parse_outline({"stages": [{}] * 1000})) == 1000
+    assert len(parse_outline({"stages": [{}] * 100})) == 100
     assert parse_outline({"stages": [{"calls": 1000}]})[0].calls == 1000
 
 
@@ -40,8 +40,9 @@ def test_the_largest_outline_is_taken():
     ("stages", "field", "problem"),
     [
         (5, "outline", "list of stages"),
-        ([], "outline.stages", "0 stages; there may be 1 to 1000"),
-        ([{}] * 1001, "outline.stages", "1001 stages"),
+        ([], "outline.stages", "0 stages; there may be 1 to 100"),
+        ([{"gap_s": 10**400}], "outline.stages[0].gap_s", "is no number of seconds from 0 to a year"),
+        ([{}] * 101, "outline.stages", "101 stages"),
         ([{"calls": 600}, {"calls": 401}], "outline.stages", "1001 calls in all; there may be 1000"),
         ([7], "outline.stages[0]", "must be an object"),
         ([{"calls": 0}], "outline.stages[0].calls", "0 is no whole number from 1"),

@@ -1,8 +1,10 @@
 """Stories of single decisions. The laws over whole histories are in tests/property/test_router_core.py."""
 
+from dataclasses import replace
+
 import pytest
 
-from tempo_router.actions import Abort, Admit, Dispatch, Evict, Expire, Reject, Relegate
+from tempo_router.actions import Abort, Admit, Defer, Dispatch, Evict, Expire, Reject, Relegate, Retune
 from tempo_router.config import SchedulingConfig
 from tempo_router.errors import InvalidEventError
 from tempo_router.events import (
@@ -20,7 +22,7 @@ from tempo_router.events import (
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import BestEffort, Deadline, DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
-from tests.builders import BACKGROUND, CHAT, TOOL, arrived, attached, dispatched, progressed, request, router
+from tests.builders import BACKGROUND, CHAT, TOOL, arrived, attached, capacity, dispatched, progressed, request, router
 
 
 def kinds(actions):
@@ -425,6 +427,20 @@ def test_hopeless_work_that_waits_in_its_engine_goes_on_as_best_effort_where_the
     assert core.handle(Ticked(4.0)) == [Relegate(RequestId("r"))]
     assert core.handle(Ticked(5.0)) == []
     assert core.knows(RequestId("r"), 0)
+
+
+def test_what_was_given_up_in_its_engine_stays_so_whatever_later_plans_say():
+    core = router(policy="tempo")
+    core.handle(replace(attached("gpu0"), capacity=replace(capacity(4), has_step_planner=True)))
+    core.handle(arrived("r", slo=Latency(4.0, 0.1), max_output_tokens=500))
+    core.handle(arrived("tool", 0.1, slo=Deadline(60.0)))
+    assert Relegate(RequestId("r")) in core.handle(Ticked(5.0))
+    later = [action for at_s in (6.0, 7.0) for action in core.handle(Ticked(at_s))]
+    told = [dict(action.standings)[DispatchId(1)].is_relegated for action in later if isinstance(action, Retune)]
+    assert told == [True, True]
+    assert core.is_relegated(RequestId("r"))
+    assert not [action for action in later if isinstance(action, Defer)], "it has no place to lose"
+    core.audit()
 
 
 def test_answer_that_has_begun_is_not_broken_off():
