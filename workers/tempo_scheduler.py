@@ -12,11 +12,10 @@ the planner what came of it.
     end          `_free_blocks`
 
 `differences` compares the installed vLLM with what is relied on, `not_planned` names what the planner cannot plan for.
-Whoever starts an engine asks both first, and else, or if this module cannot even be imported, leaves the order to vLLM
-(vllm_start.py).
+Whoever starts an engine asks them first, in this order; where either finds something, or this module cannot even be
+imported, the order is left to vLLM (vllm_start.py).
 """
 
-import inspect
 import itertools
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
+from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -52,6 +52,7 @@ from workers.vllm_check import (
     contract_differences,
     has_attribute,
     signature_differences,
+    source_of,
 )
 
 log = structlog.get_logger()
@@ -92,6 +93,17 @@ _ATTRIBUTES: Attributes = (
     (SchedulerOutput, ("num_scheduled_tokens",)),
     (StructuredOutputRequest, ("grammar",)),
     (PauseState, ("UNPAUSED",)),
+    (
+        VllmConfig,
+        (
+            "additional_config", "kv_transfer_config", "model_config", "parallel_config", "scheduler_config",
+            "speculative_config",
+        ),
+    ),
+    (ParallelConfig, ("data_parallel_size", "pipeline_parallel_size")),
+    (ModelConfig, ("is_encoder_decoder", "runner_type")),
+    (SchedulerConfig, ("enable_chunked_prefill",)),
+    (LoRAConfig, ("max_loras",)),
 )  # fmt: skip
 _QUEUES = ("kv_holding_waiting", "skipped_waiting")
 """Where the parent keeps those that it passed over: the first since 0.31, the second before."""
@@ -106,13 +118,16 @@ def differences() -> list[str]:
     ]
     if not any(has_attribute(Scheduler, name) for name in _QUEUES):
         found.append(f"Scheduler has none of {', '.join(_QUEUES)}")
-    if "next_decode_eligible_step" not in inspect.getsource(Scheduler.schedule):
+    if "next_decode_eligible_step" not in source_of(Scheduler.schedule):
         found.append("Scheduler.schedule does not read next_decode_eligible_step")
     return found
 
 
 def not_planned(config: Any) -> list[str]:
-    """What of an engine's configuration the planner knows nothing of; empty for what it can plan."""
+    """What of an engine's configuration the planner knows nothing of; empty for what it can plan.
+
+    To be asked only where `differences` finds none: it reads fields that another vLLM need not have.
+    """
     parallel = config.parallel_config
     reasons = {
         "speculative decoding": config.speculative_config is not None,

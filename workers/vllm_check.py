@@ -3,8 +3,11 @@
 No interface of vLLM's engine is promised, so each file below says which names it uses, private ones included, and
 asks here at the start whether they are there.
 
-    vllm_core.py (vllm_engine.py, vllm_payload.py)      engine core, its threads and wire types: without them no serving
-    tempo_scheduler.py (planned_queue.py)               scheduler, its queues, requests: without them no step planner
+    vllm_core.py (vllm_engine.py, vllm_payload.py)      engine core, its threads and wire types, the fields that this
+                                                        file and vllm_start.py read of the configuration: without them
+                                                        no serving
+    tempo_scheduler.py (planned_queue.py)               scheduler, its queues, requests, the fields that it reads of the
+                                                        configuration: without them no step planner
     vllm_start.py, cpu_lora.py                          one function for a faster start; kernels of LoRA on a CPU
     deployments/vllm_frontend.py (remote_engine.py)     front end: without it no ingress
 
@@ -83,12 +86,17 @@ def has_attribute(owner: Any, name: str) -> bool:
 def _names_set_by(owner: type) -> set[str]:
     """What it declares, and what its methods set on `self`."""
     names = set(vars(owner).get("__annotations__", ()))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError):  # made by no source file
-        return names
+    tree = ast.parse(textwrap.dedent(source_of(owner)))
     stored = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
     return names | {node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == "self"}
+
+
+def source_of(owner: Any) -> str:
+    """Of a class or function; empty where there is none to read."""
+    try:
+        return inspect.getsource(owner)
+    except (OSError, TypeError):
+        return ""
 
 
 def contract_differences(abstract: type, ours: type) -> list[str]:

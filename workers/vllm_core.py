@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 try:
     import vllm
+    from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -121,6 +122,11 @@ _ATTRIBUTES: Attributes = (
     (RequestStatus, ("FINISHED_ABORTED",)),
     (EngineShutdownState, ("REQUESTED",)),
     (EngineCoreRequestType, ("ABORT", "ADD", "UTILITY", "WAKEUP")),
+    # Of the configuration, what vllm_start.py reads too.
+    (VllmConfig, ("additional_config", "cache_config", "lora_config", "model_config", "scheduler_config")),
+    (CacheConfig, ("block_size", "kv_cache_size_tokens", "num_gpu_blocks")),
+    (ModelConfig, ("max_model_len",)),
+    (SchedulerConfig, ("max_num_batched_tokens", "max_num_seqs", "policy", "scheduler_cls")),
 )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def _find_planner(config: Any) -> tuple["type[TempoScheduler] | None", list[str]
         from workers.tempo_scheduler import TempoScheduler, differences, not_planned
     except ImportError as problem:
         return None, [str(problem), *obstacles]
-    return TempoScheduler, [*differences(), *not_planned(config), *obstacles]
+    return TempoScheduler, [*(differences() or not_planned(config)), *obstacles]
 
 
 def _fall_back(config: Any, obstacles: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("vllm")
 
+from vllm.config import VllmConfig  # noqa: E402
 from vllm.v1.core.sched import interface  # noqa: E402
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
@@ -22,6 +24,7 @@ from tempo_router.config import SchedulingConfig  # noqa: E402
 from tests.builders import attached, router  # noqa: E402
 from tests.contract.test_engine import Listener  # noqa: E402
 from tests.vllm_payload import encode_request  # noqa: E402
+from workers import vllm_check, vllm_start  # noqa: E402
 from workers.default_model import ensure_default_model  # noqa: E402
 from workers.engine import EngineCall  # noqa: E402
 from workers.vllm_engine import VllmEngine, start_vllm_engine  # noqa: E402
@@ -59,9 +62,36 @@ def ask_more_of_queues(patch: pytest.MonkeyPatch) -> str:
     return "RequestQueue asks for find_request, which PlannedQueue does not have"
 
 
+def rename_a_field_of_the_configuration(patch: pytest.MonkeyPatch) -> str:
+    """What the class declares; vLLM itself goes on reading what its objects have."""
+    patch.delattr(VllmConfig, "speculative_config")
+    patch.delitem(VllmConfig.__annotations__, "speculative_config")
+    return "VllmConfig has no speculative_config"
+
+
+def hide_the_source(patch: pytest.MonkeyPatch) -> str:
+    """Compiled, as some distributions are."""
+    code = Scheduler.schedule.__code__
+    patch.setattr(Scheduler.schedule, "__code__", code.replace(co_filename="<compiled>"))
+    return "Scheduler.schedule does not read next_decode_eligible_step"
+
+
+@pytest.fixture(autouse=True)
+def classes_are_looked_at_anew():
+    vllm_check._names_set_by.cache_clear()
+    yield
+    vllm_check._names_set_by.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("change", "scheduling_policy"),
-    [(change_a_signature, None), (rename_what_is_imported, None), (ask_more_of_queues, "fcfs")],
+    [
+        (change_a_signature, None),
+        (rename_what_is_imported, None),
+        (ask_more_of_queues, "fcfs"),
+        (rename_a_field_of_the_configuration, None),
+        (hide_the_source, None),
+    ],
 )
 async def test_the_engine_serves_by_priority_and_says_why_once(
     model, monkeypatch, change: Callable[[pytest.MonkeyPatch], str], scheduling_policy: str | None
@@ -92,6 +122,15 @@ async def test_the_engine_serves_by_priority_and_says_why_once(
     assert order == ["first", "urgent", "later"]
     assert listener.deaths == []
     assert_it_is_seen(engine)
+
+
+def test_a_configuration_with_other_fields_is_not_asked_what_it_is(monkeypatch):
+    """The one here has nothing but a scheduler: whatever else is read of it raises."""
+    reason = rename_a_field_of_the_configuration(monkeypatch)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None))
+    planner, obstacles = vllm_start._find_planner(config)
+    assert planner is not None
+    assert obstacles == [reason]
 
 
 async def finished_in_order(engine: VllmEngine, listener: Listener) -> list[str]:

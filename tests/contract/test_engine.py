@@ -498,9 +498,12 @@ async def test_an_engine_that_cannot_start_says_why(rig, tmp_path):
 
 @only_vllm
 async def test_a_vllm_in_which_serving_lacks_something_is_refused_by_name(rig, monkeypatch):
-    from workers import vllm_core
+    from workers import vllm_check, vllm_core
 
     vllm_core.check_vllm()
+    vllm_check._names_set_by.cache_clear()
+    monkeypatch.delattr(vllm_core.CacheConfig, "kv_cache_size_tokens")
+    monkeypatch.delitem(vllm_core.CacheConfig.__annotations__, "kv_cache_size_tokens")
     monkeypatch.setattr(vllm_core.vllm, "__version__", "0.31.0+cpu")
     monkeypatch.delattr(vllm_core.EngineCore, "preprocess_add_request")
     monkeypatch.setattr(vllm_core.EngineCore, "add_request", lambda self, everything: None)
@@ -508,12 +511,14 @@ async def test_a_vllm_in_which_serving_lacks_something_is_refused_by_name(rig, m
     monkeypatch.delattr(vllm_core.Request, "num_tokens")
     with pytest.raises(EngineVersionError) as caught:
         vllm_core.check_vllm()
+    vllm_check._names_set_by.cache_clear()
     problem = str(caught.value)
     assert "0.31.0+cpu" in problem
     assert "EngineCore.preprocess_add_request does not exist" in problem
     assert "EngineCore.add_request takes (self, everything), not (self, request, request_wave)" in problem
     assert "BlockPool.get_num_free_blocks does not exist" in problem
     assert "Request has no num_tokens" in problem
+    assert "CacheConfig has no kv_cache_size_tokens" in problem
 
 
 async def test_shutdown_cancels_what_runs_and_leaves_no_process(rig):
