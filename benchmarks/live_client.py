@@ -40,6 +40,10 @@ class Delivered:
     tokens: int = 0
     status: Status = "cut"
 
+    def end(self) -> None:
+        """The server says that this was all: finished with every token, given up with fewer, whatever it calls it."""
+        self.status = "finished" if self.tokens == self.call.output_tokens else "expired"
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -214,7 +218,7 @@ class HttpSender:
                 answer = json.loads(await response.read())
                 delivered.tokens = int(answer["usage"]["completion_tokens"])
                 delivered.times_s = [now_s()]
-        delivered.status = "finished" if delivered.tokens == call.output_tokens else "expired"
+        delivered.end()
 
     async def _read_stream(
         self, response: aiohttp.ClientResponse, delivered: Delivered, now_s: Callable[[], float]

@@ -326,7 +326,7 @@ class LinkSender:
             one.delivered.tokens += len(output.new_token_ids)
             one.delivered.times_s.extend([one.now_s()] * len(output.new_token_ids))
             if output.finish_reason is not None:
-                one.delivered.status = "finished"
+                one.delivered.end()
                 self.link.finish(name)
                 self._end(name)
 

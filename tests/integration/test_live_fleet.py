@@ -31,10 +31,14 @@ LIMIT_S = 60.0
 
 
 class Sender(LinkSender):
-    """Over a simulated engine, whose frames are put into vLLM's codec. submitted: what the router was asked to run."""
+    """Over a simulated engine, whose frames are put into vLLM's codec. submitted: what the router was asked to run.
+
+    failing: the trace's name of a call that ends with an error after its first output.
+    """
 
     def __init__(self, config: TempoConfig, address: str) -> None:
         super().__init__(config, address)
+        self.failing = ""
         self.submitted: dict[str, RequestSpec] = {}
         self._submit_to_router = self.link.submit
         self.link.submit = self._noting  # type: ignore[method-assign]
@@ -48,12 +52,17 @@ class Sender(LinkSender):
             EngineCoreOutput(
                 delta.request_id,
                 list(delta.token_ids),
-                finish_reason=FinishReason.LENGTH if delta.finish_reason else None,
+                finish_reason=self._finish_reason(delta),
             )
             for delta in frame.deltas
         ]
         buffers = [bytes(buffer) for buffer in MsgpackEncoder().encode(EngineCoreOutputs(outputs=outputs))]
         super().frame_received(worker_id, wire.WorkerToIngress(engine_outputs=wire.Payload(buffers=buffers)))
+
+    def _finish_reason(self, delta: wire.TokenDelta) -> FinishReason | None:
+        if self.failing and self.failing in delta.request_id:
+            return FinishReason.ERROR
+        return FinishReason.LENGTH if delta.finish_reason else None
 
 
 @pytest.fixture
@@ -110,6 +119,19 @@ async def test_a_program_without_a_deadline_is_best_effort(fleet: Fleet, sender:
     is_as_in_trace(graph, RESEARCH)
     assert {spec.slo for spec in sender.submitted.values()} == {BestEffort()}
     assert {spec.program_id for spec in sender.submitted.values()} == {graph.program_id}
+
+
+async def test_a_call_that_ends_with_an_error_is_not_finished(fleet: Fleet, sender: Sender):
+    """Nothing of it is good, and what would follow it in its program is not sent."""
+    sender.failing = "plan"
+    report = await replay(Trace("failing", (RESEARCH,)), sender, limit_s=LIMIT_S)
+
+    (unit,) = report.units
+    assert (unit.status, unit.is_met, unit.good_tokens) == ("expired", False, 0)
+    assert 0 < unit.output_tokens < RESEARCH.calls[0].output_tokens
+    assert list(sender.submitted) == ["plan"]
+    (graph,) = fleet.router.programs.book.ended
+    assert (graph.status, [call.status for call in graph.calls.values()]) == ("cancelled", ["failed"])
 
 
 async def test_a_program_that_is_cut_leaves_nothing_in_the_router(fleet: Fleet, sender: Sender):
