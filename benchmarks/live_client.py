@@ -81,15 +81,20 @@ async def replay_http(trace: Trace, target: Target, *, limit_s: float) -> Report
 
 
 async def replay(trace: Trace, sender: Sender, *, limit_s: float) -> Report:
-    """Send the trace and judge what comes back. limit_s: after the last arrival; what is open then is cut off."""
+    """Send the trace and judge what comes back. limit_s: after the last arrival; what is open then is cut off.
+
+    Raises what the first call raised that failed, at once; the rest is cut off.
+    """
     began_s = time.perf_counter()
     units = [_UnitClient(unit, sender, began_s) for unit in trace.units]
     tasks = [asyncio.create_task(unit.run()) for unit in units]
-    await asyncio.wait(tasks, timeout=trace.span_s + limit_s)
+    done, _ = await asyncio.wait(tasks, timeout=trace.span_s + limit_s, return_when=asyncio.FIRST_EXCEPTION)
     duration_s = time.perf_counter() - began_s
     for task in tasks:
         task.cancel()
-    failures = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, Exception)]
+    # What failed while it was cut off comes last: it may only follow from the first failure.
+    order = sorted(tasks, key=lambda task: task not in done)
+    failures = [one for one in await asyncio.gather(*order, return_exceptions=True) if isinstance(one, Exception)]
     if failures:
         raise failures[0]
     return _report(trace, units, duration_s)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from benchmarks.live_client import Delivered, HttpSender, Target, _UnitClient, prompt_of, replay_http
+from benchmarks.live_client import Delivered, HttpSender, Target, _UnitClient, prompt_of, replay, replay_http
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall
 from tempo_router.simulation.trace import Trace
 from tests.live_replay import (
@@ -170,3 +170,30 @@ async def test_an_answer_that_is_no_refusal_ends_the_replay_with_what_the_server
     async with listening(broken) as url:
         with pytest.raises(RuntimeError, match="sort: 500 out of order"):
             await replay_http(Trace("broken", (MAIL,)), Target((url,), "m", has_programs=False), limit_s=LIMIT_S)
+
+
+class Failing:
+    """A way to a server that fails the calls of one unit, answers no other, and takes no word about programs."""
+
+    def __init__(self, unit_id: str) -> None:
+        self.unit_id = unit_id
+        self.ended: list[tuple[str, bool]] = []
+
+    async def send(self, unit, call, delivered, now_s) -> None:
+        if unit.unit_id == self.unit_id:
+            raise RuntimeError("the server is gone")
+        await asyncio.Event().wait()
+
+    async def end_program(self, unit, *, is_complete: bool) -> None:
+        self.ended.append((unit.unit_id, is_complete))
+        raise RuntimeError(f"cancel {unit.unit_id}: the server is gone")
+
+
+async def test_a_failed_call_ends_the_replay_at_once_and_is_what_is_told_of():
+    """Not after the last arrival, and not hidden by what fails because of it."""
+    late = replace(IDLE, unit_id="late", arrival_s=1e6)
+    sender = Failing(MAIL.unit_id)
+    async with asyncio.timeout(60.0):
+        with pytest.raises(RuntimeError, match=r"^the server is gone"):
+            await replay(Trace("broken", (RESEARCH, MAIL, late)), sender, limit_s=LIMIT_S)
+    assert sender.ended == [(RESEARCH.unit_id, False)]
