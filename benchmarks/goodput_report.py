@@ -27,6 +27,8 @@ from tempo_router.errors import ConfigError
 from tempo_router.simulation.experiment import write_atomically
 from tempo_router.simulation.rows import columns_markdown
 
+_FIELDS = ("complete", "conditions", "failures", "replicas_needed", "choices", "rows")
+"""Of the file; others are `further`."""
 BEGIN_MARK = "<!-- benchmarks.goodput: from here to the closing mark the text is generated -->"
 END_MARK = "<!-- benchmarks.goodput: end of the generated text -->"
 
@@ -78,6 +80,7 @@ def read_results(path: Path) -> Results:
             failures=content["failures"],
             choices=content["choices"],
             is_complete=content["complete"],
+            further={name: found for name, found in content.items() if name not in _FIELDS},
         )
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e

@@ -159,6 +159,19 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
         read_results(path)
 
 
+def test_what_else_a_benchmark_found_survives_a_rewrite(tmp_path):
+    """As when bounds are added to the rows of a live run."""
+    results = results_of([goodput_row("fcfs")], tmp_path / "live.json")
+    results.further = {"summary": [{"load": 1.5, "policy": "fcfs"}], "truth": [{"step_error": [0.1]}]}
+    results.write(is_complete=True)
+    written = results.path.read_bytes()
+
+    again = read_results(results.path)
+    assert again.further == results.further
+    again.write(is_complete=True)
+    assert results.path.read_bytes() == written
+
+
 def test_lines_have_a_total_order():
     lines = [line_of(goodput_row(policy)) for policy in ("edf", "tempo", "bros")]
     assert [line.policy for line in sorted(lines)] == ["bros", "edf", "tempo"]
