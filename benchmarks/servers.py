@@ -65,7 +65,7 @@ def _role(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def tempo_server(folder: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
-    """`tempo serve` with one worker. arguments: `args` of serve_config.yaml beyond the defaults."""
+    """`tempo serve`. arguments: `args` of serve_config.yaml beyond the defaults."""
     port = free_port()
     config = {
         "proxy_location": "HeadOnly",

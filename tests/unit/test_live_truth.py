@@ -118,10 +118,12 @@ def test_the_simulated_router_is_told_the_bound_that_the_live_one_was_told(tmp_p
         return simulate(trace, setup)
 
     monkeypatch.setattr(live_truth, "simulate", noting)
-    simulated_row(Trace("burst", UNITS), LIVE, engines_of(two_engines(tmp_path, 1.0), 100.0, 101.5), "tempo")
-    (setup,) = setups
-    assert max(setup.max_output_tokens, UNITS[0].calls[0].output_tokens) == 40
-    assert (setup.knowledge, setup.sheds, setup.max_running) == ("regressor", False, 8)
+    engines = engines_of(two_engines(tmp_path, 1.0), 100.0, 101.5)
+    simulated_row(Trace("burst", UNITS), LIVE, engines, "tempo")
+    profiles = tuple(engine.profile for engine in engines)
+    assert setups == [
+        Setup("tempo", profiles, max_running=8, sheds=False, seed=0, knowledge="regressor", max_output_tokens=1)
+    ]
 
 
 def test_errors_are_relative_to_live_but_of_attainment_in_points():
