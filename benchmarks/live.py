@@ -321,7 +321,8 @@ def truth(
 ) -> list[dict[str, Any]]:
     """Every cell once more, simulated with the steps that its own engines made meanwhile. cells: trace, begin, end.
 
-    But those of vLLM without our router: nobody recorded its steps.
+    But those of vLLM without our router: nobody recorded its steps. Where the record tells too little of an engine, the
+    cell's entry has the `reason` and no more.
     """
     records: dict[str, Record] = {}
     found = []
@@ -329,19 +330,29 @@ def truth(
         policy = live["policy"]
         if policy in STOCK:
             continue
-        if policy not in records:
-            log = events_log(policy, options)
-            newest = max(log.parent.glob(f"{log.stem}-*{log.suffix}"), key=lambda path: path.stat().st_mtime)
-            records[policy] = read_record(newest)
-        engines = engines_of(records[policy], began_s, ended_s)
-        simulated = simulated_row(part, live, engines, POLICIES[policy]["policy"])
         entry = {"policy": policy, "load": live["load"], "seed": live["seed"]}
-        entry["steps"] = [engine.steps for engine in engines]
-        entry["step_error"] = [round(engine.step_error, 3) for engine in engines]
-        entry |= errors(live, simulated)
+        try:
+            if policy not in records:
+                records[policy] = read_record(_newest_log(policy, options))
+            engines = engines_of(records[policy], began_s, ended_s)
+            simulated = simulated_row(part, live, engines, POLICIES[policy]["policy"])
+        except ValueError as error:
+            entry["reason"] = str(error)
+        else:
+            entry["steps"] = [engine.steps for engine in engines]
+            entry["step_error"] = [round(engine.step_error, 3) for engine in engines]
+            entry |= errors(live, simulated)
         found.append(entry)
         print(json.dumps(entry), flush=True)
     return found
+
+
+def _newest_log(policy: str, options: argparse.Namespace) -> Path:
+    log = events_log(policy, options)
+    logs = list(log.parent.glob(f"{log.stem}-*{log.suffix}"))
+    if not logs:
+        raise ValueError(f"{log}: no router has recorded anything")
+    return max(logs, key=lambda path: path.stat().st_mtime)
 
 
 def _start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str, Replay]:

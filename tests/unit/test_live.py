@@ -21,7 +21,8 @@ from tempo_router.simulation.report import Report
 from tempo_router.simulation.rows import COLUMNS
 from tempo_router.simulation.simulator import Setup, simulate
 from tempo_router.simulation.step_profiles import load_profile
-from tempo_router.simulation.trace import Trace
+from tempo_router.simulation.trace import Trace, TraceCall, Unit
+from tests.unit.test_live_truth import log_of
 
 TRACE = generate(GeneratorConfig(duration_s=60.0), seed=0)
 A100 = load_profile("llama-3-8b:a100-80g:1")
@@ -228,3 +229,26 @@ def test_policies_that_a_way_cannot_serve_are_refused(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         options("--through", "fleet", "--policies", "vllm,tempo")
     assert "no such policies through fleet: vllm; there are fcfs, priority" in capsys.readouterr().err
+
+
+# ---- truth
+
+
+def test_a_cell_whose_record_tells_too_little_has_the_reason_and_the_others_their_truth(tmp_path: Path):
+    """Steps were made while the first cell ran, and none during the second."""
+    chosen = options("--policies", "fcfs", "--folder", str(tmp_path))
+    log = live.events_log("fcfs", chosen)
+    log.parent.mkdir(parents=True)
+    log_of(log.parent, {0: 1.0})
+    part = Trace("mail", (Unit("mail", 0.0, Deadline(60.0), (TraceCall("sort", 10, 40),)),))
+    report = simulate(part, Setup("fcfs", (A100,), max_running=8))
+    cell = {"seed": 0, "saturated_tokens_per_s": 900.0}
+    rows = [live.row(report, part, **live.identity_of(chosen, part, "fcfs", load=load, **cell)) for load in (0.5, 1.5)]
+
+    first, second = live.truth(rows, [(part, 100.0, 101.5), (part, 200.0, 201.0)], chosen)
+    assert (first["load"], first["steps"]) == (0.5, [250])
+    assert first["ttlt_p95_s"]["simulated"] > 0
+    assert second == {
+        "policy": "fcfs", "load": 1.5, "seed": 0,
+        "reason": f"{log.with_name('events-1.jsonl')}: no step was made by gpu0 between 200.0 and 201.0 s",
+    }  # fmt: skip
