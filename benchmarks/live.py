@@ -75,15 +75,12 @@ RIVALS = (*STOCK, "fcfs", "class_priority")
 """Policies over which the summary has the goodput of each."""
 _UNSEEN = ("steps", "preemptions", "recomputed_tokens", "prefix_hit_tokens")
 """Columns of which a client sees nothing."""
-QUICK = {
-    "duration_s": 2400.0,
-    "rate_per_s": 1.0,
-}
+DEFAULT_WORKLOAD = GeneratorConfig(duration_s=2400.0, rate_per_s=1.0)
 
 
 def workload(options: argparse.Namespace) -> Trace:
     """The trace, its lengths scaled, what the engines cannot hold left out."""
-    trace = read_trace(options.trace) if options.trace else generate(GeneratorConfig.model_validate(QUICK), seed=1)
+    trace = read_trace(options.trace) if options.trace else generate(DEFAULT_WORKLOAD, seed=1)
     trace = with_deadlines(with_lengths(trace, options.scale), options.scale)
     trace = transform.with_slo_scale(trace, options.slo_scale)
     fitting = [unit for unit in trace.units if all(_fits(call) for call in unit.calls)]
@@ -450,8 +447,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="default: a generated one")
     parser.add_argument("--policies", type=lambda text: text.split(","), help="default: all that --through can serve")
-    parser.add_argument("--loads", type=lambda text: [float(one) for one in text.split(",")], default=[0.75, 1.5])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--loads", type=lambda text: [float(one) for one in text.split(",")], help="default: 0.75,1.5")
+    parser.add_argument("--seeds", type=int, help="default: 3")
     parser.add_argument("--model", default=MODEL, help="path or hub id")
     parser.add_argument("--engine-kwargs", type=json.loads, default={}, help="further arguments of vLLM, as JSON")
     parser.add_argument("--workers", type=int, default=1)
@@ -459,7 +456,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, default=512, help="vLLM's max_num_batched_tokens")
     parser.add_argument("--scale", type=float, default=0.1, help="of all lengths and deadlines of the trace")
     parser.add_argument("--slo-scale", type=float, default=1.0, help="of all targets")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each cell")
+    parser.add_argument("--seconds", type=float, help="of arrivals, for each cell; default: 60")
     parser.add_argument("--limit-s", type=float, default=20.0, help="after the last arrival; what is open then is cut")
     parser.add_argument("--saturated", type=float, help="load 1.0 in output tokens/s; default: measured")
     parser.add_argument("--hopeless", choices=("relegate", "refuse"), default="relegate")
@@ -470,12 +467,17 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="write Markdown with tables to this file, pictures beside it")
     parser.add_argument("--saturation", type=int, default=0, help="rounds of a backlog without targets, first")
     parser.add_argument("--truth", action="store_true", help="simulate every cell too, and report what differs")
-    parser.add_argument("--quick", action="store_true", help="one seed, two policies, short")
+    parser.add_argument("--quick", action="store_true", help="by default one seed, one load, two policies, 20 s")
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.policies, options.seeds, options.loads, options.seconds = ["fcfs", "tempo"], 1, [1.5], 20.0
     known = (*POLICIES,) if options.through == "fleet" else (*STOCK, *POLICIES)
-    options.policies = options.policies or list(known)
+    defaults: dict[str, Any] = (
+        {"policies": ["fcfs", "tempo"], "seeds": 1, "loads": [1.5], "seconds": 20.0}
+        if options.quick
+        else {"policies": list(known), "seeds": 3, "loads": [0.75, 1.5], "seconds": 60.0}
+    )
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     unknown = [name for name in options.policies if name not in known]
     if unknown:
         parser.error(f"no such policies through {options.through}: {', '.join(unknown)}; there are {', '.join(known)}")

@@ -231,6 +231,16 @@ def test_policies_that_a_way_cannot_serve_are_refused(capsys: pytest.CaptureFixt
     assert "no such policies through fleet: vllm; there are fcfs, priority" in capsys.readouterr().err
 
 
+def test_quick_sets_only_what_is_not_given():
+    def sizes(chosen: argparse.Namespace) -> tuple[Any, ...]:
+        return chosen.policies, chosen.seeds, chosen.loads, chosen.seconds
+
+    assert sizes(options("--quick")) == (["fcfs", "tempo"], 1, [1.5], 20.0)
+    given = ("--policies", "priority", "--seeds", "2", "--loads", "0.5,1", "--seconds", "60")
+    assert sizes(options("--quick", *given)) == sizes(options(*given)) == (["priority"], 2, [0.5, 1.0], 60.0)
+    assert sizes(options("--through", "fleet")) == (list(live.POLICIES), 3, [0.75, 1.5], 60.0)
+
+
 # ---- truth
 
 
