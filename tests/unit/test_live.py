@@ -203,10 +203,24 @@ def test_of_stock_vllm_there_are_as_many_servers_as_workers_otherwise(tmp_path: 
     assert started[2] == (Path("server-0"), "path of tempo-tiny", "priority", "tempo-tiny")
 
 
-def test_stock_vllm_has_the_engine_arguments_of_all_and_its_own_policy():
+@pytest.mark.parametrize(("policy", "scheduling"), [("vllm", "fcfs"), ("vllm_priority", "priority")])
+def test_stock_vllm_has_the_engine_arguments_of_all_and_its_own_policy(
+    policy: str, scheduling: str, tmp_path: Path, monkeypatch
+):
+    started = []
+
+    @contextmanager
+    def noting(_folder: Path, _path: str, engine_kwargs: dict[str, Any], *, model: str) -> Iterator[Server]:
+        started.append(engine_kwargs)
+        yield Server("plain", f"http://{model}", 0)
+
+    monkeypatch.setattr(live, "plain_vllm", noting)
+    monkeypatch.setattr(live, "resolve_model", lambda name, _: name)
     chosen = options("--slots", "4", "--engine-kwargs", '{"seed": 7}')
+    with ExitStack() as stack:
+        live._start_stock(stack, tmp_path, policy, chosen)
     ours = live.arguments_of("tempo", chosen)["engine"]["engine_kwargs"]
-    assert ours == live.engine_kwargs_of(chosen)
+    assert started == [{**ours, "scheduling_policy": scheduling}]
     assert (ours["max_num_seqs"], ours["seed"], ours["enforce_eager"]) == (4, 7, True)
 
 
