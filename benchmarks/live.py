@@ -40,10 +40,10 @@ from typing import Any
 from benchmarks.goodput import OBJECTIVE_AWARE, code_digest
 from benchmarks.goodput_report import Results, write_report
 from benchmarks.live_client import Target, replay_http
-from benchmarks.live_fleet import fleet_server, preload_vllm, with_names
+from benchmarks.live_fleet import fleet_server, preload_vllm
 from benchmarks.live_truth import Record, engines_of, errors, read_record, simulated_row
 from benchmarks.servers import plain_vllm, tempo_server
-from tempo_router.request import BestEffort, Deadline
+from tempo_router.request import BestEffort
 from tempo_router.simulation import transform
 from tempo_router.simulation.experiment import (
     OVERLOAD,
@@ -81,49 +81,12 @@ DEFAULT_WORKLOAD = GeneratorConfig(duration_s=2400.0, rate_per_s=1.0)
 def workload(options: argparse.Namespace) -> Trace:
     """The trace, its lengths scaled, what the engines cannot hold left out."""
     trace = read_trace(options.trace) if options.trace else generate(DEFAULT_WORKLOAD, seed=1)
-    trace = with_deadlines(with_lengths(trace, options.scale), options.scale)
-    trace = transform.with_slo_scale(trace, options.slo_scale)
-    fitting = [unit for unit in trace.units if all(_fits(call) for call in unit.calls)]
-    if not fitting:
+    # Shorter answers take less time: at a tenth of the lengths nobody could miss the deadlines of the trace.
+    trace = transform.with_deadline_scale(transform.with_length_scale(trace, options.scale), options.scale)
+    trace = transform.at_most_tokens(transform.with_slo_scale(trace, options.slo_scale), _MOST_TOKENS)
+    if not trace.units:
         raise SystemExit("no unit of this trace fits the engines; use a smaller --scale")
-    return Trace(trace.name, tuple(fitting))
-
-
-def _fits(call: Any) -> bool:
-    return bool(call.prompt_tokens + call.output_tokens <= _MOST_TOKENS)
-
-
-def with_lengths(trace: Trace, factor: float) -> Trace:
-    """Every prompt and answer times `factor`, at least one token."""
-
-    def scaled(call: Any) -> Any:
-        return dataclasses.replace(
-            call,
-            prompt_tokens=max(1, round(call.prompt_tokens * factor)),
-            output_tokens=max(1, round(call.output_tokens * factor)),
-            prefix_tokens=round(call.prefix_tokens * factor),
-            gap_s=call.gap_s * factor,
-        )
-
-    units = (dataclasses.replace(unit, calls=tuple(map(scaled, unit.calls))) for unit in trace.units)
-    return Trace(trace.name, tuple(units))
-
-
-def with_deadlines(trace: Trace, factor: float) -> Trace:
-    """Whole answers and programs are due after `factor` times as long; streams flow as before.
-
-    Shorter answers take less time: at a tenth of the lengths nobody could miss the deadlines of the trace.
-    """
-    units = (
-        dataclasses.replace(unit, slo=Deadline(unit.slo.ttlt_s * factor)) if isinstance(unit.slo, Deadline) else unit
-        for unit in trace.units
-    )
-    return Trace(trace.name, tuple(units))
-
-
-def first_units(trace: Trace, seconds: float) -> Trace:
-    """What arrives within so many seconds."""
-    return Trace(trace.name, tuple(unit for unit in trace.units if unit.arrival_s <= seconds))
+    return trace
 
 
 def without_targets(trace: Trace) -> Trace:
@@ -178,30 +141,19 @@ def saturated_tokens_per_s(trace: Trace, served: Replay, tokens: int) -> float:
     tokens: about so many are sent, twice: all at once to see how fast they are worked off, then OVERLOAD times as fast
     as that. As in the simulator's benchmark, which says why.
     """
-    part = without_targets(first_tokens(trace, tokens))
-    worked_off = output_rate(served(with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
+    part = without_targets(transform.first_output_tokens(trace, tokens))
+    worked_off = output_rate(served(transform.with_names(backlog(part), "backlog-"), 600.0).units, (0.0, STEADY[1]))
     flood = transform.faster(part, OVERLOAD * worked_off / recorded_tokens_per_s(part))
-    return output_rate(served(with_names(flood, "flood-"), 600.0).units, STEADY)
-
-
-def first_tokens(trace: Trace, tokens: int) -> Trace:
-    """The first units, until their answers have so many tokens together."""
-    total, units = 0, []
-    for unit in trace.units:
-        if total >= tokens:
-            break
-        units.append(unit)
-        total += unit.output_tokens
-    return Trace(trace.name, tuple(units))
+    return output_rate(served(transform.with_names(flood, "flood-"), 600.0).units, STEADY)
 
 
 def saturation(trace: Trace, targets: Mapping[str, Replay], rounds: int, tokens: int) -> list[dict[str, Any]]:
     """Tokens/s of a backlog in which nobody has a target, every policy in turn; and over that of the first."""
-    part = without_targets(first_tokens(trace, tokens))
+    part = without_targets(transform.first_output_tokens(trace, tokens))
     rates: dict[str, list[float]] = {name: [] for name in targets}
     for number in range(rounds):
         for name in sorted(targets, reverse=bool(number % 2)):
-            report = targets[name](with_names(backlog(part), f"saturation-{number}-"), 600.0)
+            report = targets[name](transform.with_names(backlog(part), f"saturation-{number}-"), 600.0)
             rates[name].append(output_rate(report.units, STEADY))
     first = next(iter(targets))
     found = []
@@ -215,7 +167,7 @@ def saturation(trace: Trace, targets: Mapping[str, Replay], rounds: int, tokens:
 def offered(trace: Trace, load: float, saturated: float, seconds: float, seed: int) -> Trace:
     """The trace at this load, permuted by seed, cut after `seconds` of real time."""
     factor = load * saturated / recorded_tokens_per_s(trace)
-    return first_units(transform.faster(transform.permuted(trace, seed), factor), seconds)
+    return transform.first_s(transform.faster(transform.permuted(trace, seed), factor), seconds)
 
 
 def row(report: Report, replayed: Trace, **identity: Any) -> dict[str, Any]:
@@ -287,10 +239,11 @@ def run(options: argparse.Namespace) -> Results:
     with ExitStack() as stack:
         targets = _start(stack, folder, options)
         for name, served in targets.items():
-            saturated_tokens_per_s(with_names(trace, "warm-"), served, options.backlog // 4)
+            saturated_tokens_per_s(transform.with_names(trace, "warm-"), served, options.backlog // 4)
             print(f"{name} is warm", flush=True)
         reference = targets.get("fcfs") or next(iter(targets.values()))
-        saturated = options.saturated or saturated_tokens_per_s(with_names(trace, "full-"), reference, options.backlog)
+        full = transform.with_names(trace, "full-")
+        saturated = options.saturated or saturated_tokens_per_s(full, reference, options.backlog)
         print(f"load 1.0 is {saturated:.0f} output tokens/s", flush=True)
         if options.saturation:
             found["saturation"] = saturation(trace, targets, options.saturation, options.backlog)
@@ -300,7 +253,7 @@ def run(options: argparse.Namespace) -> Results:
                 order = list(targets)
                 for name in order if seed % 2 == 0 else reversed(order):
                     began_s = time.monotonic()
-                    report = targets[name](with_names(part, f"{seed}-{load}-"), options.limit_s)
+                    report = targets[name](transform.with_names(part, f"{seed}-{load}-"), options.limit_s)
                     cells.append((part, began_s, time.monotonic()))
                     cell = {"load": load, "seed": seed, "saturated_tokens_per_s": saturated}
                     rows.append(row(report, part, **identity_of(options, trace, name, **cell)))

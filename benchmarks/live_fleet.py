@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -366,19 +366,3 @@ def _payload(spec: RequestSpec, prompt: Sequence[int]) -> list[bytes]:
 
     params = SamplingParams(max_tokens=spec.max_output_tokens, ignore_eos=True, temperature=0.0)
     return list(encoded_request(spec.attempt_id, prompt, params))
-
-
-def with_names(trace: Trace, prefix: str) -> Trace:
-    """The same trace under other names, so that two replays on one server share no ids and no cached prefixes."""
-    units = []
-    for unit in trace.units:
-        calls = tuple(
-            replace(
-                call,
-                request_id=f"{prefix}{call.request_id}",
-                prefix_id=f"{prefix}{call.prefix_id}" if call.prefix_id else "",
-            )
-            for call in unit.calls
-        )
-        units.append(replace(unit, unit_id=f"{prefix}{unit.unit_id}", calls=calls))
-    return Trace(trace.name, tuple(units))

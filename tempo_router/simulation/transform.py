@@ -39,6 +39,50 @@ def with_slo_scale(trace: Trace, factor: float) -> Trace:
     return _with_units(trace, (replace(unit, slo=_scaled(unit.slo, factor)) for unit in trace.units))
 
 
+def with_deadline_scale(trace: Trace, factor: float) -> Trace:
+    """Whole answers and programs are due after `factor` times as long; targets of streams stay."""
+    _check_factor("factor", factor)
+    return _with_units(
+        trace,
+        (
+            replace(unit, slo=_scaled(unit.slo, factor)) if isinstance(unit.slo, Deadline) else unit
+            for unit in trace.units
+        ),
+    )
+
+
+def with_length_scale(trace: Trace, factor: float) -> Trace:
+    """Every prompt and answer times `factor`, at least one token; gaps inside programs too. Arrivals and targets stay.
+
+    For engines that are slower than those that the trace was made for.
+    """
+    _check_factor("factor", factor)
+
+    def scaled(call: TraceCall) -> TraceCall:
+        return replace(
+            call,
+            prompt_tokens=max(1, round(call.prompt_tokens * factor)),
+            output_tokens=max(1, round(call.output_tokens * factor)),
+            prefix_tokens=round(call.prefix_tokens * factor),
+            gap_s=call.gap_s * factor,
+        )
+
+    return _with_units(trace, (replace(unit, calls=tuple(map(scaled, unit.calls))) for unit in trace.units))
+
+
+def with_names(trace: Trace, prefix: str) -> Trace:
+    """The same trace under other names, so that two replays on one server share no ids and no cached prefixes."""
+
+    def named(call: TraceCall) -> TraceCall:
+        prefix_id = f"{prefix}{call.prefix_id}" if call.prefix_id else ""
+        return replace(call, request_id=f"{prefix}{call.request_id}", prefix_id=prefix_id)
+
+    return _with_units(
+        trace,
+        (replace(unit, unit_id=f"{prefix}{unit.unit_id}", calls=tuple(map(named, unit.calls))) for unit in trace.units),
+    )
+
+
 TTFT_FLOOR_S = 0.1
 """No first token is due sooner by a factor on unloaded times (guessed: what seems immediate to a reader).
 
@@ -102,6 +146,17 @@ def without_prefix_cache(trace: Trace) -> Trace:
 def first_s(trace: Trace, seconds: float) -> Trace:
     """The units that arrive in the first `seconds`."""
     return _with_units(trace, (unit for unit in trace.units if unit.arrival_s < seconds))
+
+
+def first_output_tokens(trace: Trace, tokens: int) -> Trace:
+    """The first units, until their answers have at least `tokens` tokens together; all if they never have."""
+    total, units = 0, []
+    for unit in trace.units:
+        if total >= tokens:
+            break
+        units.append(unit)
+        total += unit.output_tokens
+    return _with_units(trace, units)
 
 
 def as_best_effort(trace: Trace, share: float, seed: int) -> Trace:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.live import with_deadlines, with_lengths
 from tempo_router.config import SchedulingConfig, SwitchesConfig
 from tempo_router.policies import POLICY_NAMES, build_policy
 from tempo_router.request import Deadline
+from tempo_router.simulation import transform
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.report import Report
 from tempo_router.simulation.simulator import Setup, _Run, simulate
@@ -29,7 +29,7 @@ def workload() -> Trace:
     """Streams, deadlines, programs with tools and best effort, two tenants; more than four slots can do in time."""
     settings = {"rate_per_s": 20.0, "duration_s": 1.5, "best_effort_weight": 0.2, "tenants": 2, "slo_factor": 0.2}
     trace = generate(generator_config({**settings, "agent.share": 0.3}), 1)
-    return with_lengths(with_deadlines(trace, 0.1), 0.05)
+    return transform.with_length_scale(transform.with_deadline_scale(trace, 0.1), 0.05)
 
 
 def finished_run(policy: str, **more: Any) -> tuple[_Run, Report]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.live import with_deadlines, with_lengths
 from tempo_router.config import SchedulingConfig
 from tempo_router.request import Deadline, Latency
 from tempo_router.simulation import transform
@@ -225,7 +224,8 @@ def test_service_gain_counts_prompts_too(seed: int):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_work_that_goes_on_although_it_is_late_takes_nothing_from_what_can_be_in_time(seed: int):
-    trace = with_lengths(with_deadlines(workload(seed, rate_per_s=1.0, duration_s=2000.0), 0.1), 0.1)
+    trace = transform.with_deadline_scale(workload(seed, rate_per_s=1.0, duration_s=2000.0), 0.1)
+    trace = transform.with_length_scale(trace, 0.1)
     overload = transform.faster(trace, 3000.0 / recorded_tokens_per_s(trace))
     dropping = Setup("tempo", (load_profile("toy-cpu"),), max_running=8, sheds=True)
     goodput = []

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,11 +94,52 @@ def test_the_mean_step_is_exact_where_step_times_are_linear_in_the_context():
     assert transform.unloaded_call_s(call, steps) == pytest.approx(one_by_one, rel=1e-9)
 
 
+def test_deadlines_scale_and_streams_keep_their_targets():
+    slos = [unit.slo for unit in transform.with_deadline_scale(TRACE, 0.5).units]
+
+    assert slos == [Latency(2.0, 0.1), Deadline(10.0), Deadline(30.0), BestEffort()]
+
+
+def test_lengths_scale_with_gaps_and_no_call_is_left_without_tokens():
+    shared = replace(PROGRAM.calls[2], prefix_id="notes", prefix_tokens=60)
+    unit = replace(PROGRAM, calls=(*PROGRAM.calls[:2], shared, PROGRAM.calls[3]))
+    (scaled,) = transform.with_length_scale(Trace("t", (unit,)), 0.1).units
+
+    assert scaled.calls == (
+        TraceCall("p0", 10, 1),
+        TraceCall("p1", 10, 1, 1, (0,), 0.5),
+        TraceCall("p2", 10, 10, 1, (0,), 0.1, prefix_id="notes", prefix_tokens=6),
+        TraceCall("p3", 10, 1, 2, (1, 2), 0.05),
+    )
+    assert (scaled.arrival_s, scaled.slo) == (8.0, Deadline(60.0))
+    (small,) = transform.with_length_scale(Trace("t", (IDLE,)), 0.001).units
+    assert (small.calls[0].prompt_tokens, small.calls[0].output_tokens) == (1, 1)
+
+
+def test_names_change_everywhere_but_no_prefix_comes_where_none_was():
+    unit = replace(CHAT, calls=(replace(CHAT.calls[0], prefix_id="notes", prefix_tokens=60),))
+    trace = transform.with_names(Trace("t", (unit, CODE)), "0-")
+
+    assert [(one.unit_id, one.calls[0].request_id, one.calls[0].prefix_id) for one in trace.units] == [
+        ("0-c", "0-c", "0-notes"), ("0-k", "0-k", ""),
+    ]  # fmt: skip
+    assert trace.units[0].calls[0].prefix_tokens == 60
+
+
+@pytest.mark.parametrize("change", [transform.with_deadline_scale, transform.with_length_scale])
+def test_a_scale_is_above_zero(change):
+    with pytest.raises(ConfigError, match=r"factor=0\.0: must be above zero"):
+        change(TRACE, 0.0)
+
+
 def test_parts_of_a_trace():
     assert transform.without_apps(TRACE, {"code", "batch"}).units == (CHAT, PROGRAM)
     assert transform.at_most_tokens(TRACE, 200).units == (CHAT, IDLE)
     assert transform.at_most_tokens(TRACE, 201).units == (CHAT, PROGRAM, IDLE)
     assert transform.first_s(TRACE, 8.0).units == (CHAT, CODE)
+    assert transform.first_output_tokens(TRACE, 12).units == (CHAT, CODE)
+    assert transform.first_output_tokens(TRACE, 13).units == (CHAT, CODE, PROGRAM)
+    assert transform.first_output_tokens(TRACE, 10**6) == TRACE
 
 
 def test_a_share_of_the_single_calls_becomes_best_effort():
