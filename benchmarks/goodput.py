@@ -275,7 +275,7 @@ def resumed(path: Path, plan: Plan) -> Results:
     grouped([*before.rows, *(identity(cell) for cell in plan.cells)])
     # What failed is tried again.
     kept = {**conditions, "date": before.conditions["date"]}
-    return Results(path, kept, before.rows, before.needs, choices=before.choices)
+    return Results(path, kept, before.rows, before.needs, choices=before.choices, further=before.further)
 
 
 def key_of(columns: Mapping[str, Any]) -> str:
