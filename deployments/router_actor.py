@@ -28,9 +28,12 @@ NAMESPACE = "tempo"
 SCHEMA_VERSION = 1
 """Part of the actor's name: routers of two message schemas never answer for each other."""
 IDLE_EXIT_S = 60.0
+UNUSED_EXIT_S = 1800.0
+"""As long waits a router that nobody has reached yet: workers load their weights before they come."""
 WATCH_S = 0.5
 ADDRESS_TIMEOUT_S = 10.0
-FIRST_CONTACT_S = 15.0
+FIRST_CONTACT_S = 60.0
+"""A router's process imports for 20 s on a busy machine, and what waits for it here would end and begin again."""
 
 
 def actor_name(app_name: str) -> str:
@@ -119,7 +122,7 @@ class RouterActor:
 
     async def _watch(self) -> None:
         """End the process when a background task died (Ray starts a new one), or when nobody needs a router."""
-        idle_s = 0.0
+        idle_s, had_peers = 0.0, False
         while True:
             await asyncio.sleep(WATCH_S)
             if self._server is None:
@@ -129,8 +132,10 @@ class RouterActor:
             if failure is not None:
                 log.error("router_failed", problem=str(failure), effect="the process ends and Ray starts a new router")
                 os._exit(1)
-            idle_s = 0.0 if self._server.has_peers else idle_s + WATCH_S
-            if idle_s >= IDLE_EXIT_S:
+            has_peers = self._server.has_peers
+            had_peers = had_peers or has_peers
+            idle_s = 0.0 if has_peers else idle_s + WATCH_S
+            if idle_s >= (IDLE_EXIT_S if had_peers else UNUSED_EXIT_S):
                 log.info("router_idle", idle_s=idle_s, effect="the actor ends")
                 await self.stop()
                 await self._end_actor()
