@@ -280,7 +280,7 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
     if op.app and op.app != known.app:
         message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"
         raise ProgramError("program_exists", message, "app")
-    if op.outline and op.outline != known.outline:
+    if op.outline and known.outline and op.outline != known.outline:
         message = f"{what} has another outline; give another program another name"
         raise ProgramError("program_exists", message, "outline")
     if not _is_same_deadline(known, op):
