@@ -183,8 +183,9 @@ class Life:
         programs.end(EndCall(program_id, call_id, ticket.attempt, "completed", 10, tokens))
 
     async def create(self, programs: ProgramClient, client: Client, tries: int) -> None:
-        deadline_s = time.time() + (LATE_S if self.run.fate == "late" else 600)
-        await programs.ask(CreateProgram(self.run.program_id, "", "app", deadline_s))
+        left_s = LATE_S if self.run.fate == "late" else 600.0
+        deadline_s = time.time() + left_s
+        await programs.ask(CreateProgram(self.run.program_id, "", "app", deadline_s, asked_s=left_s))
 
     async def cancel(self, programs: ProgramClient, client: Client, tries: int) -> None:
         """While a call runs that is never ended by anyone else."""

@@ -42,7 +42,7 @@ def test_best_effort_is_never_due():
     assert timers.due(STEPS, 1e9) == []
 
 
-@pytest.mark.parametrize("change", [{"is_in_line": False}, {"is_relegated": True}])
+@pytest.mark.parametrize("change", [{"is_in_line": False}, {"is_given_up": True}])
 def test_a_request_that_left_or_was_relegated_is_not_due(change: dict[str, bool]):
     timers = HopelessTimers()
     one = in_line("r", 1)
