@@ -418,11 +418,11 @@ def _saturate(cell: Cell) -> float:
     return saturated_tokens_per_s(cell.trace, fleet(cell))
 
 
-def _bound(cell: Cell) -> float:
+def _bound(cell: Cell) -> float | None:
     return _bound_of(cell, "", saturated_tokens_per_s(cell.trace, fleet(cell)))[1]
 
 
-def _bound_of(cell: Cell, key: str, saturated: float) -> tuple[str, float]:
+def _bound_of(cell: Cell, key: str, saturated: float) -> tuple[str, float | None]:
     return key, bound_tokens_per_s(offered(cell, saturated), fleet(cell), bound_slots(cell))
 
 

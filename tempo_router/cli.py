@@ -611,6 +611,9 @@ def _bound(options: argparse.Namespace) -> int:
                 share = bound.accepted.get(name, 0.0) / offered_tokens
                 _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
         _say(f"  {bound.rows} rows, {bound.columns} columns, {bound.solve_s:.1f} s")
+        if bound.is_cut_short:
+            limit = f"--time-limit-s {options.time_limit_s:g}"
+            _say(f"  the solver's time was over: the bound holds, but is loose; give it more than {limit}")
     _say("Assumptions:")
     for assumption in results[0]["assumptions"]:
         _say(f"  - {assumption}")

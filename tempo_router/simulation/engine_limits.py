@@ -189,7 +189,7 @@ def _efficient(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         program.row(columns, [1.0] * len(others), 1.0, math.inf)
         program.row(columns, [other.decodes for other in others], shape.decodes, math.inf)
         program.row(columns, [other.prefill for other in others], shape.prefill, math.inf)
-        found, point, _ = program.solve(60.0)
+        found, point, _, _ = program.solve(60.0)
         covers = program.violation(point) <= 1e-9
         if covers and -found <= shape.seconds:
             kept = others

@@ -62,7 +62,7 @@ STEADY = (0.1, 0.9)
 _REFERENCE_FORMAT = 2
 """To be raised when the engine's model or the reference changes, so that figures measured before are not used."""
 
-_BOUND_FORMAT = 2
+_BOUND_FORMAT = 3
 """To be raised when the bound is computed otherwise, so that older ones are not used. 2: steps in a row."""
 
 _MOST_REPLICAS = 64
@@ -350,8 +350,11 @@ def bound_slots(cell: Cell) -> int:
 
 def bound_tokens_per_s(
     trace: Trace, profiles: Sequence[StepProfile], slots: int, *, cache: FigureCache | None = None
-) -> float:
-    """Good tokens/s that no scheduler exceeds on this trace as it is; see tempo_router.simulation.bound."""
+) -> float | None:
+    """Good tokens/s that no scheduler exceeds on this trace as it is; see tempo_router.simulation.bound.
+
+    None where the solver's time was over: what it says then is no measure.
+    """
     # Not for everyone who runs a cell: it loads a solver.
     from tempo_router.simulation.bound import token_goodput_bound
 
@@ -359,7 +362,10 @@ def bound_tokens_per_s(
     key = _key(trace_digest(trace), repr(tuple(profiles)), str(slots), str(_BOUND_FORMAT))
     bound = cache.get("bound", key)
     if bound is None:
-        bound = token_goodput_bound(trace, profiles, slots).per_s
+        found = token_goodput_bound(trace, profiles, slots)
+        if found.is_cut_short:
+            return None
+        bound = found.per_s
         names = fleet_name([profile.name for profile in profiles])
         cache.put("bound", key, bound, {"trace": trace.name, "profile": names, "slots": slots, "unit": "tokens/s"})
     return bound

@@ -52,10 +52,13 @@ class LinearProgram:
         self.lows.append(low)
         self.highs.append(high)
 
-    def solve(self, time_limit_s: float) -> tuple[float, Floats, float]:
-        """An upper bound on the maximum, a nearly feasible point near it, and the solver's seconds."""
+    def solve(self, time_limit_s: float) -> tuple[float, Floats, float, bool]:
+        """An upper bound on the maximum, a nearly feasible point near it, the solver's seconds, and whether it ended.
+
+        Where the time was over first the bound holds, but is loose.
+        """
         if not self.costs:
-            return 0.0, np.zeros(0), 0.0
+            return 0.0, np.zeros(0), 0.0, True
         # The class that highspy.Highs builds on: that one prints a banner on the standard output when it is made.
         solver = _Highs()
         for name, option in {
@@ -72,7 +75,8 @@ class LinearProgram:
         solution = solver.getSolution()
         duals = np.asarray(solution.row_dual if solution.dual_valid else [0.0] * self.rows)
         point = np.asarray(solution.col_value if solution.value_valid else [0.0] * self.columns)
-        return self._lagrangian(duals), point, float(solver.getRunTime())
+        has_ended = solver.getModelStatus() != highspy.HighsModelStatus.kTimeLimit
+        return self._lagrangian(duals), point, float(solver.getRunTime()), has_ended
 
     def _model(self) -> highspy.HighsLp:
         lp = highspy.HighsLp()

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tempo_router.errors import ConfigError
 from tempo_router.request import BestEffort, Deadline, Latency
+from tempo_router.simulation import bound
 from tempo_router.simulation.bound import request_goodput_bound, token_goodput_bound
 from tempo_router.simulation.engine_limits import EngineLimits
+from tempo_router.simulation.experiment import FigureCache, bound_tokens_per_s
 from tempo_router.simulation.generate import generate, generator_config
 from tempo_router.simulation.linear_program import LinearProgram
 from tempo_router.simulation.simulator import Knowledge, Setup, simulate
@@ -459,7 +461,7 @@ def test_no_step_is_shorter_than_its_cheapest_mixture_of_shapes_and_its_attentio
     mixture.row(columns, [1.0] * len(shapes), 1.0, math.inf)
     mixture.row(columns, [shape.decodes for shape in shapes], decodes, math.inf)
     mixture.row(columns, [shape.prefill for shape in shapes], sum(prefill.chunk for prefill in prefills), math.inf)
-    _, point, _ = mixture.solve(10.0)
+    _, point, _, _ = mixture.solve(10.0)
     attention = engine.attention
     least = sum(shape.seconds * count for shape, count in zip(shapes, point, strict=True))
     least += attention.s_per_context_token * context
@@ -502,3 +504,18 @@ def test_more_slots_a_faster_engine_and_more_units_never_lower_the_bound(seed, s
     # One that does not move the origin of the buckets.
     more = unit(Deadline(1.0), call(50, 10), arrival_s=workload.units[-1].arrival_s)
     assert total(trace(*workload.units, more), slow, slots=slots) >= base - 0.01
+
+
+def test_a_bound_that_the_time_limit_cut_short_says_so_and_is_no_figure_of_a_row(monkeypatch, tmp_path):
+    workload = generate(generator_config({"duration_s": 20.0, "rate_per_s": 3.0}), 0)
+    engines = [linear()]
+    whole = token_goodput_bound(workload, engines, 8)
+    cut_short = token_goodput_bound(workload, engines, 8, time_limit_s=1e-6)
+    assert (whole.is_cut_short, cut_short.is_cut_short) == (False, True)
+    assert cut_short.total >= whole.total * (1 - 1e-3)
+
+    cache = FigureCache(tmp_path)
+    monkeypatch.setattr(bound, "token_goodput_bound", lambda *_: cut_short)
+    assert bound_tokens_per_s(workload, engines, 8, cache=cache) is None
+    monkeypatch.setattr(bound, "token_goodput_bound", lambda *_: whole)
+    assert bound_tokens_per_s(workload, engines, 8, cache=cache) == whole.per_s, "what was cut short is not kept"
