@@ -394,7 +394,7 @@ class ProgramDesk:
         for change in changes:
             graph = change.program
             self.writer.put(self._store.script_for(change, self._fence, now_s), graph)
-            if change.kind == "whole":
+            if change.kind in ("whole", "outlined"):
                 self._tell_outline(graph)
             if change.kind == "status":
                 self._status_changed(graph)

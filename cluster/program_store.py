@@ -74,8 +74,9 @@ local calls = redis.call('HINCRBY', KEYS[2], 'calls', known and 0 or 1)
 if known and string.match(known, '^%d+|(%a+)|') ~= 'running' then
     -- Another attempt at a call that had ended: it has not ended any more, and its tokens do not count.
     redis.call('HINCRBY', KEYS[2], 'done', -1)
+    -- Redis takes no "-0", as which Lua would write that there were none.
     local tokens = cjson.decode(string.match(known, '^%d+|%a+|(.*)$')).output_tokens or 0
-    redis.call('HINCRBY', KEYS[2], 'tokens', -tokens)
+    redis.call('HINCRBY', KEYS[2], 'tokens', 0 - tokens)
 end
 redis.call('PEXPIREAT', KEYS[2], ARGV[2])
 if calls ~= tonumber(ARGV[6]) then return -2 end
@@ -225,7 +226,7 @@ class ProgramStore:
                     _CALL_ENDED, keys,
                     (fence, until_ms, _CALL + call.call_id, call.attempt, value, call.output_tokens),
                 )  # fmt: skip
-            case "status":
+            case "status" | "outlined":
                 over_ms, ended = _end_ms(graph), len(graph.calls) - len(graph.running)
                 return (
                     _STATUS,

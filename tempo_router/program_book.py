@@ -32,10 +32,13 @@ _ALIASES = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One transition. call: the one that began or ended. whole: the program is new, or told anew in full."""
+    """One transition. call: the one that began or ended.
+
+    whole: the program is new, or told anew in full. outlined: its client said later which stages it will have.
+    """
 
     program: ProgramGraph
-    kind: Literal["whole", "began", "ended", "status"]
+    kind: Literal["whole", "began", "ended", "status", "outlined"]
     call: GraphCall | None = None
 
 
@@ -174,6 +177,9 @@ class ProgramBook:
         if not _is_same_deadline(known, op):
             _check_deadline(op.deadline_s, now_s)
         _refuse_unless_equal(known, op)
+        if op.outline and not known.outline:
+            known.outline = op.outline
+            return known, [Change(known, "outlined")]
         return known, []
 
     def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:

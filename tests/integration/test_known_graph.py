@@ -115,6 +115,23 @@ async def test_the_stages_that_a_client_knows_have_budgets_before_they_begin_and
     assert (await http.post(f"/v1/programs/{program_id}/cancel")).status_code == 200
 
 
+async def test_stages_that_are_told_later_are_known_from_then_on(served: tuple[Fleet, httpx.AsyncClient]) -> None:
+    fleet, http = served
+    program = {"name": "late", "app": "research", "deadline": time.time() + 300}
+    made = await http.post("/v1/programs", json=program)
+    await first_call(fleet, made.json()["id"])
+    before = await seen(http, "late")
+    assert before["outline"] is None
+    assert before["prediction"]["pattern"]["kind"] != "known graph"
+
+    told = await http.post("/v1/programs", json={**program, "outline": OUTLINE})
+    assert told.status_code == 200, told.text
+    is_of_the_outline(await seen(http, "late"))
+    other = await http.post("/v1/programs", json={**program, "outline": {"stages": [{}]}})
+    assert (other.status_code, other.json()["error"]["param"]) == (409, "outline")
+    is_of_the_outline(await seen(http, "late"))
+
+
 async def test_a_declared_graph_tells_the_router_its_stages(served: tuple[Fleet, httpx.AsyncClient]) -> None:
     _, http = served
     nodes = [{"id": "a", "prompt": "A", "max_tokens": 9}, {"id": "t", "tool": "x", "after": ["a"]}]

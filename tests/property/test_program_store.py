@@ -24,6 +24,7 @@ from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import LeaseLostError
+from tempo_router.known_stages import KnownStage
 from tempo_router.program_graph import CallStatus, NewCall, ProgramGraph
 from tempo_router.program_ops import BeginCall, CancelProgram, CreateProgram, EndCall, ExtendProgram, FinishProgram
 from tests.forgetful_redis import ForgetfulRedis
@@ -80,6 +81,7 @@ class Programs(RuleBasedStateMachine):
         self.hopeless: set[str] = set()
         self.sent: list[tuple[str, wire.ProgramOp]] = []
         self.ids: list[str] = []
+        self.creations: set[str] = set()
         self.old: list[ProgramDesk] = []
         self.desk = self.run(self.new_desk())
         self.desk.settled()
@@ -127,7 +129,9 @@ class Programs(RuleBasedStateMachine):
         program_id = f"p{len(self.ids)}"
         deadline_s = time.time() + 3600.0
         op = CreateProgram(program_id, "tenant", "app", deadline_s=deadline_s, operation=f"op {program_id}")
-        self.ask(self.name_of(ingress), op)
+        op_id = self.ask(self.name_of(ingress), op)
+        assert op_id is not None
+        self.creations.add(op_id)
         # Clients hear of a program when it is stored, so that every router knows it.
         self.flush()
         self.ids.append(program_id)
@@ -200,6 +204,18 @@ class Programs(RuleBasedStateMachine):
         self.ask(self.name_of(ingress), ExtendProgram(program_id, "tenant", deadline_s))
 
     @precondition(lambda self: self.ids)
+    @rule(ingress=INGRESSES, which=st.integers(0, 20), stages=st.integers(1, 2))
+    def outline(self, ingress: int, which: int, stages: int) -> None:
+        """A client says later how the program will go on; what it was told once, it keeps."""
+        program_id = self.ids[which % len(self.ids)]
+        graph = self.desk.book.find(program_id)
+        assert graph is not None
+        before, stages_said = graph.outline, tuple(KnownStage(stage) for stage in range(stages))
+        op = CreateProgram(program_id, "tenant", "app", deadline_s=graph.deadline_s, outline=stages_said)
+        is_taken = self.ask(self.name_of(ingress), op) is not None
+        assert graph.outline == (before or stages_said if is_taken else before)
+
+    @precondition(lambda self: self.ids)
     @rule(which=st.integers(0, 20))
     def becomes_hopeless(self, which: int) -> None:
         self.hopeless.add(self.ids[which % len(self.ids)])
@@ -214,10 +230,12 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: self.sent)
     @rule(which=st.integers(0, 1000))
     def tell_again(self, which: int) -> None:
-        """A message that was answered long ago comes once more."""
+        """A message that was answered long ago comes once more; of an ingress that is gone none comes any more."""
         name, message = self.sent[which % len(self.sent)]
+        if name not in self.ingresses:
+            return
         self.deliver(name, message)
-        if message.kind == "CreateProgram" and name in self.ingresses:
+        if message.op_id in self.creations:
             assert message.op_id not in self.ingresses[name].errors, "a creation that is told again is refused"
 
     @rule(ingress=INGRESSES)
@@ -367,6 +385,7 @@ def _fields(graph: ProgramGraph) -> tuple[object, ...]:
         graph.reason,
         graph.relegated_s,
         graph.ended_s,
+        graph.outline,
         sorted(calls),
     )
 
@@ -383,7 +402,7 @@ def test_no_call_is_lost_or_counted_twice(redis: ForgetfulRedis) -> None:
     run_state_machine_as_test(
         Programs,
         settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -402,6 +421,21 @@ def test_a_late_message_does_not_begin_a_program_anew_that_ended_under_an_earlie
     calls = dict(machine.attempts)
     machine.begin(2, 0, follows=False)
     assert machine.attempts == calls, "it is over"
+    machine.teardown()
+
+
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_an_attempt_after_one_that_gave_no_token_is_stored(redis: ForgetfulRedis, tokens: int) -> None:
+    Programs.redis = redis
+    machine = Programs()
+    machine.create(0)
+    machine.begin(0, 0, follows=False)
+    machine.flush()
+    machine.end(0, tokens, "failed")
+    machine.flush()
+    machine.begin_again(1, 0)
+    machine.flush()
+    machine.end(0, 5, "completed")
     machine.teardown()
 
 
