@@ -37,7 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goodput import OBJECTIVE_AWARE, code_digest
+from benchmarks.goodput_plan import OBJECTIVE_AWARE, code_digest
 from benchmarks.goodput_report import Results, write_report
 from benchmarks.live_client import Target, replay_http
 from benchmarks.live_fleet import fleet_server, preload_vllm

@@ -1,8 +1,6 @@
 """The router's shell: RouterCore behind gRPC.
 
-Messages become events, stamped with this process's clock; actions become messages. What the shell remembers beside the
-core is only what the core has no use for: which stream leads to whom, and whose the open requests are. All of it comes
-back from the peers' hellos when the router is new.
+What peers say becomes events, stamped with this process's clock; what the core decides is told them (peers.py).
 """
 
 import asyncio
@@ -10,9 +8,8 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,41 +19,22 @@ from cluster import wire_pb2 as wire
 from cluster import wire_pb2_grpc
 from cluster.codec import (
     capacity_from_facts,
-    header_from_spec,
-    message_from_retune,
-    message_from_standing,
     outcome_from_message,
     progressed_from_message,
-    retarget_message,
     spec_from_header,
     target_news,
-    verdict_message,
 )
 from cluster.event_recorder import EventRecorder
 from cluster.learnt_lengths import LearntLengths
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
-from cluster.open_requests import OpenRequests
 from cluster.outbox import Outbox
+from cluster.peers import IngressSession, Peers, WorkerSession
 from cluster.program_desk import STALE_DEADLINE_S, ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
 from cluster.served_stream import first_message, serve_stream
-from tempo_router.actions import (
-    Abort,
-    Action,
-    Admit,
-    Defer,
-    Dispatch,
-    Evict,
-    Expire,
-    Readmit,
-    Redate,
-    Reject,
-    Relegate,
-    Retarget,
-    Retune,
-)
+from tempo_router.actions import Redate, Relegate
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
@@ -94,28 +72,6 @@ INGRESS_GRACE_S = 5.0
 token streams break too, and the workers abort. This covers a broken control stream alone."""
 
 
-@dataclass(slots=True)
-class IngressSession:
-    """One ingress. `outbox` belongs to its current stream; gone: the timer that runs while there is none."""
-
-    ingress_id: str
-    outbox: Outbox[wire.RouterToIngress] = field(default_factory=Outbox)
-    is_connected: bool = False
-    gone: asyncio.TimerHandle | None = None
-    streaming: list[RequestSpec] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class WorkerSession:
-    """One attached worker."""
-
-    worker_id: ReplicaId
-    address: str
-    facts: wire.EngineFacts
-    load: ReplicaLoad
-    outbox: Outbox[wire.RouterToWorker] = field(default_factory=Outbox)
-
-
 class RouterServer:
     """Serves the control streams of one application under one epoch. host: the address that peers can reach."""
 
@@ -129,9 +85,7 @@ class RouterServer:
         self._core = RouterCore(config.scheduling)
         self._learnt: LearntLengths | None = None
         self._estimates: LengthEstimates | None = None
-        self._ingresses: dict[str, IngressSession] = {}
-        self._workers: dict[ReplicaId, WorkerSession] = {}
-        self._open = OpenRequests()
+        self._peers = Peers()
         self._is_settled = False
         self._is_stopping = False
         self._redis_restarted = asyncio.Event()
@@ -219,9 +173,9 @@ class RouterServer:
         self.handle(DrainStarted(time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._open.until_empty()
+                await self._peers.open.until_empty()
         except TimeoutError:
-            log.warning("drain_timed_out", open_requests=len(self._open), timeout_s=timeout_s)
+            log.warning("drain_timed_out", open_requests=len(self._peers.open), timeout_s=timeout_s)
             return False
         return True
 
@@ -238,7 +192,7 @@ class RouterServer:
     @property
     def has_peers(self) -> bool:
         """Whether any ingress or worker is connected."""
-        return bool(self._workers) or any(session.is_connected for session in self._ingresses.values())
+        return bool(self._peers.workers or self._peers.connected_ingresses)
 
     @property
     def lengths(self) -> LengthHistograms:
@@ -254,9 +208,9 @@ class RouterServer:
         """Counts for logs, status pages and tests."""
         return {
             "epoch": self.epoch,
-            **self._open.counts(),
-            "ingresses": [ingress_id for ingress_id, session in self._ingresses.items() if session.is_connected],
-            "workers": list(self._workers),
+            **self._peers.open.counts(),
+            "ingresses": [session.ingress_id for session in self._peers.connected_ingresses],
+            "workers": list(self._peers.workers),
             "programs": self._programs_snapshot(),
             "core": self._core.snapshot(),
             "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
@@ -296,77 +250,16 @@ class RouterServer:
                 self._recorder.told(event, actions)
             for action in actions:
                 self._decisions.decided(action, event.at_s)
-                self._carry_out(action)
+                self._peers.carry_out(action, self._core)
         except InvalidEventError:
             raise
         except Exception as error:
             self._failure = error
             raise
 
-    def _carry_out(self, action: Action) -> None:  # noqa: C901  # one case per action
-        match action:
-            case Admit():
-                self._tell(action.request_id, verdict_message(action))
-            case Reject():
-                self._tell(action.request_id, verdict_message(action))
-                self._open.forget(action.request_id)
-            case Dispatch():
-                self._dispatch(action)
-            case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
-                worker = self._workers.get(replica_id)
-                if worker is not None:
-                    worker.outbox.merge(wire.RouterToWorker(aborts=[dispatch_id]))
-            case Relegate() | Redate():
-                self._tell(action.request_id, target_news(action, time.monotonic()))
-            case Expire(request_id=request_id):
-                self._tell(request_id, wire.RouterToIngress(expired=[request_id]))
-                self._open.forget(request_id)
-            case Evict(request_id=request_id, attempt=attempt):
-                eviction = wire.Eviction(request_id=request_id, attempt=attempt)
-                self._tell(request_id, wire.RouterToIngress(evictions=[eviction]))
-                self._open.forget(request_id)
-            case Retune(replica_id=replica_id):
-                worker = self._workers.get(replica_id)
-                if worker is not None:
-                    worker.outbox.merge(wire.RouterToWorker(retunes=[message_from_retune(action)]))
-            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
-                worker = self._workers.get(replica_id)
-                if worker is not None:
-                    worker.outbox.merge(wire.RouterToWorker(retargets=[retarget_message(dispatch_id, slo)]))
-            case Defer() | Readmit():
-                pass  # Told to who asks why (explain.py); nobody has to act.
-            case _:
-                assert_never(action)
-
-    def _tell(self, request_id: RequestId, message: wire.RouterToIngress) -> None:
-        """Send to the owner. One that is away learns from the comparison of its next hello with what we know."""
-        session = self._ingresses.get(self._open.owner(request_id) or "")
-        if session is not None and session.is_connected:
-            session.outbox.merge(message)
-
-    def _dispatch(self, action: Dispatch) -> None:
-        worker = self._workers[action.replica_id]
-        spec, owner = self._core.spec_of(action.request_id), self._open.owner(action.request_id)
-        if spec is None or owner is None:
-            raise RuntimeError(f"the core dispatched {action.request_id!r}, which is not open here")
-        message = wire.Dispatch(
-            dispatch_id=action.dispatch_id,
-            header=header_from_spec(spec, time.monotonic()),
-            ingress_id=owner,
-            priority=action.priority,
-        )
-        if worker.facts.has_step_planner:
-            message.standing.CopyFrom(message_from_standing(action.standing))
-            message.length_atoms.extend(self._core.lengths_of(action.request_id).atoms)
-        payload = self._open.take_payload(action.request_id)
-        if payload is not None:
-            message.payload.CopyFrom(payload)
-        self._open.dispatched(action.dispatch_id, action.request_id, action.replica_id)
-        worker.outbox.merge(wire.RouterToWorker(dispatches=[message]))
-
     def _forget_if_gone(self, request_id: RequestId) -> None:
         if self._core.spec_of(request_id) is None:
-            self._open.forget(request_id)
+            self._peers.open.forget(request_id)
 
     # ---- background ----
 
@@ -379,13 +272,13 @@ class RouterServer:
             self.programs.tell_core(program.program_id, program)
         self.handle(Settled(time.monotonic()))
         self._announce_workers()
-        for session in self._ingresses.values():
+        for session in self._peers.ingresses.values():
             self._compare_streams(session)
 
     async def _forget_lost_owners(self) -> None:
         """Ingresses that went while there was no router never come back: what they served is over."""
         await asyncio.sleep(self._config.scheduling.settle_s + INGRESS_GRACE_S)
-        self.programs.owners_gone(self._ingresses)
+        self.programs.owners_gone(self._peers.ingresses)
 
     async def _tick(self) -> None:
         while True:
@@ -420,7 +313,7 @@ class RouterServer:
         config = self._config.programs
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
         return ProgramDesk(
-            config, store, fence=self.epoch, handle=self.handle, send=self._tell_ingress,
+            config, store, fence=self.epoch, handle=self.handle, send=self._peers.tell_ingress,
             cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._least_left_s,
             patterns=self._patterns,
             questions={ExplainRequest: self._explain, ViewConsole: self._console},
@@ -436,15 +329,10 @@ class RouterServer:
             self._recorder.asked(Asked("outlook", graph.program_id))
         return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
 
-    def _tell_ingress(self, ingress_id: str, message: wire.RouterToIngress) -> None:
-        session = self._ingresses.get(ingress_id)
-        if session is not None and session.is_connected:
-            session.outbox.merge(message)
-
     def _cancel_program(self, program_id: str) -> None:
         """End all requests of a program; their ingresses tell the clients."""
-        for request_id in self._open.of_program(program_id):
-            self._tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
+        for request_id in self._peers.open.of_program(program_id):
+            self._peers.tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
             self._cancel(request_id)
 
     # ---- ingresses ----
@@ -462,7 +350,7 @@ class RouterServer:
                 self._ingress_away(session)
 
     def _attach_ingress(self, hello: wire.IngressHello) -> IngressSession:
-        session = self._ingresses.setdefault(hello.ingress_id, IngressSession(hello.ingress_id))
+        session = self._peers.ingresses.setdefault(hello.ingress_id, IngressSession(hello.ingress_id))
         if session.gone is not None:
             session.gone.cancel()
             session.gone = None
@@ -471,17 +359,17 @@ class RouterServer:
         session.streaming = [spec_from_header(header, time.monotonic()) for header in hello.streaming]
         session.outbox.put(wire.RouterToIngress(hello=wire.RouterHello(epoch=self.epoch)))
         if self._is_settled:
-            session.outbox.put(wire.RouterToIngress(workers=self._worker_set()))
+            session.outbox.put(wire.RouterToIngress(workers=self._peers.worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for spec in session.streaming:
-            self._open.own(spec, session.ingress_id)
+            self._peers.open.own(spec, session.ingress_id)
         if self._is_settled:
             self._compare_streams(session)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
         """What the ingress no longer has, it cancelled or finished while its stream was down."""
-        for request_id in self._open.of_ingress(session.ingress_id):
+        for request_id in self._peers.open.of_ingress(session.ingress_id):
             if request_id not in listed:
                 self._cancel(request_id)
 
@@ -537,7 +425,7 @@ class RouterServer:
     def _console(self, asked: ViewConsole) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "ingresses": sum(session.is_connected for session in self._ingresses.values()),
+            "ingresses": len(self._peers.connected_ingresses),
             "service": self._attainment.shown(time.monotonic()),
             "queue": dataclasses.asdict(self._core.snapshot()),
             "store": self._programs_snapshot(),
@@ -546,7 +434,7 @@ class RouterServer:
 
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = said = spec_from_header(submit.header, now_s)
-        self._open.own(spec, session.ingress_id)
+        self._peers.open.own(spec, session.ingress_id)
         if self._ends_with_its_program(spec):
             return
         if self._is_settled:
@@ -554,7 +442,7 @@ class RouterServer:
             spec = self.programs.corrected(said)
             self._tell_core(spec)
         if submit.HasField("payload"):
-            self._open.keep_payload(spec.request_id, submit.payload)
+            self._peers.open.keep_payload(spec.request_id, submit.payload)
         is_again = self._core.knows(spec.request_id, spec.attempt)
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
@@ -564,7 +452,7 @@ class RouterServer:
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
-            self._open.take_payload(spec.request_id)
+            self._peers.open.take_payload(spec.request_id)
 
     def _tell_core(self, spec: RequestSpec) -> None:
         """What became of a request's program, a core that is newer may not know."""
@@ -583,29 +471,29 @@ class RouterServer:
             if abs(deadline_s - said.arrival_s - said.slo.ttlt_s) > STALE_DEADLINE_S:
                 redate = Redate(request_id, known.slo.program_id, deadline_s)
                 self._decisions.decided(redate, now_s)
-                self._tell(request_id, target_news(redate, now_s))
+                self._peers.tell(request_id, target_news(redate, now_s))
         if self._core.is_relegated(request_id):
-            self._tell(request_id, target_news(Relegate(request_id), now_s))
+            self._peers.tell(request_id, target_news(Relegate(request_id), now_s))
 
     def _ends_with_its_program(self, spec: RequestSpec) -> bool:
         """Whether a request's program was cancelled while its ingress was away; then that is told now."""
         if not self.programs.is_cancelled(spec.program_id):
             return False
-        self._tell(spec.request_id, wire.RouterToIngress(cancelled=[spec.request_id]))
+        self._peers.tell(spec.request_id, wire.RouterToIngress(cancelled=[spec.request_id]))
         self._cancel(spec.request_id)
         return True
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
-        self._open.forget(request_id)
+        self._peers.open.forget(request_id)
 
     def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
         """This ingress lost its tokens from that worker: what it had there goes on elsewhere, at once."""
         lost = [
             CallFinished(dispatch_id, "lost", 0)
-            for dispatch_id in self._open.dispatches_between(session.ingress_id, worker_id)
+            for dispatch_id in self._peers.open.dispatches_between(session.ingress_id, worker_id)
         ]
-        worker = self._workers.get(worker_id)
+        worker = self._peers.workers.get(worker_id)
         if lost and worker is not None:
             self._progressed(worker, Progressed(time.monotonic(), worker_id, worker.load, finished=tuple(lost)))
 
@@ -618,26 +506,17 @@ class RouterServer:
         log.info("ingress_gone", ingress_id=session.ingress_id)
         self._cancel_unlisted(session, set())
         self.programs.ingress_gone(session.ingress_id)
-        del self._ingresses[session.ingress_id]
+        del self._peers.ingresses[session.ingress_id]
 
-    def _worker_set(self) -> wire.WorkerSet:
-        return wire.WorkerSet(
-            workers=[
-                wire.WorkerAddress(worker_id=worker.worker_id, address=worker.address, facts=worker.facts)
-                for worker in self._workers.values()
-            ]
-        )
+    # ---- workers ----
 
     def _announce_workers(self) -> None:
         """Tell every ingress the set of workers. Not before all had time to attach: who is missing is dropped."""
         if not self._is_settled:
             return
-        workers = self._worker_set()
-        for session in self._ingresses.values():
-            if session.is_connected:
-                session.outbox.put(wire.RouterToIngress(workers=workers))
-
-    # ---- workers ----
+        workers = self._peers.worker_set()
+        for session in self._peers.connected_ingresses:
+            session.outbox.put(wire.RouterToIngress(workers=workers))
 
     async def serve_worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:
         """One worker's control stream, from hello to the end."""
@@ -647,7 +526,7 @@ class RouterServer:
         try:
             await serve_stream(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
         finally:
-            if self._workers.get(worker.worker_id) is worker and not self._is_stopping:
+            if self._peers.workers.get(worker.worker_id) is worker and not self._is_stopping:
                 self._worker_lost(worker)
 
     def _attach_worker(self, hello: wire.WorkerHello) -> WorkerSession:
@@ -655,14 +534,14 @@ class RouterServer:
         load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=hello.facts.kv_tokens)
         worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts, load)
         worker.outbox.put(wire.RouterToWorker(hello=wire.RouterHello(epoch=self.epoch)))
-        self._workers[worker.worker_id] = worker
-        self._open.end_dispatches(worker.worker_id)
+        self._peers.workers[worker.worker_id] = worker
+        self._peers.open.end_dispatches(worker.worker_id)
         running = []
         for call in hello.running:
             dispatch_id = DispatchId(call.dispatch_id)
             spec = spec_from_header(call.header, now_s)
-            self._open.own(spec, self._open.owner(spec.request_id) or call.ingress_id)
-            self._open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
+            self._peers.open.own(spec, self._peers.open.owner(spec.request_id) or call.ingress_id)
+            self._peers.open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
         if self._is_settled:
@@ -676,10 +555,10 @@ class RouterServer:
 
     def _worker_lost(self, worker: WorkerSession) -> None:
         log.warning("worker_lost", worker_id=worker.worker_id)
-        del self._workers[worker.worker_id]
+        del self._peers.workers[worker.worker_id]
         self._announce_workers()
         self.handle(ReplicaLost(time.monotonic(), worker.worker_id))
-        self._open.end_dispatches(worker.worker_id)
+        self._peers.open.end_dispatches(worker.worker_id)
 
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
@@ -702,13 +581,13 @@ class RouterServer:
         for spec, tokens in answered:
             self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
-            request_id = self._open.end_dispatch(finished.dispatch_id)
+            request_id = self._peers.open.end_dispatch(finished.dispatch_id)
             if request_id is not None:
                 self._forget_if_gone(request_id)
 
     def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
         """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
-        request_id = self._open.dispatched_as(dispatch_id)
+        request_id = self._peers.open.dispatched_as(dispatch_id)
         spec = self._core.spec_of(request_id) if request_id is not None else None
         return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import crew, goodput
+from benchmarks import crew, goodput, goodput_plan, goodput_run
 from benchmarks.goodput_report import Results, report_markdown
 from benchmarks.goodput_tuning import chosen, tried
 from tempo_router.errors import ConfigError
@@ -48,10 +48,10 @@ def options(trace_path, out, *more):
 
 
 def run(parsed, say=lambda _: None, results=None):
-    plan = goodput.plan_of(parsed)
+    plan = goodput_plan.plan_of(parsed)
     results = results or Results(parsed.out, plan.conditions)
     with ThreadPoolExecutor(1) as pool:
-        is_complete = goodput.execute(plan, results, pool, 1, say)
+        is_complete = goodput_run.execute(plan, results, pool, 1, say)
     return is_complete, results
 
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_keeps_its_rows_and_is_marked_incomplete_and_can_be_r
 
     parsed = options(trace_path, out, "--resume")
     said = []
-    is_complete, results = run(parsed, said.append, goodput.resumed(out, goodput.plan_of(parsed)))
+    is_complete, results = run(parsed, said.append, goodput_run.resumed(out, goodput_plan.plan_of(parsed)))
     assert is_complete
     assert said[0] == "1 of 4 cells are there already"
     assert results.rows[0] == kept["rows"][0]
@@ -107,7 +107,7 @@ def test_rows_without_a_bound_get_it_when_the_run_is_resumed_with_it(trace_path,
     bare = [dict(row) for row in before.rows]
 
     parsed = options(trace_path, out, "--resume", "--bound")
-    is_complete, results = run(parsed, results=goodput.resumed(out, goodput.plan_of(parsed)))
+    is_complete, results = run(parsed, results=goodput_run.resumed(out, goodput_plan.plan_of(parsed)))
     assert is_complete
     assert json.loads(out.read_text())["rows"] == results.rows
     assert [{**row, "bound_token_goodput": None} for row in results.rows] == bare
@@ -117,8 +117,8 @@ def test_rows_without_a_bound_get_it_when_the_run_is_resumed_with_it(trace_path,
     assert all(0 < row["token_goodput"] <= row["bound_token_goodput"] for row in results.rows)
 
     # Solved once: those of the second run came from the cache, and what is there is not looked for again.
-    monkeypatch.setattr(goodput, "bound_tokens_per_s", None)
-    assert run(parsed, results=goodput.resumed(out, goodput.plan_of(parsed)))[0]
+    monkeypatch.setattr(goodput_run, "bound_tokens_per_s", None)
+    assert run(parsed, results=goodput_run.resumed(out, goodput_plan.plan_of(parsed)))[0]
 
 
 def test_a_bound_is_added_to_rows_of_other_code_and_of_what_the_options_name_alone(trace_path, tmp_path, monkeypatch):
@@ -138,19 +138,19 @@ def test_a_bound_is_added_to_rows_of_other_code_and_of_what_the_options_name_alo
 
 def test_rows_of_other_code_are_not_resumed(trace_path, tmp_path):
     out = tmp_path / "r.json"
-    plan = goodput.plan_of(options(trace_path, out))
+    plan = goodput_plan.plan_of(options(trace_path, out))
     Results(out, {**plan.conditions, "code": "0" * 16}).write(is_complete=False)
     with pytest.raises(ConfigError, match="measured with other code"):
-        goodput.resumed(out, plan)
+        goodput_run.resumed(out, plan)
 
 
 def test_rows_of_a_trace_that_was_changed_since_are_not_resumed(trace_path, tmp_path):
     out = tmp_path / "r.json"
-    plan = goodput.plan_of(options(trace_path, out))
+    plan = goodput_plan.plan_of(options(trace_path, out))
     row = goodput_row(**{**identity(plan.cells[0]), "trace_digest": "0" * 16})
     Results(out, plan.conditions, [row]).write(is_complete=False)
     with pytest.raises(ConfigError, match="two different traces are called 'tiny'"):
-        goodput.resumed(out, plan)
+        goodput_run.resumed(out, plan)
 
 
 def test_a_failing_cell_is_reported_and_does_not_stop_the_others(trace_path, tmp_path):
@@ -174,7 +174,7 @@ def test_a_failing_cell_is_reported_and_does_not_stop_the_others(trace_path, tmp
 def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(trace_path, tmp_path):
     parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,fcfs", "--objectives", "token,balanced",
                      "--seeds", "2", "--ablation")  # fmt: skip
-    cells = goodput.plan_of(parsed).cells
+    cells = goodput_plan.plan_of(parsed).cells
     of_seed = [cell for cell in cells if cell.seed == 1 and cell.load == 1.5]
     known = {id(cell): knowledge_of(cell) for cell in of_seed}
     plain = [(cell.policy, cell.objective) for cell in of_seed if not cell.switches and known[id(cell)] == "learned"]
@@ -189,13 +189,15 @@ def test_seeds_permute_and_objectives_multiply_only_the_policies_that_know_them(
 def test_chunks_of_another_size_are_those_of_all_policies_but_ours(trace_path, tmp_path):
     parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,edf,vtc", "--chunk-tokens", "256",
                      "--loads", "1.5", "--ablation")  # fmt: skip
-    cells = goodput.plan_of(parsed).cells
+    cells = goodput_plan.plan_of(parsed).cells
     found = {(cell.policy, cell.switches.get("chunk_tokens")) for cell in cells}
     assert found == {("tempo", None), ("edf", 256), ("vtc", 256)}
 
 
 def test_an_oracle_is_planned_and_tuned_with_true_lengths_and_nobody_else_is(trace_path, tmp_path):
-    plan = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--policies", "all", "--tune", "--loads", "1.5"))
+    plan = goodput_plan.plan_of(
+        options(trace_path, tmp_path / "r.json", "--policies", "all", "--tune", "--loads", "1.5")
+    )
     cells = [*plan.cells, *(cell for tuning in plan.tunings for cell in tuning.candidates)]
     assert {cell.policy for cell in cells if identity(cell)["knowledge"] == "true"} == {"srpt"}
     assert {identity(cell)["knowledge"] for cell in cells if cell.policy == "srpt"} == {"true"}
@@ -237,8 +239,8 @@ def test_choices_are_kept_for_a_resumed_run_and_can_be_taken_from_another_one(tr
         choice["slots"] = 2
     path.write_text(json.dumps(content))
 
-    plan = goodput.plan_of(first)
-    _, again = run(first, results=goodput.resumed(path, plan))
+    plan = goodput_plan.plan_of(first)
+    _, again = run(first, results=goodput_run.resumed(path, plan))
     assert {choice["slots"] for choice in again.choices} == {2}
     # Other settings than those of the rows that are there: new rows.
     assert sorted(row["slots"] for row in again.rows) == [2, 2, 2, 2, 128, 128, 128, 128]
@@ -246,7 +248,7 @@ def test_choices_are_kept_for_a_resumed_run_and_can_be_taken_from_another_one(tr
     other = options(trace_path, tmp_path / "other.json", "--policies", "fcfs,vtc", "--tune-from", str(path),
                     "--tune-slots", "128")  # fmt: skip
     assert other.tune
-    plan = goodput.plan_of(other)
+    plan = goodput_plan.plan_of(other)
     taken = goodput._choices_from(path, plan, [])
     assert [choice["policy"] for choice in taken] == ["fcfs"]
     _, results = run(other, results=Results(other.out, plan.conditions, choices=taken))
@@ -258,7 +260,7 @@ def test_all_cells_of_a_policy_on_an_engine_share_what_is_tried_for_it(trace_pat
     parsed = options(trace_path, tmp_path / "r.json", "--policies", "tempo,edf", "--objectives", "token,balanced",
                      "--seeds", "2", "--ablation", "--tune-also", "tempo", "--tune-window-s", "6",
                      "--tune-slots", "8,64", "--profile", PROFILE, "--profile", "llama-3-8b:a100-80g:1")  # fmt: skip
-    plan = goodput.plan_of(parsed)
+    plan = goodput_plan.plan_of(parsed)
     assert [(t.columns["profile"][11:15], t.columns["policy"], t.columns["objective"]) for t in plan.tunings] == [
         (engine, policy, objective)
         for engine in ("h100", "a100")
@@ -274,7 +276,7 @@ def test_all_cells_of_a_policy_on_an_engine_share_what_is_tried_for_it(trace_pat
 
 
 def test_of_equal_settings_the_default_is_chosen_and_failed_ones_are_left_out(trace_path, tmp_path):
-    plan = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--tune"))
+    plan = goodput_plan.plan_of(options(trace_path, tmp_path / "r.json", "--tune"))
     tuning = plan.tunings[0]
     equal = {(cell.slots, cell.sheds): 5.0 for cell in tuning.candidates}
     assert len(equal) == 8
@@ -286,7 +288,7 @@ def test_of_equal_settings_the_default_is_chosen_and_failed_ones_are_left_out(tr
 
 
 def test_a_tried_setting_is_remembered_for_the_same_code_only(trace_path, tmp_path, monkeypatch):
-    cell = goodput.plan_of(options(trace_path, tmp_path / "r.json", "--tune")).tunings[0].candidates[0]
+    cell = goodput_plan.plan_of(options(trace_path, tmp_path / "r.json", "--tune")).tunings[0].candidates[0]
     found = tried(cell, "one")
     monkeypatch.setattr("benchmarks.goodput_tuning.run_cell", lambda _: {"token_goodput": -1.0})
     assert tried(cell, "one") == found
@@ -305,7 +307,7 @@ def test_targets_can_be_multiples_of_what_units_take_alone_on_each_engine(trace_
                 for unit in cell.trace.units
                 if isinstance(unit.slo, Deadline) and not any(call.gap_s for call in unit.calls)
             ]
-            for cell in goodput.plan_of(parsed).cells
+            for cell in goodput_plan.plan_of(parsed).cells
         }
 
     found = deadlines("--slo-unloaded", "2,4", "--profile", PROFILE, "--profile", a100)
@@ -330,7 +332,7 @@ def test_targets_can_be_multiples_of_what_units_take_alone_on_each_engine(trace_
 )
 def test_a_changed_trace_has_another_name_so_that_its_rows_are_told_apart(trace_path, tmp_path, change, name):
     parsed = options(trace_path, tmp_path / "r.json", "--loads", "1.5", "--policies", "fcfs", *change)
-    assert {cell.trace.name for cell in goodput.plan_of(parsed).cells} == {name}
+    assert {cell.trace.name for cell in goodput_plan.plan_of(parsed).cells} == {name}
 
 
 class Recorder(ThreadPoolExecutor):
@@ -341,34 +343,34 @@ class Recorder(ThreadPoolExecutor):
         self.ran = []
 
     def submit(self, task, cell, *rest):
-        if task is goodput._run:
+        if task is goodput_run._run:
             self.ran.append((cell.seed, cell.policy))
         return super().submit(task, cell, *rest)
 
 
 def test_the_longest_cells_of_each_seed_come_first(trace_path, tmp_path):
     parsed = options(trace_path, tmp_path / "r.json", "--policies", "fcfs,tempo", "--loads", "1.5", "--seeds", "2")
-    plan = goodput.plan_of(parsed)
+    plan = goodput_plan.plan_of(parsed)
     with Recorder() as pool:
-        assert goodput.execute(plan, Results(parsed.out, plan.conditions), pool, 1, lambda _: None)
+        assert goodput_run.execute(plan, Results(parsed.out, plan.conditions), pool, 1, lambda _: None)
     assert pool.ran == [(0, "tempo"), (0, "fcfs"), (1, "tempo"), (1, "fcfs")]
 
 
 def test_how_long_cells_take_is_foretold_from_rows_of_their_policies(trace_path, tmp_path):
-    cells = goodput.plan_of(
+    cells = goodput_plan.plan_of(
         options(trace_path, tmp_path / "r.json", "--policies", "fcfs,edf,tempo", "--loads", "1.5")
     ).cells
     rows = [goodput_row("edf", wall_s=60.0), goodput_row("edf", seed=1, wall_s=80.0), goodput_row("fcfs", wall_s=10.0),
             goodput_row("vtc", wall_s=None)]  # fmt: skip
-    speeds = goodput.speeds_of(rows)
+    speeds = goodput_run.speeds_of(rows)
     assert speeds == {"edf": pytest.approx(70 / 4500), "fcfs": pytest.approx(10 / 4500)}
     calls = cells[0].trace.calls
-    found = {cell.policy: goodput.work_of(cell, speeds) / calls for cell in cells}
+    found = {cell.policy: goodput_run.work_of(cell, speeds) / calls for cell in cells}
     # No row of ours: its guessed slowness, times what is usual.
     assert found == {
         "edf": pytest.approx(70 / 4500),
         "fcfs": pytest.approx(10 / 4500),
-        "tempo": pytest.approx(goodput.SLOWNESS["tempo"] * 40 / 4500),
+        "tempo": pytest.approx(goodput_run.SLOWNESS["tempo"] * 40 / 4500),
     }
 
 

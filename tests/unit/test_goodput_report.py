@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import goodput
+from benchmarks import goodput, goodput_plan
 from benchmarks.goodput_plots import draw_all, highlighted, line_colours, spread_apart
 from benchmarks.goodput_report import BEGIN_MARK, END_MARK, Results, read_results, report_markdown, write_report
 from benchmarks.goodput_tables import (
@@ -83,7 +83,7 @@ def test_many_labels_keep_their_distance():
 
 def results_of(rows, path):
     parsed = goodput._parse(["--out", str(path)])
-    conditions = {**goodput.plan_of(parsed).conditions, "date": "2026-01-01"}
+    conditions = {**goodput_plan.plan_of(parsed).conditions, "date": "2026-01-01"}
     return Results(path, conditions, rows, is_complete=True)
 
 
