@@ -162,7 +162,11 @@ class SchedulingConfig(StrictModel):
         0.0, ge=0, le=4, description="0: tenants do not matter; 1: the less served count for more"
     )
     step_cap_share: float = Field(
-        0.3, gt=0, le=1, description="longest step, as a share of the tightest time between tokens served"
+        0.3,
+        gt=0,
+        le=1,
+        description="longest step, as a share of the tightest time between tokens served; with adaptive_cap where "
+        "recent arrivals do not tell",
     )
     chunk_tokens: int | None = Field(
         None,

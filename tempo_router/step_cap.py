@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tempo_router.program_history import SPREAD
 from tempo_router.step_time import Pace
 
 Floats = npt.NDArray[np.float64]
@@ -20,8 +21,9 @@ _SAMPLES = 384
 _LEAST_SAMPLES = 24
 _LEAST_WINDOW_S = 10.0
 _EVERY_S = 4.0
-_TOLERANCE = 0.01
-"""Of caps that are worth as much, within this, the shortest is taken: it leaves the most slack."""
+_TOLERANCE = 0.03
+"""Of caps that are worth as much, within this, the one nearest to the usual is taken: the worth is flat at its top, and
+says no more."""
 
 _HYSTERESIS = 0.03
 """The cap stays while it is worth as much as the best, within this: every change unsettles what was planned."""
@@ -51,9 +53,13 @@ class ArrivedUnit:
 
 
 class StepCap:
-    """Chooses the cap of a step, in seconds. `note` each arrival; `choose` costs a millisecond every few seconds."""
+    """Chooses the cap of a step, in seconds. `note` each arrival; `choose` costs a millisecond every few seconds.
 
-    def __init__(self) -> None:
+    usual_share: what to take where arrivals do not tell, as a share of the tightest time between tokens.
+    """
+
+    def __init__(self, usual_share: float) -> None:
+        self._usual_share = usual_share
         self._units: deque[ArrivedUnit] = deque(maxlen=_SAMPLES)
         self._next_s = float("-inf")
         self.cap_s: float | None = None
@@ -71,7 +77,8 @@ class StepCap:
             return self.cap_s
         self._next_s = now_s + _EVERY_S
         tightest_s = min((unit.tbt_s for unit in self._units), default=0.1)
-        caps = SHARES * (tightest_s if tightest_s < float("inf") else 0.1)
+        tightest_s = tightest_s if tightest_s < float("inf") else 0.1
+        caps = SHARES * tightest_s
         fixed_s = max(pace.fixed_s, 1e-4)
         caps = caps[caps > 1.25 * fixed_s]
         if not caps.size:
@@ -84,7 +91,8 @@ class StepCap:
             now = float(np.interp(self.cap_s, caps, worth))
             if now >= (1.0 - _HYSTERESIS) * best:
                 return self.cap_s
-        self.cap_s = float(caps[int(np.argmax(worth >= (1.0 - _TOLERANCE) * best))])
+        distance = np.abs(np.log(caps / (self._usual_share * tightest_s)))
+        self.cap_s = float(caps[np.argmin(np.where(worth >= (1.0 - _TOLERANCE) * best, distance, np.inf))])
         return self.cap_s
 
     def _worth(self, caps: Floats, fixed_s: float, capacity_s: float) -> Floats:
@@ -99,7 +107,7 @@ class StepCap:
         share = (caps - fixed_s) / caps
         # Prompts wait for each other: a chain's prefill takes about twice its GPU time.
         chain = serial * caps[:, None] + prefill / share[:, None] + gaps
-        sigma = spread * caps[:, None] + 0.05 * chain + 0.3
+        sigma = spread * caps[:, None] + SPREAD * chain + 0.3
         with np.errstate(invalid="ignore"):
             z = np.where(np.isfinite(left), (left - chain) / sigma, 9.0)
         chance = 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * np.clip(z, -9, 9) ** 3)))

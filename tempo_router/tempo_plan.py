@@ -109,7 +109,7 @@ class TempoPlan:
         self._switches = config.switches
         self._reserve = Reserve()
         self._new: list[Job] = []
-        self._cap = StepCap()
+        self._cap = StepCap(config.step_cap_share)
         self._table = PlanTable()
         self._waiting = _NOBODY
         self.step_cap_s: float | None = None
@@ -299,7 +299,6 @@ class _Units:
         self.chain_tokens, self.gaps_s = chain_tokens, gaps
         self._longer_s = deviations(different, of_unit) * self.tau_s
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
-        self.waits_s = stages * self.wait_s
         self.later_s = serial_s(chain_tokens, chain_prompts, gaps, stages, pace, self.wait_s)
 
     def _worth(self, context: Context) -> None:
@@ -392,7 +391,8 @@ class _Units:
             prefill_s=float(self.prefill_s[first] + self.chain_prefill_s[unit]),
             serial_tokens=rest + float(self.chain_tokens[unit]),
             spread_tokens=(upper - rest) + 0.15 * float(self.chain_tokens[unit]),
-            gaps_s=float(self.gaps_s[unit] + self.waits_s[unit] + self.wait_s * (self.kind[unit] == PROGRAM)),
+            # Without waits: these grow with the overload, which would shorten the cap, which would add to the overload.
+            gaps_s=float(self.gaps_s[unit]),
             left_s=float("inf") if is_stream else float(self.left_s[unit]),
             tbt_s=float(self.tbt_s[first]) if is_stream else float("inf"),
             value=float(self.full_value[unit]),
