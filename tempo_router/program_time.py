@@ -16,7 +16,7 @@ from tempo_router.value import PREFILL_WALL_RATIO
 Floats = npt.NDArray[np.float64]
 Amount = TypeVar("Amount", float, Floats)
 
-_SPREAD_S = 0.3
+SPREAD_S = 0.3
 """Standard deviation of the time that a program needs: SPREAD of it, and so many seconds."""
 
 _UNSEEN_SHARE = 0.5
@@ -72,7 +72,7 @@ def chances(left_s: Floats, needed_s: Floats, longer_s: Floats) -> Floats:
     """
     with np.errstate(invalid="ignore"):
         needed_s = np.maximum(needed_s[:, None] + longer_s, 0.0)
-        z = (left_s[:, None] - needed_s) / (SPREAD * needed_s + _SPREAD_S)
+        z = (left_s[:, None] - needed_s) / (SPREAD * needed_s + SPREAD_S)
         chance: Floats = _normal(z).mean(axis=1)
     return chance
 

@@ -1,9 +1,9 @@
 """How long may a step be? Long steps waste less on what every step costs; short ones keep chains of calls in time.
 
 What is right depends on the GPU, the load and the deadlines: an A100 that serves agents of 2,500 serial tokens within
-120 s must make a token every 40 ms at least, queueing included, while its fixed cost of a step, 11 ms, eats half of a
-step of 20 ms. So the cap is chosen by what the units that arrived lately would have been worth under each candidate:
-each unit has a chance to be in time and a price under it, and the densest fill the GPU time of that window.
+120 s must make a token every 40 ms at least, while its fixed cost of a step, 11 ms, eats half of a step of 20 ms. So
+the cap is chosen by what the units that arrived lately would have been worth under each candidate: each unit has a
+chance to be in time and a price under it, and the densest fill the GPU time of that window.
 """
 
 from collections import deque
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tempo_router.program_history import SPREAD
+from tempo_router.program_time import SPREAD_S
 from tempo_router.step_time import Pace
 
 Floats = npt.NDArray[np.float64]
@@ -25,8 +26,12 @@ _TOLERANCE = 0.03
 """Of caps that are worth as much, within this, the one nearest to the usual is taken: the worth is flat at its top, and
 says no more."""
 
-_HYSTERESIS = 0.03
-"""The cap stays while it is worth as much as the best, within this: every change unsettles what was planned."""
+_HYSTERESIS = 0.05
+"""The cap stays while it is worth as much as the best, within this, which is more than the tolerance: every change
+unsettles what was planned."""
+
+_WITHOUT_STREAMS_S = 0.1
+"""Time between tokens of which the candidates are shares where nobody streams."""
 
 SHARES: Floats = np.array([0.12, 0.16, 0.2, 0.23, 0.26, 0.29, 0.32, 0.35, 0.38, 0.42, 0.46, 0.5, 0.6])
 """Candidates, as shares of the tightest time between tokens."""
@@ -37,8 +42,9 @@ class ArrivedUnit:
     """What a plan knew of a unit when it came.
 
     work_s: GPU seconds of its tokens, without the fixed cost of steps. prefill_s: of its longest chain of prompts.
-    serial_tokens: output tokens of its longest chain. left_s: time to its deadline; infinity for streams.
-    tbt_s: time between tokens of a stream; infinity for others. value: if it makes it.
+    serial_tokens: output tokens of its longest chain; spread_tokens: by how much its call may be longer. gaps_s: tools'
+    pauses, without waits: those grow with an overload, and a cap that they shorten adds to it. left_s: time to its
+    deadline; infinity for streams. tbt_s: time between tokens of a stream; infinity for others. value: if it makes it.
     """
 
     at_s: float
@@ -76,8 +82,8 @@ class StepCap:
         if window_s < _LEAST_WINDOW_S:
             return self.cap_s
         self._next_s = now_s + _EVERY_S
-        tightest_s = min((unit.tbt_s for unit in self._units), default=0.1)
-        tightest_s = tightest_s if tightest_s < float("inf") else 0.1
+        tightest_s = min(unit.tbt_s for unit in self._units)
+        tightest_s = tightest_s if tightest_s < float("inf") else _WITHOUT_STREAMS_S
         caps = SHARES * tightest_s
         fixed_s = max(pace.fixed_s, 1e-4)
         caps = caps[caps > 1.25 * fixed_s]
@@ -107,7 +113,7 @@ class StepCap:
         share = (caps - fixed_s) / caps
         # Prompts wait for each other: a chain's prefill takes about twice its GPU time.
         chain = serial * caps[:, None] + prefill / share[:, None] + gaps
-        sigma = spread * caps[:, None] + SPREAD * chain + 0.3
+        sigma = spread * caps[:, None] + SPREAD * chain + SPREAD_S
         with np.errstate(invalid="ignore"):
             z = np.where(np.isfinite(left), (left - chain) / sigma, 9.0)
         chance = 0.5 * (1.0 + np.tanh(0.7978845608 * (z + 0.044715 * np.clip(z, -9, 9) ** 3)))

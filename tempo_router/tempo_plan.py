@@ -390,7 +390,7 @@ class _Units:
             work_s=max(work_s + later_s, 1e-6),
             prefill_s=float(self.prefill_s[first] + self.chain_prefill_s[unit]),
             serial_tokens=rest + float(self.chain_tokens[unit]),
-            spread_tokens=(upper - rest) + 0.15 * float(self.chain_tokens[unit]),
+            spread_tokens=upper - rest,
             # Without waits: these grow with the overload, which would shorten the cap, which would add to the overload.
             gaps_s=float(self.gaps_s[unit]),
             left_s=float("inf") if is_stream else float(self.left_s[unit]),

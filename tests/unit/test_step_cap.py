@@ -53,12 +53,14 @@ def test_chains_that_are_due_soon_shorten_it_and_streams_alone_make_it_longer():
 
 def test_it_stays_while_it_is_worth_as_much_as_the_best():
     cap = StepCap(0.3)
-    for number in range(300):
-        cap.note(replace(STREAM, work_s=1e-5, at_s=0.2 * number))
-    before = cap.choose(FIXED, 1, 60.0)
-    for number in range(300):
-        cap.note(replace(AGENT, left_s=1000.0, work_s=1e-5, at_s=60.0 + 0.2 * number))
-    assert cap.choose(FIXED, 1, 120.0) == before
+    for number in range(400):
+        cap.note(replace(STREAM, work_s=0.3, at_s=0.2 * number))
+    long_s = cap.choose(FIXED, 1, 80.0)
+    assert long_s is not None
+    assert long_s > 0.04
+    for number in range(400):
+        cap.note(replace(STREAM, work_s=1e-5, at_s=80.0 + 0.2 * number))
+    assert cap.choose(FIXED, 1, 160.0) == long_s, "no other one is worth more"
 
 
 def test_how_long_calls_wait_makes_no_step_shorter():
