@@ -100,7 +100,7 @@ class Peers:
             ]
         )
 
-    def carry_out(self, action: Action, core: RouterCore) -> None:  # one case per action
+    def carry_out(self, action: Action, core: RouterCore) -> None:
         """Tell whom an action is for. core: which decided it, and knows its request."""
         match action:
             case Admit():

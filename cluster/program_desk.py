@@ -48,6 +48,9 @@ SWEEP_S = 0.5
 MOST_OUTLINES_AGAIN = 512
 """Outlines that are written once more when Redis may have lost some."""
 MOST_LISTED = 1000
+_UNTIL_SETTLED = ("unknown_program", "unknown_call", "program_exists")
+"""What a new router refuses only when all peers had time to say again what was not stored."""
+
 STALE_DEADLINE_S = 1.0
 """More than clocks of two machines and a slow link make of the same deadline. Guessed."""
 
@@ -300,8 +303,8 @@ class ProgramDesk:
         try:
             self._carry_out(owner, message, op)
         except ProgramError as error:
-            if error.code in ("unknown_program", "unknown_call") and self._deferred is not None:
-                # Another ingress may still tell of the program, or of the call that this one follows.
+            if error.code in _UNTIL_SETTLED and self._deferred is not None:
+                # Another ingress may still tell of the program, of the call that this one follows, or of more time.
                 self._deferred.append((owner, message))
             elif error.code == "unknown_program" and not isinstance(op, BeginCall | CreateProgram):
                 self._look_up(owner, message, op, error)

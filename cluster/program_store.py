@@ -74,7 +74,7 @@ local calls = redis.call('HINCRBY', KEYS[2], 'calls', known and 0 or 1)
 if known and string.match(known, '^%d+|(%a+)|') ~= 'running' then
     -- Another attempt at a call that had ended: it has not ended any more, and its tokens do not count.
     redis.call('HINCRBY', KEYS[2], 'done', -1)
-    -- Redis takes no "-0", as which Lua would write that there were none.
+    -- Not -tokens: Lua writes -0 as "-0", which HINCRBY refuses.
     local tokens = cjson.decode(string.match(known, '^%d+|%a+|(.*)$')).output_tokens or 0
     redis.call('HINCRBY', KEYS[2], 'tokens', 0 - tokens)
 end

@@ -69,7 +69,7 @@ class GraphApi:
         graph = parse_graph(new.graph)
         made = await self._programs.create(new, graph)
         program_id = str(made["id"])
-        if made["calls"] or program_id in self._runs:
+        if program_id in self._runs:
             raise ProgramError("invalid_program", f"program {program_id!r} has begun: its graph runs once", "graph")
         return self._events(program_id, graph, new.tenant, made)
 

@@ -100,6 +100,7 @@ class ProgramApi:
             operation=_operation(),
             asked_s=new.deadline_s,
             outline=_outline(new.outline, graph),
+            is_graph=graph is not None,
         )
         return await self._client.ask(op)
 

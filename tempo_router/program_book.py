@@ -177,10 +177,7 @@ class ProgramBook:
         if not _is_same_deadline(known, op):
             _check_deadline(op.deadline_s, now_s)
         _refuse_unless_equal(known, op)
-        if op.outline and not known.outline:
-            known.outline = op.outline
-            return known, [Change(known, "outlined")]
-        return known, []
+        return known, [Change(known, "outlined")] if known.tell_outline(op.outline) else []
 
     def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
         _check_deadline(op.deadline_s, now_s)
@@ -283,6 +280,8 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
     if known.is_over or known.closed_by:
         state = known.status if known.is_over else "being finished"
         raise ProgramError("program_ended", f"{what} is {state}; give a new program another name", "name")
+    if op.is_graph and known.calls:
+        raise ProgramError("invalid_program", f"{what} has begun: its graph runs once", "graph")
     if op.app and op.app != known.app:
         message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"
         raise ProgramError("program_exists", message, "app")

@@ -212,6 +212,13 @@ class ProgramGraph:
         if self.status == "relegated":
             self.status, self.relegated_s = "running", None
 
+    def tell_outline(self, stages: tuple[KnownStage, ...]) -> bool:
+        """Which stages it will have, if nothing is known of that yet. Returns whether that is news."""
+        if not stages or self.outline:
+            return False
+        self.outline = stages
+        return True
+
     def relegate(self, now_s: float) -> bool:
         """It can no longer make its deadline. Returns whether that is news."""
         if self.status != "running":

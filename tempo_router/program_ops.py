@@ -13,7 +13,8 @@ from tempo_router.program_graph import CallStatus, NewCall, Objective
 class CreateProgram:
     """A program with a deadline, or without one as best effort. outline: its stages, where they are known.
 
-    operation: names this wish, so that it is carried out once. asked_s: the deadline as its client gave it, in
+    is_graph: they are those of a graph that is to run, so it must not have begun. operation: names this wish, so that
+    it is carried out once. asked_s: the deadline as its client gave it, in
     seconds from when it asked, or None: as a date. Who asks again for the same has the same program.
     """
 
@@ -26,6 +27,7 @@ class CreateProgram:
     operation: str = ""
     asked_s: float | None = None
     outline: tuple[KnownStage, ...] = ()
+    is_graph: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 
 from cluster import wire_pb2 as wire
-from cluster.embedded_redis import EmbeddedRedis
+from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.ingress_link import IngressLink, Verdict
 from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
@@ -148,6 +150,25 @@ class Fleet:
         for worker in self.workers.values():
             await worker.stop()
         await self.router.stop()
+
+
+def _stop_redis(fleet: Fleet) -> None:
+    """The one that it has now: a test may have put another server in the first one's place."""
+    fleet.redis.stop()
+
+
+@asynccontextmanager
+async def fleet_over_redis(config: TempoConfig, folder: Path) -> AsyncIterator[Fleet]:
+    """A fleet that is still to be started, over a Redis of its own that lives in `folder`; both ended at the end."""
+    async with AsyncExitStack() as stack:
+        redis = await asyncio.to_thread(start_embedded_redis, folder)
+        store = await RedisStore.connect(redis.url, "test")
+        fleet = Fleet(config, store)
+        fleet.redis = redis
+        stack.callback(_stop_redis, fleet)
+        stack.push_async_callback(store.close)
+        stack.push_async_callback(fleet.close)
+        yield fleet
 
 
 async def break_control_stream(peer: Worker | IngressLink) -> None:

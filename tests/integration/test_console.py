@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
@@ -20,8 +17,8 @@ from tempo_router.metrics import Outcome
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
 from tempo_router.request import Deadline, Latency, RequestId
 from tests.browser import HOW_TO, browser, driver_program
-from tests.fleet import Fleet, call, eventually, submit
-from tests.served import free_port
+from tests.fleet import Fleet, call, fleet_over_redis, submit
+from tests.listening import listening
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(driver_program() is None, reason=HOW_TO)]
 
@@ -63,23 +60,13 @@ class Console:
 
 @pytest.fixture
 async def console(tmp_path: Path) -> AsyncIterator[Console]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "console")
-    fleet = Fleet(CONFIG, store)
-    await fleet.start(workers=2)
-    link, port = fleet.clients[0].link, free_port()
-    edge = HttpEdge(
-        nothing_else, CONFIG, not_ready_because=lambda: link.not_ready_because, programs=ProgramClient(link.programs)
-    )
-    server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    await eventually(lambda: server.started, "the page is served")
-    yield Console(fleet, f"http://127.0.0.1:{port}/console")
-    server.should_exit = True
-    await serving
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start(workers=2)
+        link = fleet.clients[0].link
+        programs = ProgramClient(link.programs)
+        edge = HttpEdge(nothing_else, CONFIG, not_ready_because=lambda: link.not_ready_because, programs=programs)
+        async with listening(edge) as url:
+            yield Console(fleet, f"{url}/console")
 
 
 async def test_it_opens_lives_and_draws_programs_without_a_complaint(console: Console) -> None:

@@ -9,15 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient
-from tests.fleet import Fleet, eventually
+from tests.fleet import eventually, fleet_over_redis
 from tests.integration.test_transport import CONFIG
-from tests.served import free_port
+from tests.listening import listening
 
 pytestmark = pytest.mark.redis
 
@@ -43,22 +40,13 @@ class Model:
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Model]]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "graphs")
-    fleet = Fleet(CONFIG, store)
-    await fleet.start()
-    model, port, link = Model(), free_port(), fleet.clients[0].link
-    edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=ProgramClient(link.programs))
-    server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    await eventually(lambda: server.started, "it is served")
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-        yield http, model
-    server.should_exit = True
-    await serving
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    model = Model()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start()
+        programs = ProgramClient(fleet.clients[0].link.programs)
+        edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=programs)
+        async with listening(edge) as url, httpx.AsyncClient(base_url=url, timeout=20) as http:
+            yield http, model
 
 
 async def events(http: httpx.AsyncClient, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.http_edge import HttpEdge
 from deployments.ingress import IngressReplica
 from deployments.program_client import ProgramClient
 from tempo_router.errors import TempoError
 from tests import program_handle
-from tests.fleet import Fleet
+from tests.fleet import fleet_over_redis
 from tests.integration.test_graph_api import Model
 from tests.integration.test_transport import CONFIG
 
@@ -70,15 +68,10 @@ def copied(value: Any) -> Any:
 
 @pytest.fixture
 async def handle(tmp_path: Path) -> AsyncIterator[LocalHandle]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "handle")
-    fleet = Fleet(CONFIG, store)
-    await fleet.start()
-    programs = ProgramClient(fleet.clients[0].link.programs)
-    yield LocalHandle(Replica(HttpEdge(Model(), CONFIG, not_ready_because=lambda: None, programs=programs)))
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start()
+        programs = ProgramClient(fleet.clients[0].link.programs)
+        yield LocalHandle(Replica(HttpEdge(Model(), CONFIG, not_ready_because=lambda: None, programs=programs)))
 
 
 async def test_a_program_is_made_extended_and_finished(handle: LocalHandle) -> None:

@@ -1,6 +1,5 @@
 """A program whose shape its client knows, over HTTP, with a real router and Redis and a simulated engine."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -10,19 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.event_log import replay
 from tempo_router.request import ProgramCall, ProgramId
-from tests.fleet import Fleet, call, eventually, submit
+from tests.fleet import Fleet, call, eventually, fleet_over_redis, submit
 from tests.integration.test_graph_api import Model
-from tests.served import free_port
+from tests.listening import listening
 
 pytestmark = pytest.mark.redis
 
@@ -37,27 +33,17 @@ OUTLINE = {
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[tuple[Fleet, httpx.AsyncClient]]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "known")
     config = TempoConfig(
         engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 4, "max_model_len": 4096}),
         scheduling=SchedulingConfig(policy="tempo", length_model="histogram", settle_s=0.1, tick_s=0.02),
         record_events=str(tmp_path / "events.jsonl"),
     )
-    fleet = Fleet(config, store)
-    await fleet.start()
-    port, link = free_port(), fleet.clients[0].link
-    edge = HttpEdge(Model(), config, not_ready_because=lambda: None, programs=ProgramClient(link.programs))
-    server = uvicorn.Server(uvicorn.Config(edge, port=port, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    await eventually(lambda: server.started, "it is served")
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-        yield fleet, http
-    server.should_exit = True
-    await serving
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(config, tmp_path) as fleet:
+        await fleet.start()
+        programs = ProgramClient(fleet.clients[0].link.programs)
+        edge = HttpEdge(Model(), config, not_ready_because=lambda: None, programs=programs)
+        async with listening(edge) as url, httpx.AsyncClient(base_url=url, timeout=20) as http:
+            yield fleet, http
 
 
 async def first_call(fleet: Fleet, program_id: str) -> None:
@@ -123,6 +109,11 @@ async def test_stages_that_are_told_later_are_known_from_then_on(served: tuple[F
     before = await seen(http, "late")
     assert before["outline"] is None
     assert before["prediction"]["pattern"]["kind"] != "known graph"
+
+    graph = {"nodes": [{"id": "a", "prompt": "A"}]}
+    refused = await http.post("/v1/programs", json={**program, "graph": graph})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "graph")
+    assert (await seen(http, "late"))["outline"] is None, "what is refused changes nothing"
 
     told = await http.post("/v1/programs", json={**program, "outline": OUTLINE})
     assert told.status_code == 200, told.text

@@ -24,7 +24,7 @@ from tempo_router.length_regressor import LengthRegressor, TrainingWindow, featu
 from tempo_router.prediction import ATOMS, LengthHistograms, LengthSample
 from tempo_router.request import RequestId
 from tests.builders import request
-from tests.fleet import Fleet, call, submit
+from tests.fleet import call, fleet_over_redis, submit
 
 SEED = 11
 WAIT_S = 120.0
@@ -327,14 +327,11 @@ async def test_answers_outlive_the_router_and_a_router_that_was_replaced_cannot_
 @pytest.mark.redis
 @pytest.mark.parametrize("length_model", ["auto", "histogram"])
 async def test_the_router_collects_answers_and_finds_them_again_after_its_end(tmp_path, length_model):
-    server = await asyncio.to_thread(start_embedded_redis, tmp_path)
-    store = await RedisStore.connect(server.url, "app")
     config = TempoConfig(
         scheduling=SchedulingConfig(settle_s=0.0, length_model=length_model),
         engine=EngineConfig(kind="simulated", time_scale=0.01),
     )
-    fleet = Fleet(config, store)
-    try:
+    async with fleet_over_redis(config, tmp_path) as fleet:
         await fleet.start()
         for number in range(3):
             await submit(fleet.clients[0], call(f"r{number}", output_tokens=7))
@@ -342,7 +339,7 @@ async def test_the_router_collects_answers_and_finds_them_again_after_its_end(tm
         if length_model == "histogram":
             assert fleet.router.estimates is None
             await fleet.router._save_lengths()
-            assert await store.load_snapshot("answers") is None
+            assert await fleet.store.load_snapshot("answers") is None
             return
         await eventually(lambda: fleet.router.snapshot()["length_estimates"].answers == 3, "they are collected")
         assert [app.scored for app in fleet.router.snapshot()["length_estimates"].apps] == [3]
@@ -351,10 +348,6 @@ async def test_the_router_collects_answers_and_finds_them_again_after_its_end(tm
         await fleet.replace_router()
         assert fleet.router.estimates.rows() == kept
         assert [row.tokens for row in kept] == [7, 7, 7]
-    finally:
-        await fleet.close()
-        await store.close()
-        await asyncio.to_thread(server.stop)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\x80\x04no pickle", b"[1]", b'{"version": 1, "rows": [[1]]}', b"{" * 1000])

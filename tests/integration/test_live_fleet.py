@@ -13,12 +13,10 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from benchmarks.live_client import _UnitClient, replay
 from benchmarks.live_fleet import LinkSender
 from cluster import wire_pb2 as wire
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, RequestSpec
 from tempo_router.simulation.trace import Trace
-from tests.fleet import Fleet, eventually
+from tests.fleet import Fleet, eventually, fleet_over_redis
 from tests.live_replay import ALL, RESEARCH, is_as_in_trace
 
 pytestmark = [pytest.mark.redis, pytest.mark.vllm]
@@ -67,14 +65,9 @@ class Sender(LinkSender):
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "test")
-    fleet = Fleet(CONFIG, store)
-    await fleet.start(clients=0)
-    yield fleet
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start(clients=0)
+        yield fleet
 
 
 @pytest.fixture

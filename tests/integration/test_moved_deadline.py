@@ -8,14 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram, FinishProgram
 from tempo_router.request import ProgramCall, ProgramId
-from tests.fleet import Fleet, break_control_stream, call, eventually, submit
+from tests.fleet import Fleet, break_control_stream, call, eventually, fleet_over_redis, submit
 
 pytestmark = pytest.mark.redis
 PROGRAM = "moved"
@@ -23,18 +21,13 @@ PROGRAM = "moved"
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "moved")
     config = TempoConfig(
         engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 1, "max_model_len": 4096}),
         scheduling=SchedulingConfig(policy="tempo", length_model="histogram", settle_s=0.1, tick_s=0.02),
     )
-    fleet = Fleet(config, store)
-    await fleet.start()
-    yield fleet
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(config, tmp_path) as fleet:
+        await fleet.start()
+        yield fleet
 
 
 async def test_only_another_deadline_moves_what_runs(fleet: Fleet) -> None:

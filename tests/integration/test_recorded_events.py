@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.embedded_redis import start_embedded_redis
 from cluster.program_desk import ViewProgram
-from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.actions import Action
@@ -21,7 +19,7 @@ from tempo_router.event_log import Asked, beginning_line, read_beginning, read_l
 from tempo_router.pattern_history import KnownPrograms
 from tempo_router.program_ops import CreateProgram, EndCall, FinishProgram
 from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, ProgramId
-from tests.fleet import Client, Fleet, call, eventually, submit
+from tests.fleet import Client, call, eventually, fleet_over_redis, submit
 
 
 @pytest.mark.parametrize("policy", ["tempo", "density"])
@@ -36,29 +34,22 @@ async def test_a_recorded_life_of_a_router_replays_with_the_same_actions(tmp_pat
         ),
         record_events=str(tmp_path / "events.jsonl"),
     )
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "test")
-    fleet = Fleet(config, store)
-    await fleet.start(workers=2)
-    client = fleet.clients[0]
-    rng = random.Random(4)
-    slos = (Latency(2.0, 0.1), Latency(0.05, 0.01), Deadline(5.0), Deadline(0.01), BestEffort())
-    specs = [
-        call(f"r{number}", output_tokens=rng.randint(1, 60), prompt_tokens=rng.randint(1, 300), slo=rng.choice(slos))
-        for number in range(60)
-    ]
-    await asyncio.gather(*(submit(client, spec) for spec in specs[:50]))
-    for spec in specs[40:45]:
-        client.link.cancel(spec.request_id)
-    await fleet.kill_worker("worker-1")
-    await asyncio.gather(*(submit(client, spec) for spec in specs[50:]))
-    gone = {spec.request_id for spec in specs[40:45]}
-    await eventually(
-        lambda: all(spec.request_id in client.ended for spec in specs if spec.request_id not in gone), "all answers end"
-    )
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(config, tmp_path) as fleet:
+        await fleet.start(workers=2)
+        client = fleet.clients[0]
+        rng = random.Random(4)
+        slos = (Latency(2.0, 0.1), Latency(0.05, 0.01), Deadline(5.0), Deadline(0.01), BestEffort())
+        specs = [
+            call(f"r{n}", output_tokens=rng.randint(1, 60), prompt_tokens=rng.randint(1, 300), slo=rng.choice(slos))
+            for n in range(60)
+        ]
+        await asyncio.gather(*(submit(client, spec) for spec in specs[:50]))
+        for spec in specs[40:45]:
+            client.link.cancel(spec.request_id)
+        await fleet.kill_worker("worker-1")
+        await asyncio.gather(*(submit(client, spec) for spec in specs[50:]))
+        awaited = {spec.request_id for spec in (*specs[:40], *specs[45:])}
+        await eventually(lambda: awaited <= client.ended.keys(), "all answers end")
 
     lines = recorded(tmp_path)
     assert list(replay(lines)) == []
@@ -76,24 +67,19 @@ async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path:
         ),
         record_events=str(tmp_path / "events.jsonl"),
     )
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "test")
-    fleet = Fleet(config, store)
-    await fleet.start()
-    client = fleet.clients[0]
-    await asyncio.gather(*(run_stages(client, f"early-{number}", range(3)) for number in range(20)))
-    await asyncio.gather(*(run_stages(client, f"long-{number}", range(1)) for number in range(6)))
-    await eventually(lambda: not client.link.programs.unstored, "all is stored")
-    first = fleet.router
-    await fleet.replace_router()
-    assert first._recorder is not None
-    first._recorder.close()
-    await eventually(lambda: client.link.not_ready_because is None, "another router is there")
-    late = (run_stages(client, f"late-{number}", range(3)) for number in range(20))
-    await asyncio.gather(*late, *(run_stages(client, f"long-{number}", range(1, 3)) for number in range(6)))
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(config, tmp_path) as fleet:
+        await fleet.start()
+        client = fleet.clients[0]
+        await asyncio.gather(*(run_stages(client, f"early-{number}", range(3)) for number in range(20)))
+        await asyncio.gather(*(run_stages(client, f"long-{number}", range(1)) for number in range(6)))
+        await eventually(lambda: not client.link.programs.unstored, "all is stored")
+        first = fleet.router
+        await fleet.replace_router()
+        assert first._recorder is not None
+        first._recorder.close()
+        await eventually(lambda: client.link.not_ready_because is None, "another router is there")
+        late = (run_stages(client, f"late-{number}", range(3)) for number in range(20))
+        await asyncio.gather(*late, *(run_stages(client, f"long-{number}", range(1, 3)) for number in range(6)))
 
     for epoch in (1, 2):
         assert list(replay(recorded(tmp_path, epoch))) == []

@@ -8,12 +8,10 @@ import pytest
 
 from cluster import wire_pb2 as wire
 from cluster.codec import retarget_message
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.request import Deadline, DispatchId, Latency, ProgramCall, ProgramId, Slo
 from tempo_router.standing import Standing
-from tests.fleet import Fleet, call, eventually, submit
+from tests.fleet import Fleet, call, eventually, fleet_over_redis, submit
 from workers.call_facts import News
 from workers.engine import EngineCall, EngineFacts
 from workers.simulated_engine import SimulatedEngine
@@ -45,15 +43,9 @@ class Listening(SimulatedEngine):
 @pytest.fixture
 async def fleet(tmp_path: Path, monkeypatch) -> AsyncIterator[Fleet]:
     monkeypatch.setattr("workers.simulated_engine.SimulatedEngine", Listening)
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "test")
-    fleet = Fleet(CONFIG, store)
-    fleet.redis = redis
-    await fleet.start()
-    yield fleet
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start()
+        yield fleet
 
 
 def engine_of(worker: Worker) -> Listening:

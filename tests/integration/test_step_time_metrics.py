@@ -8,14 +8,12 @@ import pytest
 from httpx import ASGITransport, AsyncClient
 from prometheus_client import CollectorRegistry, make_asgi_app
 
-from cluster.embedded_redis import start_embedded_redis
-from cluster.redis_store import RedisStore
 from deployments.http_edge import HttpEdge
 from deployments.own_metrics import StepTimeErrors
 from deployments.program_client import ProgramClient
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
 from tempo_router.errors import RouterUnavailableError
-from tests.fleet import Fleet, call, eventually, submit
+from tests.fleet import Fleet, call, eventually, fleet_over_redis, submit
 
 CONFIG = TempoConfig(
     engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 4}, time_scale=0.02),
@@ -25,14 +23,9 @@ CONFIG = TempoConfig(
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "metrics")
-    fleet = Fleet(CONFIG, store)
-    await fleet.start(workers=2)
-    yield fleet
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        await fleet.start(workers=2)
+        yield fleet
 
 
 @pytest.mark.redis

@@ -13,7 +13,6 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.learnt_lengths import LENGTHS_SNAPSHOT
-from cluster.redis_store import RedisStore
 from cluster.router_server import RouterServer
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
@@ -27,7 +26,16 @@ from tempo_router.errors import (
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
-from tests.fleet import WAIT_S, Fleet, break_control_stream, break_token_streams, call, eventually, submit
+from tests.fleet import (
+    WAIT_S,
+    Fleet,
+    break_control_stream,
+    break_token_streams,
+    call,
+    eventually,
+    fleet_over_redis,
+    submit,
+)
 
 CONFIG = TempoConfig(
     engine=EngineConfig(
@@ -40,14 +48,8 @@ CONFIG = TempoConfig(
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    redis = start_embedded_redis(tmp_path)
-    store = await RedisStore.connect(redis.url, "test")
-    fleet = Fleet(CONFIG, store)
-    fleet.redis = redis
-    yield fleet
-    await fleet.close()
-    await store.close()
-    redis.stop()
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet:
+        yield fleet
 
 
 async def test_a_request_streams_to_its_end_and_leaves_nothing(fleet: Fleet) -> None:

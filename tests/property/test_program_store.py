@@ -78,6 +78,7 @@ class Programs(RuleBasedStateMachine):
         self.ends: dict[tuple[str, str], tuple[int, Ingress, str]] = {}
         self.deadlines: dict[str, set[float]] = {}
         self.closing: dict[str, list[tuple[Ingress, str]]] = {}
+        self.outlines: dict[str, list[tuple[Ingress, str]]] = {}
         self.hopeless: set[str] = set()
         self.sent: list[tuple[str, wire.ProgramOp]] = []
         self.ids: list[str] = []
@@ -212,8 +213,11 @@ class Programs(RuleBasedStateMachine):
         assert graph is not None
         before, stages_said = graph.outline, tuple(KnownStage(stage) for stage in range(stages))
         op = CreateProgram(program_id, "tenant", "app", deadline_s=graph.deadline_s, outline=stages_said)
-        is_taken = self.ask(self.name_of(ingress), op) is not None
-        assert graph.outline == (before or stages_said if is_taken else before)
+        name = self.name_of(ingress)
+        op_id = self.ask(name, op)
+        assert graph.outline == (before or stages_said if op_id is not None else before)
+        if op_id is not None:
+            self.outlines.setdefault(program_id, []).append((self.ingresses[name], op_id))
 
     @precondition(lambda self: self.ids)
     @rule(which=st.integers(0, 20))
@@ -338,6 +342,9 @@ class Programs(RuleBasedStateMachine):
                 # Nothing but what a client was served; a call that was cut off counts for nothing.
                 assert call.output_tokens in {0, *self.told[program_id, call.call_id]}
                 assert call.attempt <= self.attempts[program_id, call.call_id][0]
+            outlines = self.outlines.get(program_id, ())
+            if any(op_id in ingress.stored and op_id not in ingress.errors for ingress, op_id in outlines):
+                assert graph.outline, "what a client was told to be known is"
             if any(op_id in ingress.stored for ingress, op_id in self.closing[program_id]):
                 assert graph.closed_by, "who was told that it is finished or cancelled must be able to rely on it"
 
@@ -424,8 +431,21 @@ def test_a_late_message_does_not_begin_a_program_anew_that_ended_under_an_earlie
     machine.teardown()
 
 
+def test_an_outline_of_a_program_that_was_given_more_time_outlives_the_router(redis: ForgetfulRedis) -> None:
+    """Neither was stored; the extension is carried out only when all had time to tell again."""
+    Programs.redis = redis
+    machine = Programs()
+    machine.create(0)
+    machine.extend(0, 0, 2)
+    machine.outline(1, 0, 2)
+    machine.replace_router(has_last_word=False)
+    [graph] = machine.desk.book.live
+    assert len(graph.outline) == 2
+    machine.teardown()
+
+
 @pytest.mark.parametrize("tokens", [0, 7])
-def test_an_attempt_after_one_that_gave_no_token_is_stored(redis: ForgetfulRedis, tokens: int) -> None:
+def test_another_attempt_is_stored_and_takes_the_tokens_of_the_first_back(redis: ForgetfulRedis, tokens: int) -> None:
     Programs.redis = redis
     machine = Programs()
     machine.create(0)
