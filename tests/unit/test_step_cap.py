@@ -12,7 +12,7 @@ from tempo_router.step_cap import ArrivedUnit, StepCap
 from tempo_router.step_time import Pace
 from tempo_router.tempo_plan import TempoPlan
 from tests.builders import PACE
-from tests.unit.test_plan_table import World
+from tests.plan_world import World
 
 FIXED = Pace(
     prefill_token_s=5e-5, share_s=1e-4, decode_s=5e-5, context_token_s=0.0, tau_s=0.03, alone_s=0.01, attention_s=0.0,
