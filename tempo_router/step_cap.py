@@ -26,9 +26,8 @@ _TOLERANCE = 0.03
 """Of caps that are worth as much, within this, the one nearest to the usual is taken: the worth is flat at its top, and
 says no more."""
 
-_HYSTERESIS = 0.05
-"""The cap stays while it is worth as much as the best, within this, which is more than the tolerance: every change
-unsettles what was planned."""
+_HYSTERESIS = 0.03
+"""The cap stays while it is worth as much as the best, within this: every change unsettles what was planned."""
 
 _WITHOUT_STREAMS_S = 0.1
 """Time between tokens of which the candidates are shares where nobody streams."""
