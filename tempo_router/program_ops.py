@@ -14,8 +14,8 @@ class CreateProgram:
     """A program with a deadline, or without one as best effort. outline: its stages, where they are known.
 
     is_graph: they are those of a graph that is to run, so it must not have begun. operation: names this wish, so that
-    it is carried out once. asked_s: the deadline as its client gave it, in
-    seconds from when it asked, or None: as a date. Who asks again for the same has the same program.
+    it is carried out once. asked_s: the deadline as its client gave it, in seconds from when it asked, or None: as a
+    date. Who asks again for the same has the same program.
     """
 
     program_id: str
