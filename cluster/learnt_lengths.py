@@ -8,7 +8,7 @@ import structlog
 
 from cluster.length_estimates import LengthEstimates
 from cluster.redis_store import RedisStore
-from tempo_router.errors import InvalidSnapshotError, StoreUnavailableError
+from tempo_router.errors import InvalidSnapshotError, StoreRefusedError, StoreUnavailableError
 from tempo_router.prediction import LengthHistograms
 
 log = structlog.get_logger()
@@ -23,9 +23,10 @@ class LearntLengths:
     def __init__(self, store: RedisStore, epoch: int) -> None:
         self._store = store
         self._epoch = epoch
+        self._refused: set[str] = set()
 
     async def histograms(self) -> tuple[LengthHistograms, Any]:
-        """(what was learnt, the snapshot that says so or None). Raises StoreUnavailableError."""
+        """(what was learnt, the snapshot that says so or None). Raises StoreUnavailableError, StoreRefusedError."""
         lengths = LengthHistograms()
         saved = await self._store.load_snapshot(LENGTHS_SNAPSHOT)
         if saved is None:
@@ -39,7 +40,7 @@ class LearntLengths:
         return lengths, snapshot
 
     async def restore_answers(self, estimates: LengthEstimates) -> None:
-        """Give the forest the answers that earlier lives have collected. Raises StoreUnavailableError."""
+        """Give the forest the answers of earlier lives. Raises StoreUnavailableError, StoreRefusedError."""
         saved = await self._store.load_snapshot(ANSWERS_SNAPSHOT)
         if saved is None:
             return
@@ -49,11 +50,21 @@ class LearntLengths:
             log.warning("snapshot_unreadable", problem=str(error), effect="answers are collected anew")
 
     async def save(self, lengths: LengthHistograms, estimates: LengthEstimates | None) -> None:
-        """Write both. Raises StoreUnavailableError, LeaseLostError."""
-        snapshot = json.dumps(lengths.snapshot()).encode()
-        await self._store.save_snapshot(LENGTHS_SNAPSHOT, snapshot, self._epoch)
+        """Write both; one that Redis refuses is left out. Raises StoreUnavailableError, LeaseLostError."""
+        await self._save(LENGTHS_SNAPSHOT, json.dumps(lengths.snapshot()).encode())
         if estimates is not None:
-            await estimates.save(lambda answers: self._store.save_snapshot(ANSWERS_SNAPSHOT, answers, self._epoch))
+            await estimates.save(lambda answers: self._save(ANSWERS_SNAPSHOT, answers))
+
+    async def _save(self, name: str, content: bytes) -> None:
+        try:
+            await self._store.save_snapshot(name, content, self._epoch)
+        except StoreRefusedError as error:
+            if name not in self._refused:
+                effect = "what is learnt ends with this router"
+                log.exception("snapshot_refused", snapshot=name, problem=str(error), effect=effect)
+            self._refused.add(name)
+        else:
+            self._refused.discard(name)
 
     async def keep(self, lengths: LengthHistograms, estimates: LengthEstimates | None, every_s: float) -> None:
         """Write both now and then, until cancelled; what cannot be written is written next time."""

@@ -21,7 +21,7 @@ from cluster import wire_pb2 as wire
 from cluster.program_store import ProgramStore, ScriptCall
 from cluster.program_writer import ProgramWriter
 from tempo_router.config import ProgramsConfig
-from tempo_router.errors import ProgramError, StoreUnavailableError
+from tempo_router.errors import ProgramError, StoreRefusedError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramOutlined, ProgramRelegated, ProgramRetargeted
 from tempo_router.graph_outline import ended_stages
 from tempo_router.ledger import Program
@@ -160,9 +160,9 @@ class ProgramDesk:
     # ---- life ----
 
     async def restore(self) -> KnownPrograms:
-        """Read the programs in progress, the last ones that ended, and outlines. Raises StoreUnavailableError.
+        """Read the programs in progress, the last ones that ended, and outlines.
 
-        Returns what `patterns` was told of them.
+        Raises StoreUnavailableError, StoreRefusedError. Returns what `patterns` was told of them.
         """
         now_s = self._epoch_s()
         outlines: list[Outline] = []
@@ -483,6 +483,9 @@ class ProgramDesk:
             graph = None if self.writer.is_away else await self._store.load(op.program_id)
         except StoreUnavailableError as problem:
             log.warning("program_look_up_failed", problem=str(problem))
+            graph = None
+        except StoreRefusedError as problem:
+            log.exception("program_look_up_refused", program_id=op.program_id, problem=str(problem))
             graph = None
         if graph is None or graph.tenant != op.tenant or self.book.find(op.program_id) is not None:
             self._refuse(owner, message, error)

@@ -18,16 +18,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import structlog
 
 from cluster.redis_store import RedisStore
-from tempo_router.errors import LeaseLostError
+from tempo_router.errors import LeaseLostError, StoreRefusedError
 from tempo_router.known_stages import KnownStage
 from tempo_router.patterns import Outline, StageOutline
 from tempo_router.program_book import MOST_ENDED, Change
 from tempo_router.program_graph import GraphCall, Objective, ProgramGraph, ProgramStatus
 from tempo_router.request import ProgramId
 
+log = structlog.get_logger()
+
 APPLIED, KNOWN, STALE, MISSING = 1, 0, -1, -2
+REFUSED = -3
+"""No script's code: Redis did not run it, or not to its end."""
 
 MOST_AT_ONCE = 512
 """Changes in one round trip."""
@@ -129,6 +134,9 @@ return 1
 """
 )
 
+_NAMES = {_WHOLE: "whole", _CALL_BEGAN: "call began", _CALL_ENDED: "call ended", _STATUS: "status", _LEARN: "learn"}
+"""Of scripts, for logs."""
+
 PROGRAMS = "programs"
 ENDED = "ended"
 PATTERNS = "patterns"
@@ -199,11 +207,20 @@ class ProgramStore:
     async def write(self, changes: Sequence[ScriptCall]) -> list[int]:
         """Apply what `script_for` made, in order and in one round trip. The codes; raises LeaseLostError, and more.
 
-        Raises StoreUnavailableError; then any part may have been applied, and all may be told again.
+        Raises StoreUnavailableError; then any part may have been applied, and all may be told again. What Redis would
+        refuse every time is dropped, and logged as an error. When that program changes again, counters that are wrong
+        for it have all of it written.
         """
-        codes = [int(code) for code in await self._store.run(changes)]
+        answers = await self._store.run(changes)
+        codes = [REFUSED if isinstance(answer, StoreRefusedError) else int(answer) for answer in answers]
         if STALE in codes:
             raise LeaseLostError("another router writes this application's programs now")
+        for (text, keys, _), answer in zip(changes, answers, strict=True):
+            if isinstance(answer, StoreRefusedError):
+                log.error(
+                    "write_refused", key=keys[0], script=_NAMES.get(text, text), problem=str(answer),
+                    effect="this change is dropped; those behind it are written",
+                )  # fmt: skip
         return codes
 
     def script_for(self, change: Change, fence: int, now_s: float) -> ScriptCall:

@@ -1,5 +1,8 @@
 """Changes of programs on their way into Redis: in order, many in one round trip, kept while Redis is away.
 
+A change that Redis refuses for good is dropped (program_store.py says so) and counts as told: kept, it would hold up
+all others.
+
 What Redis acknowledged and then lost can be given to `write_again`; that comes in small parts beside the changes.
 
 Bounded: beyond `most` changes only *which* programs changed is remembered, and each is written whole later. That is
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from cluster.program_store import MISSING, MOST_AT_ONCE, ProgramStore, ScriptCall
+from cluster.program_store import MISSING, MOST_AT_ONCE, REFUSED, ProgramStore, ScriptCall
 from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_graph import ProgramGraph
 
@@ -66,6 +69,7 @@ class ProgramWriter:
         self.is_away = False
         self.round_trips = 0
         self.written = 0
+        self.refused = 0
 
     @property
     def waiting(self) -> int:
@@ -139,7 +143,9 @@ class ProgramWriter:
             return []
         codes = await self._store.write(scripts)
         self.round_trips += 1
-        self.written += len(scripts)
+        refused = codes.count(REFUSED)
+        self.refused += refused
+        self.written += len(scripts) - refused
         return codes
 
     def _gather_changed(self) -> None:

@@ -5,8 +5,9 @@ keeps one router per application, and where there are two for a while (an upgrad
 was given up for dead) the newer one is right. A stale owner finds out when it renews or writes: LeaseLostError.
 
 When Redis lost its data, the highest fence that comes back counts again; `minimum` keeps a new owner above all
-that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away; the store
-needs no reconnecting, a later call simply succeeds.
+that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, or says that it
+cannot do this now; the store needs no reconnecting, a later call simply succeeds. What Redis would refuse every time
+(a mistake in a script, a key that holds something else, a command that is not allowed) raises StoreRefusedError.
 """
 
 import asyncio
@@ -22,9 +23,18 @@ import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
-from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
+from tempo_router.errors import ConfigError, LeaseLostError, StoreRefusedError, StoreUnavailableError
 
 log = structlog.get_logger()
 
@@ -63,6 +73,11 @@ if current > tonumber(ARGV[1]) then return current end
 redis.call('SET', KEYS[2], ARGV[2])
 return 0
 """
+
+# With their subclasses these are also MASTERDOWN and MOVED; LOADING is a ConnectionError.
+_NOT_NOW = (AskError, ClusterDownError, NoScriptError, OutOfMemoryError, ReadOnlyError, TryAgainError)
+# Without a class of their own; and as Redis 6 tells what a script met: "Error running script (...): ...: -OOM ...".
+_SAYS_NOT_NOW = re.compile(r"(^|: -)(MISCONF|BUSY|NOREPLICAS|OOM|READONLY|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|MOVED|ASK) ")
 
 _RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
 
@@ -106,7 +121,10 @@ class _Server:
 
 
 class RedisStore:
-    """One application's part of a Redis server: all keys start with `tempo:{name}:`."""
+    """One application's part of a Redis server: all keys start with `tempo:{name}:`.
+
+    Every call may raise StoreUnavailableError or StoreRefusedError, `run` only the former.
+    """
 
     def __init__(self, client: redis.Redis, server: _Server, name: str, address: str, timeout_s: float) -> None:
         # The braces are a Redis Cluster hash tag: all keys of one application live on one node, as Lua needs.
@@ -126,7 +144,7 @@ class RedisStore:
         """Open the part of application `name`; the server must answer now.
 
         url: redis://, rediss:// or unix://. timeout_s: limit of every later call too. Raises ConfigError for a
-        URL that is none, StoreUnavailableError when no server answers or it refuses us.
+        URL that is none, StoreUnavailableError when no server answers or it does not let us in.
         """
         address = redacted(url)
         server = _Server()
@@ -145,7 +163,7 @@ class RedisStore:
             ) from e
         store = cls(client, server, name, address, timeout_s)
         try:
-            async with store._translated_errors():
+            async with store._translated_errors("PING"):
                 await client.ping()
         except BaseException:
             await store.close()
@@ -173,28 +191,28 @@ class RedisStore:
 
     async def reconnect(self) -> None:
         """Close the connections that are idle: each command that follows goes to whoever answers at the address now."""
-        async with self._translated_errors():
+        async with self._translated_errors("to reconnect"):
             await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def acquire_lease(self, owner: str, ttl_s: float, minimum: int = 0) -> int:
         """Become the owner and return the new fencing number: above every earlier one, and above `minimum`."""
-        async with self._translated_errors():
+        async with self._translated_errors("acquire_lease"):
             return int(await self._acquire(self._lease_keys(), [owner, _milliseconds(ttl_s), minimum]))
 
     async def renew(self, owner: str, fence: int, ttl_s: float) -> None:
         """Say that this owner lives. Raises LeaseLostError when a newer owner exists."""
-        async with self._translated_errors():
+        async with self._translated_errors("renew"):
             newer = int(await self._renew(self._lease_keys(), [owner, _milliseconds(ttl_s), fence]))
         self._refuse_stale(fence, newer)
 
     async def release(self, owner: str, fence: int) -> None:
         """Say that this owner has gone. Without effect when it is not the owner any more."""
-        async with self._translated_errors():
+        async with self._translated_errors("release"):
             await self._release(self._lease_keys(), [owner, fence])
 
     async def lease_holder(self) -> LeaseHolder | None:
         """The last owner, or None when there never was one."""
-        async with self._translated_errors(), self._redis.pipeline(transaction=True) as pipe:
+        async with self._translated_errors("lease_holder"), self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(self._key("fence"), ["owner", "fence"])
             pipe.exists(self._key("lease"))
             (owner, fence), alive = await pipe.execute()
@@ -204,13 +222,13 @@ class RedisStore:
 
     async def save_snapshot(self, name: str, content: bytes, fence: int) -> None:
         """Keep `content` under `name`. Raises LeaseLostError, and keeps what is there, when a newer owner exists."""
-        async with self._translated_errors():
+        async with self._translated_errors(f"save_snapshot {name}"):
             newer = int(await self._save([self._key("fence"), self._key(f"snapshot:{name}")], [fence, content]))
         self._refuse_stale(fence, newer)
 
     async def load_snapshot(self, name: str) -> bytes | None:
         """What was last saved under `name`, whoever the owner was."""
-        async with self._translated_errors():
+        async with self._translated_errors(f"GET snapshot:{name}"):
             content = await self._redis.get(self._key(f"snapshot:{name}"))
         assert content is None or isinstance(content, bytes)
         return content
@@ -221,47 +239,68 @@ class RedisStore:
         """Run scripts in one round trip: (text, suffixes of keys, arguments) each. Their answers, in order.
 
         Every script is atomic by itself; the first key of each is the fence's. Scripts must bear being run twice: a
-        server that lost them is given them again, and then all of these calls.
+        server that lost them is given them again, and then all of these calls. In place of the answer of a script that
+        Redis refuses there is a StoreRefusedError; the others have been run.
         """
-        async with self._translated_errors():
+        async with self._translated_errors("scripts"):
+            answers = await self._run(calls)
+            if any(isinstance(answer, NoScriptError) for answer in answers):
+                faulty = await self._load([text for text, _, _ in calls])
+                answers = [
+                    faulty.get(call[0], answer) for call, answer in zip(calls, await self._run(calls), strict=True)
+                ]
+        for number, answer in enumerate(answers):
+            if isinstance(answer, ResponseError):
+                answers[number] = self._translated(f"a script for {' '.join(calls[number][1]) or 'fence'}", answer)
+        unavailable = next((answer for answer in answers if isinstance(answer, StoreUnavailableError)), None)
+        if unavailable is not None:
+            raise unavailable
+        return answers
+
+    async def _load(self, texts: Sequence[str]) -> dict[str, ResponseError]:
+        """Give the server these scripts. Those that it does not take, with what it says."""
+        faulty = {}
+        for text in dict.fromkeys(texts):
             try:
-                return await self._run(calls)
-            except NoScriptError:
-                for text in dict.fromkeys(text for text, _, _ in calls):
-                    await self._redis.script_load(text)
-                return await self._run(calls)
+                await self._redis.script_load(text)
+            except ResponseError as error:
+                faulty[text] = error
+        return faulty
 
     async def _run(self, calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for text, suffixes, arguments in calls:
                 keys = [self._key("fence"), *map(self._key, suffixes)]
                 pipe.evalsha(self._sha(text), len(keys), *keys, *arguments)
-            answers: list[Any] = await pipe.execute()
+            answers: list[Any] = await pipe.execute(raise_on_error=False)
             return answers
 
     async def hashes(self, suffixes: Sequence[str]) -> list[dict[bytes, bytes]]:
         """The hashes under these keys, in one round trip; empty for those that do not exist."""
-        async with self._translated_errors(), self._redis.pipeline(transaction=False) as pipe:
+        async with self._translated_errors("HGETALL"), self._redis.pipeline(transaction=False) as pipe:
             for suffix in suffixes:
                 pipe.hgetall(self._key(suffix))
-            found: list[dict[bytes, bytes]] = await pipe.execute()
-            return found
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        for suffix, one in zip(suffixes, found, strict=True):
+            if isinstance(one, ResponseError):
+                raise self._translated(f"HGETALL {suffix}", one)
+        return found
 
     async def members(self, suffix: str) -> set[bytes]:
         """Members of a set."""
-        async with self._translated_errors():
+        async with self._translated_errors(f"SMEMBERS {suffix}"):
             found = await self._redis.smembers(self._key(suffix))
         return {one for one in found if isinstance(one, bytes)}
 
     async def ranked(self, suffix: str) -> list[bytes]:
         """Members of a sorted set, the lowest first."""
-        async with self._translated_errors():
+        async with self._translated_errors(f"ZRANGE {suffix}"):
             found = await self._redis.zrange(self._key(suffix), 0, -1)
         return [one for one in found if isinstance(one, bytes)]
 
     async def newest(self, suffix: str, most: int) -> list[bytes]:
         """The first so many entries of a list."""
-        async with self._translated_errors():
+        async with self._translated_errors(f"LRANGE {suffix}"):
             found = await self._redis.lrange(self._key(suffix), 0, most - 1)
         return [one for one in found if isinstance(one, bytes)]
 
@@ -282,8 +321,15 @@ class RedisStore:
         if newer:
             raise LeaseLostError(f"fence {fence} is stale: another owner of {self._prefix!r} holds {newer}")
 
+    def _translated(self, command: str, error: Exception) -> StoreUnavailableError | StoreRefusedError:
+        """What an error of redis-py means to callers. command: what was asked, for the message."""
+        if isinstance(error, ResponseError) and not (isinstance(error, _NOT_NOW) or _SAYS_NOT_NOW.search(str(error))):
+            return StoreRefusedError(f"Redis at {self._address} refuses {command}: {error}")
+        reason = str(error) or f"no answer within {self._timeout_s:g} s"
+        return StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}")
+
     @asynccontextmanager
-    async def _translated_errors(self) -> AsyncIterator[None]:
+    async def _translated_errors(self, command: str) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None
         cancels = task.cancelling()
@@ -294,8 +340,7 @@ class RedisStore:
         except (RedisError, OSError, TimeoutError) as e:
             if task.cancelling() > cancels:
                 raise asyncio.CancelledError from e
-            reason = str(e) or f"no answer within {self._timeout_s:g} s"
-            raise StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}") from e
+            raise self._translated(command, e) from e
         # Before Python 3.12 a cancellation is lost when it meets the answer in asyncio.wait_for, which redis-py uses;
         # a background task would then outlive its owner's stop, which waits for it.
         if task.cancelling() > cancels:

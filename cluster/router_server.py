@@ -37,7 +37,7 @@ from cluster.served_stream import first_message, serve_stream
 from tempo_router.actions import Redate, Relegate
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
-from tempo_router.errors import InvalidEventError, LeaseLostError, StoreUnavailableError
+from tempo_router.errors import InvalidEventError, LeaseLostError, StoreRefusedError, StoreUnavailableError, TempoError
 from tempo_router.event_log import Asked, Beginning
 from tempo_router.events import (
     Arrived,
@@ -101,7 +101,10 @@ class RouterServer:
     # ---- life ----
 
     async def start(self) -> str:
-        """Take the lease, restore what was learnt, serve. Returns host:port. Raises StoreUnavailableError."""
+        """Take the lease, restore what was learnt, serve. Returns host:port.
+
+        Raises StoreUnavailableError, StoreRefusedError.
+        """
         self._store.on_restart = self._redis_restarted.set
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
         history = self.make_history()
@@ -161,7 +164,7 @@ class RouterServer:
             if self._programs is not None:
                 await self._programs.stop()
             await self._store.release(self._owner, self.epoch)
-        except (StoreUnavailableError, LeaseLostError) as error:
+        except (StoreUnavailableError, StoreRefusedError, LeaseLostError) as error:
             log.warning("last_snapshot_not_written", problem=str(error))
 
     async def _save_lengths(self) -> None:
@@ -226,11 +229,12 @@ class RouterServer:
     def _programs_snapshot(self) -> dict[str, Any]:
         desk = self._programs
         if desk is None:
-            return {"live": 0, "unwritten": 0, "is_store_away": False}
+            return {"live": 0, "unwritten": 0, "refused": 0, "is_store_away": False}
         writer = desk.writer
         return {
             "live": len(desk.book),
             "unwritten": writer.waiting,
+            "refused": writer.refused,
             "is_store_away": writer.is_away,
             "written": writer.written,
             "round_trips": writer.round_trips,
@@ -286,8 +290,8 @@ class RouterServer:
             self.handle(Ticked(time.monotonic()))
 
     async def _keep_lease(self) -> None:
-        """Renew the lease. Redis being away stops nothing: only a newer router does."""
-        is_away = False
+        """Renew the lease. Redis being away, or refusing, stops nothing: only a newer router does."""
+        trouble: type[TempoError] | None = None
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.transport.lease_s / 3):
@@ -300,13 +304,13 @@ class RouterServer:
                 if self._redis_restarted.is_set():
                     self._redis_restarted.clear()
                     self.programs.store_again()
-                if is_away:
+                if trouble is not None:
                     log.warning("redis_back", epoch=self.epoch)
-                is_away = False
-            except StoreUnavailableError as error:
-                if not is_away:
-                    log.warning("redis_away", problem=str(error), effect="serving goes on; nothing learnt is stored")
-                is_away = True
+                trouble = None
+            except (StoreUnavailableError, StoreRefusedError) as error:
+                if type(error) is not trouble:
+                    _say_not_renewed(error)
+                trouble = type(error)
                 await asyncio.sleep(REDIS_RETRY_S)
 
     def _open_desk(self) -> ProgramDesk:
@@ -613,6 +617,14 @@ class _Control(wire_pb2_grpc.RouterControlServicer):
         self, requests: AsyncIterator[wire.WorkerToRouter], context: Any
     ) -> None:
         await self._server.serve_worker(requests, context)
+
+
+def _say_not_renewed(error: StoreUnavailableError | StoreRefusedError) -> None:
+    if isinstance(error, StoreRefusedError):
+        effect = "serving goes on; what a Redis that is restarted has lost is not written again"
+        log.error("lease_not_renewed", problem=str(error), effect=effect)
+    else:
+        log.warning("redis_away", problem=str(error), effect="serving goes on; nothing learnt is stored")
 
 
 async def _fail(error: Exception) -> None:

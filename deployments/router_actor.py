@@ -55,7 +55,10 @@ class RouterActor:
         self._watcher: asyncio.Task[None] | None = None
 
     async def address(self) -> str:
-        """host:port of the control streams; starts the server on the first call. Raises StoreUnavailableError."""
+        """host:port of the control streams; starts the server on the first call.
+
+        Raises StoreUnavailableError, StoreRefusedError.
+        """
         async with self._starting:
             if self._server is None:
                 await self._start()
@@ -159,7 +162,7 @@ class RouterFinder:
         self._has_adopted = False
 
     async def locate(self) -> str:
-        """host:port of the router. Raises RouterUnavailableError; StoreUnavailableError's text is inside it."""
+        """host:port of the router. Raises RouterUnavailableError; the text of the store's error is inside it."""
         try:
             async with asyncio.timeout(ADDRESS_TIMEOUT_S):
                 if self._handle is None:

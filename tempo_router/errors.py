@@ -7,7 +7,8 @@ TempoError
 ├── InvalidEventError         the shell told the core something impossible
 ├── InvalidSnapshotError      stored lengths cannot be read back
 ├── LengthModelError          the process that estimates answer lengths failed
-├── StoreUnavailableError     Redis cannot be reached
+├── StoreUnavailableError     Redis cannot be used now
+├── StoreRefusedError         Redis refuses one command for good
 ├── LeaseLostError            another router owns the application now
 ├── RouterUnavailableError    no router answered in time
 ├── RequestTooLargeError      a request does not fit into one message between our processes
@@ -96,7 +97,11 @@ class LengthModelError(TempoError):
 
 
 class StoreUnavailableError(TempoError):
-    """Redis cannot be reached."""
+    """Redis cannot be reached, or cannot do now what it is asked; a later try may succeed."""
+
+
+class StoreRefusedError(TempoError):
+    """Redis refuses a command whenever it is asked: one that is wrong, or not allowed, or meets what it cannot use."""
 
 
 class LeaseLostError(TempoError):

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.redis_store import LeaseHolder, RedisStore, redacted
-from tempo_router.errors import ConfigError, LeaseLostError, StoreUnavailableError
+from tempo_router.errors import ConfigError, LeaseLostError, StoreRefusedError, StoreUnavailableError
 
 pytestmark = pytest.mark.redis
 
@@ -396,6 +397,107 @@ async def test_what_is_no_redis_url_is_a_mistake_in_the_configuration(url: str) 
 )
 def test_logs_show_an_address_without_secrets(url: str, shown: str) -> None:
     assert redacted(url) == shown
+
+
+# --- what Redis answers that it will not do
+
+
+NOT_NOW = {
+    "OOM": [("CONFIG", "SET", "maxmemory", "1")],
+    "READONLY": [("REPLICAOF", "127.0.0.1", "1")],
+    "MASTERDOWN": [("CONFIG", "SET", "replica-serve-stale-data", "no"), ("REPLICAOF", "127.0.0.1", "1")],
+    "NOREPLICAS": [("CONFIG", "SET", "min-replicas-to-write", "1")],
+}
+"""What makes a server answer so until it is told otherwise."""
+
+KEEP = "redis.call('SET', KEYS[2], ARGV[1]) return redis.call('GET', KEYS[2])"
+
+
+@pytest.mark.parametrize("answer", NOT_NOW)
+async def test_a_server_that_cannot_write_now_is_an_unavailable_store(own_server: EmbeddedRedis, answer: str) -> None:
+    """Redis 6 tells what a script met in the text of another error."""
+    store = await RedisStore.connect(own_server.url, "tempo")
+    fence = await store.acquire_lease("router", TTL_S)
+    async with redis.asyncio.from_url(own_server.url) as admin:
+        for command in NOT_NOW[answer]:
+            await admin.execute_command(*command)
+
+    with pytest.raises(StoreUnavailableError):
+        await store.renew("router", fence, TTL_S)
+    with pytest.raises(StoreUnavailableError):
+        await store.run([(KEEP, ("kept",), ("x",))])
+    await store.close()
+
+
+async def test_a_server_that_is_busy_with_a_script_is_an_unavailable_store(own_server: EmbeddedRedis) -> None:
+    store = await RedisStore.connect(own_server.url, "tempo")
+    async with redis.asyncio.from_url(own_server.url) as admin:
+        await admin.config_set("lua-time-limit", 1)
+        endless = asyncio.create_task(admin.eval("while true do end", 0))
+        async with asyncio.timeout(10):
+            problem = ""
+            while "BUSY" not in problem:
+                try:
+                    await store.load_snapshot("lengths")
+                except StoreUnavailableError as error:
+                    problem = str(error)
+        await admin.script_kill()
+        with pytest.raises(redis.exceptions.ResponseError):
+            await endless
+    assert await store.load_snapshot("lengths") is None
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "MISCONF Errors writing to the AOF file",
+        "CLUSTERDOWN The cluster is down",
+        "TRYAGAIN Multiple keys request during rehashing of slot",
+        "MOVED 7 host:6379",
+    ],
+)
+async def test_answers_that_only_hold_for_now_are_known(store: RedisStore, answer: str) -> None:
+    """Those that are hard to have of a real server; by themselves, or told by a script."""
+    for script in (f"return redis.error_reply('{answer}')", f"error('-{answer}')"):
+        with pytest.raises(StoreUnavailableError, match=answer.split()[1]):
+            await store.run([(script, (), ())])
+
+
+async def test_what_redis_refuses_for_good_is_no_outage(store: RedisStore) -> None:
+    fence = await store.acquire_lease("router", TTL_S)
+    await store._redis.set(store._key("fence"), "no hash")
+
+    with pytest.raises(StoreRefusedError, match=r"renew.*WRONGTYPE"):
+        await store.renew("router", fence, TTL_S)
+    with pytest.raises(StoreRefusedError, match=r"save_snapshot lengths.*WRONGTYPE"):
+        await store.save_snapshot("lengths", b"learnt", fence)
+    with pytest.raises(StoreRefusedError, match=r"HGETALL fence.*WRONGTYPE"):
+        await store.hashes(["count", "fence"])
+    with pytest.raises(StoreRefusedError, match=r"LRANGE fence.*WRONGTYPE"):
+        await store.newest("fence", 10)
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("return redis.call('LPUSH', KEYS[2], 1)", "WRONGTYPE"),
+        ("return redis.call('NOSUCH', KEYS[2])", "Unknown Redis command"),
+        ("return nil + 1", "arithmetic on a nil value"),
+        ("retur 1", "compiling script"),
+    ],
+)
+async def test_a_script_that_redis_refuses_keeps_no_other_from_running(
+    store: RedisStore, script: str, problem: str
+) -> None:
+    """Whether Redis knows the others already or not."""
+    for _ in range(2):
+        first, refused, last = await store.run(
+            [(KEEP, ("k",), ("first",)), (script, ("k",), ()), (KEEP, ("k",), ("last",))]
+        )
+        assert (first, last) == (b"first", b"last")
+        assert isinstance(refused, StoreRefusedError)
+        assert re.search(f"refuses a script for k: .*{problem}", str(refused))
 
 
 # --- the embedded server
