@@ -24,11 +24,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from benchmarks.crew import Crew, process_pool
+from benchmarks.goodput_comparison import OURS
 from benchmarks.goodput_plan import QUICK_PROFILE, Plan, plan_of
 from benchmarks.goodput_report import Results, read_results, write_report
-from benchmarks.goodput_run import add_bounds, execute, resumed
-from benchmarks.goodput_tables import OURS, comparison_markdown, policies_markdown
-from benchmarks.goodput_tuning import Choice, choice_key
+from benchmarks.goodput_run import add_bounds, choices_from, execute, resumed
+from benchmarks.goodput_tables import comparison_markdown, policies_markdown
 from tempo_router.errors import ConfigError, TempoError
 from tempo_router.option_values import above_zero, at_least_one, whole
 from tempo_router.simulation.experiment import OBJECTIVES, REFERENCE_SLOTS
@@ -79,7 +79,7 @@ def _measure(options: argparse.Namespace) -> int:
         options.out, plan.conditions
     )  # fmt: skip
     if options.tune_from is not None:
-        results.choices += _choices_from(options.tune_from, plan, results.choices)
+        results.choices += choices_from(options.tune_from, plan, results.choices)
     with process_pool(options.jobs) as pool:
         is_complete = execute(plan, results, pool, options.jobs, _tell)
     if results.rows:
@@ -111,12 +111,6 @@ def _add_bounds(plan: Plan, options: argparse.Namespace) -> int:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _choices_from(path: Path, plan: Plan, known: Sequence[Choice]) -> list[Choice]:
-    """What an earlier run chose for the tunings of this plan: settings are no measurements, so other code may have."""
-    wanted = {tuning.key for tuning in plan.tunings} - {choice_key(choice) for choice in known}
-    return [choice for choice in read_results(path).choices if choice_key(choice) in wanted]
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

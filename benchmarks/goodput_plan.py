@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tempo_router
-from benchmarks.goodput_tables import OURS
+from benchmarks.goodput_comparison import OURS
 from benchmarks.goodput_tuning import Part, Tuning, tunings_of
 from tempo_router.config import PolicyName, SwitchesConfig
 from tempo_router.errors import ConfigError

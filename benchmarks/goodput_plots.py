@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from benchmarks.goodput_tables import (
+from benchmarks.goodput_comparison import (
     Line,
     Lines,
     Row,

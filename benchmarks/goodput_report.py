@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.goodput_comparison import AIMS, grouped
 from benchmarks.goodput_tables import (
-    AIMS,
     ablation_markdown,
     aims_markdown,
     choices_markdown,
     comparison_markdown,
-    grouped,
     low_load_markdown,
     policies_markdown,
     replicas_markdown,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.crew import Crew
+from benchmarks.goodput_comparison import OURS, grouped
 from benchmarks.goodput_plan import Plan, engines_of
 from benchmarks.goodput_report import Results, read_results
-from benchmarks.goodput_tables import OURS, grouped
-from benchmarks.goodput_tuning import choice_key, chosen, tried, with_choice
+from benchmarks.goodput_tuning import Choice, choice_key, chosen, tried, with_choice
 from tempo_router.errors import ConfigError
 from tempo_router.simulation.experiment import (
     Cell,
@@ -47,6 +47,12 @@ def resumed(path: Path, plan: Plan) -> Results:
     # What failed is tried again.
     kept = {**conditions, "date": before.conditions["date"]}
     return Results(path, kept, before.rows, before.needs, choices=before.choices, further=before.further)
+
+
+def choices_from(path: Path, plan: Plan, known: Sequence[Choice]) -> list[Choice]:
+    """What an earlier run chose for the tunings of this plan: settings are no measurements, so other code may have."""
+    wanted = {tuning.key for tuning in plan.tunings} - {choice_key(choice) for choice in known}
+    return [choice for choice in read_results(path).choices if choice_key(choice) in wanted]
 
 
 def key_of(columns: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.goodput_tables import grouped
+from benchmarks.goodput_comparison import grouped
 from tempo_router.simulation.rows import LATENESS_GRID, TTFT_GRID_S
 
 

@@ -249,7 +249,7 @@ def test_choices_are_kept_for_a_resumed_run_and_can_be_taken_from_another_one(tr
                     "--tune-slots", "128")  # fmt: skip
     assert other.tune
     plan = goodput_plan.plan_of(other)
-    taken = goodput._choices_from(path, plan, [])
+    taken = goodput_run.choices_from(path, plan, [])
     assert [choice["policy"] for choice in taken] == ["fcfs"]
     _, results = run(other, results=Results(other.out, plan.conditions, choices=taken))
     assert {row["policy"]: row["slots"] for row in results.rows} == {"fcfs": 2, "vtc": 128}

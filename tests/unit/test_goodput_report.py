@@ -7,13 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import goodput, goodput_plan
+from benchmarks.goodput_comparison import best, is_jitserve, line_of
 from benchmarks.goodput_plots import draw_all, highlighted, line_colours, spread_apart
 from benchmarks.goodput_report import BEGIN_MARK, END_MARK, Results, read_results, report_markdown, write_report
-from benchmarks.goodput_tables import (
-    best,
-    is_jitserve,
-    line_of,
-)
 from tempo_router.errors import ConfigError
 from tests.goodput_rows import full_rows, goodput_row, only_place
 

@@ -3,23 +3,25 @@
 import pytest
 
 from benchmarks import goodput
-from benchmarks.goodput_tables import (
+from benchmarks.goodput_comparison import (
     AIMS,
-    aims_markdown,
     best,
-    choices_markdown,
-    comparison_markdown,
     grouped,
     is_rival,
     line_of,
-    low_load_markdown,
     measure,
     ours,
-    policies_markdown,
     ratio,
     removals,
-    replicas_markdown,
     settings_of,
+)
+from benchmarks.goodput_tables import (
+    aims_markdown,
+    choices_markdown,
+    comparison_markdown,
+    low_load_markdown,
+    policies_markdown,
+    replicas_markdown,
     summary_csv,
 )
 from tempo_router.errors import ConfigError
