@@ -8,7 +8,7 @@ r"""How much useful work each policy gets out of the same engines: goodput and a
 
 Every policy runs as in production, in virtual time: router, step planner, length estimates. Loads are relative to the
 saturated throughput under first come, first served with 128 slots, whatever slots a policy runs with.
-Rivals that know no objective run once; those in OBJECTIVE_AWARE run under each. --tune: every rival runs with the
+tempo and density run under each objective; the other policies know none and run once. --tune: every rival runs with the
 slots and the shedding that suit it best, chosen on a part that is not compared (benchmarks/goodput_tuning.py). Rows go
 to --out as they come, so an interrupted run keeps them, marked by "complete": false; --resume goes on with it. --quick:
 a generated workload, few policies, three minutes on two cores.
