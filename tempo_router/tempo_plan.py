@@ -279,7 +279,7 @@ class _Units:
         is_ahead = self._config.switches.look_ahead
         different, of_unit = history.forecasts(self.programs if is_ahead else [None] * self.count)
         pace = self._pace
-        self.wait_s = history.wait_s(self._now_s)
+        wait_s = history.wait_s(self._now_s)
         means = np.array([_MEANS(one) for one in different], dtype=np.float64).T.take(of_unit, axis=1)
         calls, prompts, squared, self.later_tokens = means[:4]
         chain_tokens, chain_prompts, gaps, stages, unknown = means[4:]
@@ -299,7 +299,7 @@ class _Units:
         self.chain_tokens, self.gaps_s = chain_tokens, gaps
         self._longer_s = deviations(different, of_unit) * self.tau_s
         self.chain_prefill_s = chain_prompts * pace.prefill_token_s
-        self.later_s = serial_s(chain_tokens, chain_prompts, gaps, stages, pace, self.wait_s)
+        self.later_s = serial_s(chain_tokens, chain_prompts, gaps, stages, pace, wait_s)
 
     def _worth(self, context: Context) -> None:
         now_s = self._now_s
