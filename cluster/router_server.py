@@ -28,8 +28,8 @@ from cluster.event_recorder import EventRecorder
 from cluster.learnt_lengths import LearntLengths
 from cluster.length_estimates import LengthEstimates
 from cluster.link import channel_options
-from cluster.outbox import Outbox
-from cluster.peers import IngressSession, Peers, WorkerSession
+from cluster.open_requests import OpenRequests
+from cluster.peers import INGRESS_GRACE_S, IngressSession, Peers, WorkerSession
 from cluster.program_desk import STALE_DEADLINE_S, ExplainRequest, ProgramDesk, ViewConsole
 from cluster.program_store import ProgramStore
 from cluster.redis_store import RedisStore
@@ -67,9 +67,6 @@ from tempo_router.router import RouterCore
 log = structlog.get_logger()
 
 REDIS_RETRY_S = 0.2
-INGRESS_GRACE_S = 5.0
-"""How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
-token streams break too, and the workers abort. This covers a broken control stream alone."""
 
 
 class RouterServer:
@@ -85,9 +82,8 @@ class RouterServer:
         self._core = RouterCore(config.scheduling)
         self._learnt: LearntLengths | None = None
         self._estimates: LengthEstimates | None = None
-        self._peers = Peers()
-        self._is_settled = False
-        self._is_stopping = False
+        self._open = OpenRequests()
+        self._peers = Peers(self._open)
         self._redis_restarted = asyncio.Event()
         self._programs: ProgramDesk | None = None
         self._patterns: PatternHistory | None = None
@@ -150,7 +146,7 @@ class RouterServer:
 
     async def stop(self) -> None:
         """Close the streams, write what was learnt, give the lease back."""
-        self._is_stopping = True
+        self._peers.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -176,9 +172,9 @@ class RouterServer:
         self.handle(DrainStarted(time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._peers.open.until_empty()
+                await self._open.until_empty()
         except TimeoutError:
-            log.warning("drain_timed_out", open_requests=len(self._peers.open), timeout_s=timeout_s)
+            log.warning("drain_timed_out", open_requests=len(self._open), timeout_s=timeout_s)
             return False
         return True
 
@@ -195,7 +191,7 @@ class RouterServer:
     @property
     def has_peers(self) -> bool:
         """Whether any ingress or worker is connected."""
-        return bool(self._peers.workers or self._peers.connected_ingresses)
+        return bool(self._peers.worker_ids or self._peers.connected_ingresses)
 
     @property
     def lengths(self) -> LengthHistograms:
@@ -211,9 +207,9 @@ class RouterServer:
         """Counts for logs, status pages and tests."""
         return {
             "epoch": self.epoch,
-            **self._peers.open.counts(),
+            **self._open.counts(),
             "ingresses": [session.ingress_id for session in self._peers.connected_ingresses],
-            "workers": list(self._peers.workers),
+            "workers": self._peers.worker_ids,
             "programs": self._programs_snapshot(),
             "core": self._core.snapshot(),
             "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
@@ -263,26 +259,26 @@ class RouterServer:
 
     def _forget_if_gone(self, request_id: RequestId) -> None:
         if self._core.spec_of(request_id) is None:
-            self._peers.open.forget(request_id)
+            self._open.forget(request_id)
 
     # ---- background ----
 
     async def _settle(self) -> None:
         """Only listen at first: or the first worker to attach would get everything that waits."""
         await asyncio.sleep(self._config.scheduling.settle_s)
-        self._is_settled = True
+        self._peers.settle()
         self.programs.settled()
         for program in list(self._core.ledger.programs.values()):
             self.programs.tell_core(program.program_id, program)
         self.handle(Settled(time.monotonic()))
-        self._announce_workers()
-        for session in self._peers.ingresses.values():
+        self._peers.announce_workers()
+        for session in self._peers.ingresses:
             self._compare_streams(session)
 
     async def _forget_lost_owners(self) -> None:
         """Ingresses that went while there was no router never come back: what they served is over."""
         await asyncio.sleep(self._config.scheduling.settle_s + INGRESS_GRACE_S)
-        self.programs.owners_gone(self._peers.ingresses)
+        self.programs.owners_gone(session.ingress_id for session in self._peers.ingresses)
 
     async def _tick(self) -> None:
         while True:
@@ -335,7 +331,7 @@ class RouterServer:
 
     def _cancel_program(self, program_id: str) -> None:
         """End all requests of a program; their ingresses tell the clients."""
-        for request_id in self._peers.open.of_program(program_id):
+        for request_id in self._open.of_program(program_id):
             self._peers.tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
             self._cancel(request_id)
 
@@ -350,30 +346,21 @@ class RouterServer:
         try:
             await serve_stream(context, outbox, requests, lambda message: self._ingress_said(session, message))
         finally:
-            if session.outbox is outbox and not self._is_stopping:
-                self._ingress_away(session)
+            self._peers.detach_ingress(session, outbox, self._ingress_gone)
 
     def _attach_ingress(self, hello: wire.IngressHello) -> IngressSession:
-        session = self._peers.ingresses.setdefault(hello.ingress_id, IngressSession(hello.ingress_id))
-        if session.gone is not None:
-            session.gone.cancel()
-            session.gone = None
-        session.outbox = Outbox()
-        session.is_connected = True
+        session = self._peers.attach_ingress(hello.ingress_id, self.epoch)
         session.streaming = [spec_from_header(header, time.monotonic()) for header in hello.streaming]
-        session.outbox.put(wire.RouterToIngress(hello=wire.RouterHello(epoch=self.epoch)))
-        if self._is_settled:
-            session.outbox.put(wire.RouterToIngress(workers=self._peers.worker_set()))
         self._cancel_unlisted(session, {header.request_id for header in hello.streaming} | set(hello.waiting))
         for spec in session.streaming:
-            self._peers.open.own(spec, session.ingress_id)
-        if self._is_settled:
+            self._open.own(spec, session.ingress_id)
+        if self._peers.is_settled:
             self._compare_streams(session)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
         """What the ingress no longer has, it cancelled or finished while its stream was down."""
-        for request_id in self._peers.open.of_ingress(session.ingress_id):
+        for request_id in self._open.of_ingress(session.ingress_id):
             if request_id not in listed:
                 self._cancel(request_id)
 
@@ -410,7 +397,7 @@ class RouterServer:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
             self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
-        if self._is_settled:
+        if self._peers.is_settled:
             # Its engine may have ended an answer whose frames broke with the stream: nobody runs it any more.
             for one in message.unserved:
                 self._evict_unknown(session, RequestId(one.request_id), one.attempt)
@@ -438,15 +425,15 @@ class RouterServer:
 
     def _submit(self, session: IngressSession, submit: wire.Submit, now_s: float) -> None:
         spec = said = spec_from_header(submit.header, now_s)
-        self._peers.open.own(spec, session.ingress_id)
+        self._open.own(spec, session.ingress_id)
         if self._ends_with_its_program(spec):
             return
-        if self._is_settled:
+        if self._peers.is_settled:
             # Before, what was asked of programs and not stored may still be said again.
             spec = self.programs.corrected(said)
             self._tell_core(spec)
         if submit.HasField("payload"):
-            self._peers.open.keep_payload(spec.request_id, submit.payload)
+            self._open.keep_payload(spec.request_id, submit.payload)
         is_again = self._core.knows(spec.request_id, spec.attempt)
         lengths = self._core.lengths.lookup(spec)
         self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
@@ -456,7 +443,7 @@ class RouterServer:
         if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
         if not self._core.is_waiting(spec.request_id):
-            self._peers.open.take_payload(spec.request_id)
+            self._open.take_payload(spec.request_id)
 
     def _tell_core(self, spec: RequestSpec) -> None:
         """What became of a request's program, a core that is newer may not know."""
@@ -489,38 +476,25 @@ class RouterServer:
 
     def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
-        self._peers.open.forget(request_id)
+        self._open.forget(request_id)
 
     def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
         """This ingress lost its tokens from that worker: what it had there goes on elsewhere, at once."""
         lost = [
             CallFinished(dispatch_id, "lost", 0)
-            for dispatch_id in self._peers.open.dispatches_between(session.ingress_id, worker_id)
+            for dispatch_id in self._open.dispatches_between(session.ingress_id, worker_id)
         ]
-        worker = self._peers.workers.get(worker_id)
+        worker = self._peers.worker(worker_id)
         if lost and worker is not None:
             self._progressed(worker, Progressed(time.monotonic(), worker_id, worker.load, finished=tuple(lost)))
-
-    def _ingress_away(self, session: IngressSession) -> None:
-        session.is_connected = False
-        loop = asyncio.get_running_loop()
-        session.gone = loop.call_later(INGRESS_GRACE_S, self._ingress_gone, session)
 
     def _ingress_gone(self, session: IngressSession) -> None:
         log.info("ingress_gone", ingress_id=session.ingress_id)
         self._cancel_unlisted(session, set())
         self.programs.ingress_gone(session.ingress_id)
-        del self._peers.ingresses[session.ingress_id]
+        self._peers.drop_ingress(session)
 
     # ---- workers ----
-
-    def _announce_workers(self) -> None:
-        """Tell every ingress the set of workers. Not before all had time to attach: who is missing is dropped."""
-        if not self._is_settled:
-            return
-        workers = self._peers.worker_set()
-        for session in self._peers.connected_ingresses:
-            session.outbox.put(wire.RouterToIngress(workers=workers))
 
     async def serve_worker(self, requests: AsyncIterator[wire.WorkerToRouter], context: Any) -> None:
         """One worker's control stream, from hello to the end."""
@@ -530,39 +504,37 @@ class RouterServer:
         try:
             await serve_stream(context, worker.outbox, requests, lambda message: self._worker_said(worker, message))
         finally:
-            if self._peers.workers.get(worker.worker_id) is worker and not self._is_stopping:
+            if self._peers.drop_worker(worker):
                 self._worker_lost(worker)
 
     def _attach_worker(self, hello: wire.WorkerHello) -> WorkerSession:
         now_s = time.monotonic()
         load = ReplicaLoad(running=0, waiting=0, free_kv_tokens=hello.facts.kv_tokens)
         worker = WorkerSession(ReplicaId(hello.worker_id), hello.address, hello.facts, load)
-        worker.outbox.put(wire.RouterToWorker(hello=wire.RouterHello(epoch=self.epoch)))
-        self._peers.workers[worker.worker_id] = worker
-        self._peers.open.end_dispatches(worker.worker_id)
+        self._peers.attach_worker(worker, self.epoch)
+        self._open.end_dispatches(worker.worker_id)
         running = []
         for call in hello.running:
             dispatch_id = DispatchId(call.dispatch_id)
             spec = spec_from_header(call.header, now_s)
-            self._peers.open.own(spec, self._peers.open.owner(spec.request_id) or call.ingress_id)
-            self._peers.open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
+            self._open.own(spec, self._open.owner(spec.request_id) or call.ingress_id)
+            self._open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
         self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
-        if self._is_settled:
+        if self._peers.is_settled:
             for one in running:
                 self._tell_core(one.spec)
         if hello.is_draining:
             self.handle(ReplicaDraining(now_s, worker.worker_id))
         log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))
-        self._announce_workers()
+        self._peers.announce_workers()
         return worker
 
     def _worker_lost(self, worker: WorkerSession) -> None:
         log.warning("worker_lost", worker_id=worker.worker_id)
-        del self._peers.workers[worker.worker_id]
-        self._announce_workers()
+        self._peers.announce_workers()
         self.handle(ReplicaLost(time.monotonic(), worker.worker_id))
-        self._peers.open.end_dispatches(worker.worker_id)
+        self._open.end_dispatches(worker.worker_id)
 
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
         now_s = time.monotonic()
@@ -585,13 +557,13 @@ class RouterServer:
         for spec, tokens in answered:
             self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
-            request_id = self._peers.open.end_dispatch(finished.dispatch_id)
+            request_id = self._open.end_dispatch(finished.dispatch_id)
             if request_id is not None:
                 self._forget_if_gone(request_id)
 
     def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
         """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
-        request_id = self._peers.open.dispatched_as(dispatch_id)
+        request_id = self._open.dispatched_as(dispatch_id)
         spec = self._core.spec_of(request_id) if request_id is not None else None
         return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 

@@ -196,7 +196,7 @@ def break_token_streams(worker: Worker) -> None:
 
 async def kill_router(router: RouterServer) -> None:
     """Stop a router's tasks and streams without its leave-taking."""
-    router._is_stopping = True
+    router._peers.close()
     for task in router._tasks:
         task.cancel()
     await asyncio.gather(*router._tasks, return_exceptions=True)

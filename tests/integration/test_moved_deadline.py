@@ -97,7 +97,7 @@ async def test_an_ingress_that_was_away_when_a_program_was_relegated_hears_of_it
     await submit(client, spec)
     await eventually(lambda: client.tokens.get(spec.request_id, 0) > 0, "it runs")
 
-    session = fleet.router._peers.ingresses[client.link.ingress_id]
+    session = fleet.router._peers._ingresses[client.link.ingress_id]
     session.is_connected = False
     desk = fleet.router.programs
     desk._changed(desk.book.relegate(desk.book.of_tenant(PROGRAM, ""), time.time()))
@@ -128,7 +128,7 @@ async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router
     await eventually(lambda: second.book.of_tenant(PROGRAM, "").status == "running", "the next router is asked again")
     known = fleet.router._core.ledger.programs
     await eventually(lambda: ProgramId(PROGRAM) in known, "it has the call")
-    await eventually(lambda: fleet.router._is_settled, "all is said")
+    await eventually(lambda: fleet.router._peers.is_settled, "all is said")
     program = known[ProgramId(PROGRAM)]
     assert not program.is_lost
     assert program.deadline_s - time.monotonic() == pytest.approx(began_s + 900 - time.time(), abs=1.0)
@@ -147,7 +147,7 @@ async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_canc
     await eventually(lambda: client.tokens.get(running.request_id, 0) > 0, "one runs")
     await submit(client, waiting)
 
-    fleet.router._peers.ingresses[client.link.ingress_id].is_connected = False
+    fleet.router._peers._ingresses[client.link.ingress_id].is_connected = False
     desk = fleet.router.programs
     desk._changed(desk.book.apply(CancelProgram(PROGRAM, "", "cancel"), time.time())[1])
     assert client.ended == {}, "what was told meanwhile was lost"
@@ -156,4 +156,4 @@ async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_canc
     assert set(client.ended.values()) == {"program cancelled"}
     assert client.resumed == []
     await eventually(lambda: fleet.router._core.is_idle, "nothing of it goes on")
-    assert not fleet.router._peers.open
+    assert not fleet.router._open
