@@ -1,43 +1,17 @@
-"""The peers of a router: who is connected, and how each of them is told what the core decided.
+"""The peers of a router: who is connected, and how to reach them.
 
 All that is remembered here comes back from the peers' hellos when the router is new.
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from cluster import wire_pb2 as wire
-from cluster.codec import (
-    header_from_spec,
-    message_from_retune,
-    message_from_standing,
-    retarget_message,
-    target_news,
-    verdict_message,
-)
 from cluster.open_requests import OpenRequests
 from cluster.outbox import Outbox
-from tempo_router.actions import (
-    Abort,
-    Action,
-    Admit,
-    Defer,
-    Dispatch,
-    Evict,
-    Expire,
-    Readmit,
-    Redate,
-    Reject,
-    Relegate,
-    Retarget,
-    Retune,
-)
 from tempo_router.events import ReplicaLoad
 from tempo_router.request import ReplicaId, RequestId, RequestSpec
-from tempo_router.router import RouterCore
 
 INGRESS_GRACE_S = 5.0
 """How long the requests of an ingress live after its control stream broke. A killed ingress loses them sooner: its
@@ -185,53 +159,3 @@ class Peers:
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.outbox.merge(message)
-
-    def carry_out(self, action: Action, core: RouterCore) -> None:
-        """Tell whom an action is for. core: which decided it, and knows its request."""
-        match action:
-            case Admit():
-                self.tell(action.request_id, verdict_message(action))
-            case Reject():
-                self.tell(action.request_id, verdict_message(action))
-                self._open.forget(action.request_id)
-            case Dispatch():
-                self._dispatch(action, core)
-            case Abort(dispatch_id=dispatch_id, replica_id=replica_id):
-                self.tell_worker(replica_id, wire.RouterToWorker(aborts=[dispatch_id]))
-            case Relegate() | Redate():
-                self.tell(action.request_id, target_news(action, time.monotonic()))
-            case Expire(request_id=request_id):
-                self.tell(request_id, wire.RouterToIngress(expired=[request_id]))
-                self._open.forget(request_id)
-            case Evict(request_id=request_id, attempt=attempt):
-                eviction = wire.Eviction(request_id=request_id, attempt=attempt)
-                self.tell(request_id, wire.RouterToIngress(evictions=[eviction]))
-                self._open.forget(request_id)
-            case Retune(replica_id=replica_id):
-                self.tell_worker(replica_id, wire.RouterToWorker(retunes=[message_from_retune(action)]))
-            case Retarget(replica_id=replica_id, dispatch_id=dispatch_id, slo=slo):
-                self.tell_worker(replica_id, wire.RouterToWorker(retargets=[retarget_message(dispatch_id, slo)]))
-            case Defer() | Readmit():
-                pass  # Told to who asks why (explain.py); nobody has to act.
-            case _:
-                assert_never(action)
-
-    def _dispatch(self, action: Dispatch, core: RouterCore) -> None:
-        worker = self._workers[action.replica_id]
-        spec, owner = core.spec_of(action.request_id), self._open.owner(action.request_id)
-        if spec is None or owner is None:
-            raise RuntimeError(f"the core dispatched {action.request_id!r}, which is not open here")
-        message = wire.Dispatch(
-            dispatch_id=action.dispatch_id,
-            header=header_from_spec(spec, time.monotonic()),
-            ingress_id=owner,
-            priority=action.priority,
-        )
-        if worker.facts.has_step_planner:
-            message.standing.CopyFrom(message_from_standing(action.standing))
-            message.length_atoms.extend(core.lengths_of(action.request_id).atoms)
-        payload = self._open.take_payload(action.request_id)
-        if payload is not None:
-            message.payload.CopyFrom(payload)
-        self._open.dispatched(action.dispatch_id, action.request_id, action.replica_id)
-        worker.outbox.merge(wire.RouterToWorker(dispatches=[message]))

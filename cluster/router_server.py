@@ -24,6 +24,7 @@ from cluster.codec import (
     spec_from_header,
     target_news,
 )
+from cluster.core_runner import CoreRunner
 from cluster.event_recorder import EventRecorder
 from cluster.learnt_lengths import LearntLengths
 from cluster.length_estimates import LengthEstimates
@@ -38,13 +39,11 @@ from tempo_router.actions import Redate, Relegate
 from tempo_router.attainment import Attainment
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidEventError, LeaseLostError, StoreRefusedError, StoreUnavailableError, TempoError
-from tempo_router.event_log import Asked, Beginning
+from tempo_router.event_log import Beginning
 from tempo_router.events import (
     Arrived,
     CallFinished,
-    Cancelled,
     DrainStarted,
-    Event,
     Progressed,
     ReplicaAttached,
     ReplicaDraining,
@@ -58,10 +57,8 @@ from tempo_router.explain import DecisionLog
 from tempo_router.metrics import Outcome
 from tempo_router.pattern_history import PatternHistory
 from tempo_router.prediction import LengthHistograms
-from tempo_router.program_graph import ProgramGraph
 from tempo_router.program_history import ProgramHistory
-from tempo_router.program_view import Outlook
-from tempo_router.request import DispatchId, ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
+from tempo_router.request import DispatchId, ProgramCall, ReplicaId, RequestId, RequestSpec
 from tempo_router.router import RouterCore
 
 log = structlog.get_logger()
@@ -79,18 +76,15 @@ class RouterServer:
         self._store = store
         self._owner = owner
         self._host = host
-        self._core = RouterCore(config.scheduling)
         self._learnt: LearntLengths | None = None
         self._estimates: LengthEstimates | None = None
         self._open = OpenRequests()
         self._peers = Peers(self._open)
-        self._redis_restarted = asyncio.Event()
-        self._programs: ProgramDesk | None = None
-        self._patterns: PatternHistory | None = None
         self._decisions = DecisionLog(config.ingress.explained_requests)
         self._attainment = Attainment()
-        self._failure: Exception | None = None
-        self._recorder: EventRecorder | None = None
+        self._runner = CoreRunner(RouterCore(config.scheduling), self._peers, self._open, self._decisions)
+        self._redis_restarted = asyncio.Event()
+        self._programs: ProgramDesk | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(options=channel_options(config.transport))
 
@@ -104,20 +98,20 @@ class RouterServer:
         self._store.on_restart = self._redis_restarted.set
         self.epoch = await self._store.acquire_lease(self._owner, self._config.transport.lease_s)
         history = self.make_history()
-        self._patterns = history if isinstance(history, PatternHistory) else None
         learnt = self._learnt = LearntLengths(self._store, self.epoch)
         lengths, beginning = await learnt.histograms()
-        self._core = core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
+        core = RouterCore(self._config.scheduling, epoch=self.epoch, lengths=lengths, history=history)
+        self._runner = CoreRunner(core, self._peers, self._open, self._decisions)
         if self._config.scheduling.length_model == "auto":
             self._estimates = LengthEstimates(
-                self._config.scheduling, drain=core.drain_samples, on_predicted=self.handle
+                self._config.scheduling, drain=core.drain_samples, on_predicted=self._runner.handle
             )
             await learnt.restore_answers(self._estimates)
-        self._programs = self._open_desk()
+        self._programs = self._open_desk(history)
         known = await self._programs.restore()
         if self._config.record_events is not None:
             kept = self._config.programs
-            self._recorder = EventRecorder(
+            self._runner.recorder = EventRecorder(
                 Path(self._config.record_events),
                 Beginning(
                     self._config.scheduling, self.epoch, beginning,
@@ -153,8 +147,8 @@ class RouterServer:
         if self._estimates is not None:
             self._estimates.close()
         await self._server.stop(grace=0.2)
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._runner.recorder is not None:
+            self._runner.recorder.close()
         try:
             await self._save_lengths()
             if self._programs is not None:
@@ -165,11 +159,11 @@ class RouterServer:
 
     async def _save_lengths(self) -> None:
         if self._learnt is not None:
-            await self._learnt.save(self._core.lengths, self._estimates)
+            await self._learnt.save(self._runner.core.lengths, self._estimates)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait until all open ones have ended. Returns whether they have, in time."""
-        self.handle(DrainStarted(time.monotonic()))
+        self._runner.handle(DrainStarted(time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
                 await self._open.until_empty()
@@ -180,8 +174,8 @@ class RouterServer:
 
     def failure(self) -> BaseException | None:
         """Why this router can no longer be relied on: a background task ended, or an event failed halfway; or None."""
-        if self._failure is not None:
-            return self._failure
+        if self._runner.failure is not None:
+            return self._runner.failure
         for task in self._tasks:
             is_once = task.get_name().endswith(("_settle", "_forget_lost_owners"))
             if task.done() and not task.cancelled() and (not is_once or task.exception() is not None):
@@ -196,7 +190,7 @@ class RouterServer:
     @property
     def lengths(self) -> LengthHistograms:
         """What was learnt about the lengths of answers."""
-        return self._core.lengths
+        return self._runner.core.lengths
 
     @property
     def estimates(self) -> LengthEstimates | None:
@@ -211,7 +205,7 @@ class RouterServer:
             "ingresses": [session.ingress_id for session in self._peers.connected_ingresses],
             "workers": self._peers.worker_ids,
             "programs": self._programs_snapshot(),
-            "core": self._core.snapshot(),
+            "core": self._runner.core.snapshot(),
             "length_estimates": None if self._estimates is None else self._estimates.snapshot(),
         }
 
@@ -236,31 +230,6 @@ class RouterServer:
             "round_trips": writer.round_trips,
         }
 
-    # ---- the core ----
-
-    def handle(self, event: Event) -> None:
-        """Give the core one event and carry out what it decides.
-
-        Raises InvalidEventError, with nothing changed. Any other error leaves an event half done, a request perhaps
-        nowhere: the router has failed, and a new one learns from its peers what is true.
-        """
-        try:
-            actions = self._core.handle(event)
-            if self._recorder is not None:
-                self._recorder.told(event, actions)
-            for action in actions:
-                self._decisions.decided(action, event.at_s)
-                self._peers.carry_out(action, self._core)
-        except InvalidEventError:
-            raise
-        except Exception as error:
-            self._failure = error
-            raise
-
-    def _forget_if_gone(self, request_id: RequestId) -> None:
-        if self._core.spec_of(request_id) is None:
-            self._open.forget(request_id)
-
     # ---- background ----
 
     async def _settle(self) -> None:
@@ -268,9 +237,9 @@ class RouterServer:
         await asyncio.sleep(self._config.scheduling.settle_s)
         self._peers.settle()
         self.programs.settled()
-        for program in list(self._core.ledger.programs.values()):
+        for program in list(self._runner.core.ledger.programs.values()):
             self.programs.tell_core(program.program_id, program)
-        self.handle(Settled(time.monotonic()))
+        self._runner.handle(Settled(time.monotonic()))
         self._peers.announce_workers()
         for session in self._peers.ingresses:
             self._compare_streams(session)
@@ -283,7 +252,7 @@ class RouterServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._config.scheduling.tick_s)
-            self.handle(Ticked(time.monotonic()))
+            self._runner.handle(Ticked(time.monotonic()))
 
     async def _keep_lease(self) -> None:
         """Renew the lease. Redis being away, or refusing, stops nothing: only a newer router does."""
@@ -309,31 +278,15 @@ class RouterServer:
                 trouble = type(error)
                 await asyncio.sleep(REDIS_RETRY_S)
 
-    def _open_desk(self) -> ProgramDesk:
-        config = self._config.programs
+    def _open_desk(self, history: ProgramHistory) -> ProgramDesk:
+        config, runner = self._config.programs, self._runner
         store = ProgramStore(self._store, keep_s=config.keep_s, most_patterns=config.max_patterns)
         return ProgramDesk(
-            config, store, fence=self.epoch, handle=self.handle, send=self._peers.tell_ingress,
-            cancel_calls=self._cancel_program, outlook=self._outlook, least_left_s=self._least_left_s,
-            patterns=self._patterns,
+            config, store, fence=self.epoch, handle=runner.handle, send=self._peers.tell_ingress,
+            cancel_calls=runner.cancel_program, outlook=runner.outlook, least_left_s=runner.least_left_s,
+            patterns=history if isinstance(history, PatternHistory) else None,
             questions={ExplainRequest: self._explain, ViewConsole: self._console},
         )  # fmt: skip
-
-    def _least_left_s(self, program_id: ProgramId) -> float:
-        if self._recorder is not None:
-            self._recorder.asked(Asked("least_left_s", program_id))
-        return self._core.least_left_s(program_id)
-
-    def _outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
-        if self._recorder is not None:
-            self._recorder.asked(Asked("outlook", graph.program_id))
-        return self._core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
-
-    def _cancel_program(self, program_id: str) -> None:
-        """End all requests of a program; their ingresses tell the clients."""
-        for request_id in self._open.of_program(program_id):
-            self._peers.tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
-            self._cancel(request_id)
 
     # ---- ingresses ----
 
@@ -358,11 +311,15 @@ class RouterServer:
             self._compare_streams(session)
         return session
 
+    def _forget_if_gone(self, request_id: RequestId) -> None:
+        if self._runner.core.spec_of(request_id) is None:
+            self._open.forget(request_id)
+
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:
         """What the ingress no longer has, it cancelled or finished while its stream was down."""
         for request_id in self._open.of_ingress(session.ingress_id):
             if request_id not in listed:
-                self._cancel(request_id)
+                self._runner.cancel(request_id)
 
     def _compare_streams(self, session: IngressSession) -> None:
         """Streams that no attached worker runs are lost: their ingress must submit them again.
@@ -378,7 +335,7 @@ class RouterServer:
 
     def _evict_unknown(self, session: IngressSession, request_id: RequestId, attempt: int) -> bool:
         """Have an attempt that neither waits nor runs submitted again. False if it does."""
-        if self._core.knows(request_id, attempt):
+        if self._runner.core.knows(request_id, attempt):
             return False
         eviction = wire.Eviction(request_id=request_id, attempt=attempt)
         session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
@@ -396,7 +353,7 @@ class RouterServer:
         for submit in message.submits:
             self._submit(session, submit, now_s)
         for cancel in message.cancels:
-            self._cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
+            self._runner.cancel(RequestId(cancel.request_id), is_complete=cancel.is_complete)
         if self._peers.is_settled:
             # Its engine may have ended an answer whose frames broke with the stream: nobody runs it any more.
             for one in message.unserved:
@@ -418,7 +375,7 @@ class RouterServer:
             "epoch": self.epoch,
             "ingresses": len(self._peers.connected_ingresses),
             "service": self._attainment.shown(time.monotonic()),
-            "queue": dataclasses.asdict(self._core.snapshot()),
+            "queue": dataclasses.asdict(self._runner.core.snapshot()),
             "store": self._programs_snapshot(),
             "programs": self.programs.newest(asked.most, asked.tenant),
         }
@@ -434,26 +391,26 @@ class RouterServer:
             self._tell_core(spec)
         if submit.HasField("payload"):
             self._open.keep_payload(spec.request_id, submit.payload)
-        is_again = self._core.knows(spec.request_id, spec.attempt)
-        lengths = self._core.lengths.lookup(spec)
-        self._decisions.arrived(spec, lengths, *self._core.worth_of(spec, lengths), now_s)
-        self.handle(Arrived(now_s, spec))
+        is_again = self._runner.core.knows(spec.request_id, spec.attempt)
+        lengths = self._runner.core.lengths.lookup(spec)
+        self._decisions.arrived(spec, lengths, *self._runner.core.worth_of(spec, lengths), now_s)
+        self._runner.handle(Arrived(now_s, spec))
         if is_again or spec is not said:
             self._tell_owner(said)
-        if self._estimates is not None and self._core.knows(spec.request_id, spec.attempt):
+        if self._estimates is not None and self._runner.core.knows(spec.request_id, spec.attempt):
             self._estimates.arrived(spec, lengths)
-        if not self._core.is_waiting(spec.request_id):
+        if not self._runner.core.is_waiting(spec.request_id):
             self._open.take_payload(spec.request_id)
 
     def _tell_core(self, spec: RequestSpec) -> None:
         """What became of a request's program, a core that is newer may not know."""
         if isinstance(spec.slo, ProgramCall):
             name = spec.slo.program_id
-            self.programs.tell_core(name, self._core.ledger.programs.get(name))
+            self.programs.tell_core(name, self._runner.core.ledger.programs.get(name))
 
     def _tell_owner(self, said: RequestSpec) -> None:
         """What became of a request's target, its ingress may have missed while it was away. said: as it knows it."""
-        request_id, known = said.request_id, self._core.spec_of(said.request_id)
+        request_id, known = said.request_id, self._runner.core.spec_of(said.request_id)
         if known is None:
             return
         now_s = time.monotonic()
@@ -463,7 +420,7 @@ class RouterServer:
                 redate = Redate(request_id, known.slo.program_id, deadline_s)
                 self._decisions.decided(redate, now_s)
                 self._peers.tell(request_id, target_news(redate, now_s))
-        if self._core.is_relegated(request_id):
+        if self._runner.core.is_relegated(request_id):
             self._peers.tell(request_id, target_news(Relegate(request_id), now_s))
 
     def _ends_with_its_program(self, spec: RequestSpec) -> bool:
@@ -471,12 +428,8 @@ class RouterServer:
         if not self.programs.is_cancelled(spec.program_id):
             return False
         self._peers.tell(spec.request_id, wire.RouterToIngress(cancelled=[spec.request_id]))
-        self._cancel(spec.request_id)
+        self._runner.cancel(spec.request_id)
         return True
-
-    def _cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
-        self.handle(Cancelled(time.monotonic(), request_id, is_complete))
-        self._open.forget(request_id)
 
     def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
         """This ingress lost its tokens from that worker: what it had there goes on elsewhere, at once."""
@@ -520,12 +473,12 @@ class RouterServer:
             self._open.own(spec, self._open.owner(spec.request_id) or call.ingress_id)
             self._open.dispatched(dispatch_id, spec.request_id, worker.worker_id)
             running.append(RunningCall(dispatch_id, spec, call.new_tokens))
-        self.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
+        self._runner.handle(ReplicaAttached(now_s, worker.worker_id, capacity_from_facts(hello.facts), tuple(running)))
         if self._peers.is_settled:
             for one in running:
                 self._tell_core(one.spec)
         if hello.is_draining:
-            self.handle(ReplicaDraining(now_s, worker.worker_id))
+            self._runner.handle(ReplicaDraining(now_s, worker.worker_id))
         log.info("worker_attached", worker_id=worker.worker_id, address=worker.address, running=len(running))
         self._peers.announce_workers()
         return worker
@@ -533,7 +486,7 @@ class RouterServer:
     def _worker_lost(self, worker: WorkerSession) -> None:
         log.warning("worker_lost", worker_id=worker.worker_id)
         self._peers.announce_workers()
-        self.handle(ReplicaLost(time.monotonic(), worker.worker_id))
+        self._runner.handle(ReplicaLost(time.monotonic(), worker.worker_id))
         self._open.end_dispatches(worker.worker_id)
 
     def _worker_said(self, worker: WorkerSession, message: wire.WorkerToRouter) -> None:
@@ -544,7 +497,7 @@ class RouterServer:
             self._progressed(worker, progressed_from_message(progress, worker.worker_id, now_s))
         if message.is_draining:
             log.info("worker_draining", worker_id=worker.worker_id)
-            self.handle(ReplicaDraining(now_s, worker.worker_id))
+            self._runner.handle(ReplicaDraining(now_s, worker.worker_id))
 
     def _progressed(self, worker: WorkerSession, event: Progressed) -> None:
         worker.load = event.load
@@ -553,7 +506,7 @@ class RouterServer:
             for finished in event.finished
             if finished.reason == "completed" and (spec := self._call_of_program(finished.dispatch_id)) is not None
         ]
-        self.handle(event)
+        self._runner.handle(event)
         for spec, tokens in answered:
             self.programs.answered(spec.program_id, spec.call_id, spec.prompt_tokens, spec.generated_tokens + tokens)
         for finished in event.finished:
@@ -564,7 +517,7 @@ class RouterServer:
     def _call_of_program(self, dispatch_id: DispatchId) -> RequestSpec | None:
         """The request of a dispatch, if it is all of a program's call; siblings (`n` > 1) are each a part."""
         request_id = self._open.dispatched_as(dispatch_id)
-        spec = self._core.spec_of(request_id) if request_id is not None else None
+        spec = self._runner.core.spec_of(request_id) if request_id is not None else None
         return spec if spec is not None and spec.call_id and spec.group_size == 1 else None
 
     async def _check_epoch(self, seen_epoch: int, context: Any) -> None:

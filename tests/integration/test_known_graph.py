@@ -89,12 +89,12 @@ async def test_the_stages_that_a_client_knows_have_budgets_before_they_begin_and
     await fleet.replace_router()
     routers.append(fleet.router)
     await eventually(lambda: fleet.router.snapshot()["core"].is_settled, "the next router has settled")
-    await eventually(lambda: fleet.router._core.ledger.programs != {}, "the next router knows the call")
+    await eventually(lambda: fleet.router._runner.core.ledger.programs != {}, "the next router knows the call")
     is_of_the_outline(await seen(http, program_id))
 
     for epoch, router in enumerate(routers, start=1):
-        assert router._recorder is not None
-        router._recorder.close()
+        assert router._runner.recorder is not None
+        router._runner.recorder.close()
         lines = (tmp_path / f"events-{epoch}.jsonl").read_text().splitlines()
         assert any("ProgramOutlined" in line for line in lines)
         assert list(replay(lines)) == []

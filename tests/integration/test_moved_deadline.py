@@ -32,7 +32,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 async def test_only_another_deadline_moves_what_runs(fleet: Fleet) -> None:
     client, programs = fleet.clients[0], ProgramClient(fleet.clients[0].link.programs)
-    core = fleet.router._core
+    core = fleet.router._runner.core
     began_s = time.time()
     await programs.ask(CreateProgram(PROGRAM, "", "research", began_s + 300))
     specs = [
@@ -86,7 +86,7 @@ async def test_a_call_of_a_relegated_program_hears_of_more_time_and_so_does_a_ro
     await eventually(lambda: len(client.redates) > 1, "the client hears of it from the next router")
     assert {name for name, _ in client.redates} == {spec.request_id}
     assert [slo.ttlt_s for _, slo in client.redates[1:]] == pytest.approx([left_s] * (len(client.redates) - 1), abs=2.0)
-    program = fleet.router._core.ledger.programs[ProgramId(PROGRAM)]
+    program = fleet.router._runner.core.ledger.programs[ProgramId(PROGRAM)]
     assert not any(job.is_relegated for job in program.live.values())
 
 
@@ -101,7 +101,7 @@ async def test_an_ingress_that_was_away_when_a_program_was_relegated_hears_of_it
     session.is_connected = False
     desk = fleet.router.programs
     desk._changed(desk.book.relegate(desk.book.of_tenant(PROGRAM, ""), time.time()))
-    assert fleet.router._core.is_relegated(spec.request_id)
+    assert fleet.router._runner.core.is_relegated(spec.request_id)
     assert client.relegations == [], "what was told meanwhile was lost"
     await break_control_stream(client.link)
     await eventually(lambda: client.relegations == [spec.request_id], "it hears of it")
@@ -126,7 +126,7 @@ async def test_an_extension_that_was_not_stored_is_not_undone_by_the_next_router
     await fleet.replace_router()
     second = fleet.router.programs
     await eventually(lambda: second.book.of_tenant(PROGRAM, "").status == "running", "the next router is asked again")
-    known = fleet.router._core.ledger.programs
+    known = fleet.router._runner.core.ledger.programs
     await eventually(lambda: ProgramId(PROGRAM) in known, "it has the call")
     await eventually(lambda: fleet.router._peers.is_settled, "all is said")
     program = known[ProgramId(PROGRAM)]
@@ -155,5 +155,5 @@ async def test_a_program_that_was_cancelled_while_an_ingress_was_away_stays_canc
     await eventually(lambda: len(client.ended) == 2, "it hears of it")
     assert set(client.ended.values()) == {"program cancelled"}
     assert client.resumed == []
-    await eventually(lambda: fleet.router._core.is_idle, "nothing of it goes on")
+    await eventually(lambda: fleet.router._runner.core.is_idle, "nothing of it goes on")
     assert not fleet.router._open

@@ -75,8 +75,8 @@ async def test_programs_that_were_learnt_in_an_earlier_life_replay_too(tmp_path:
         await eventually(lambda: not client.link.programs.unstored, "all is stored")
         first = fleet.router
         await fleet.replace_router()
-        assert first._recorder is not None
-        first._recorder.close()
+        assert first._runner.recorder is not None
+        first._runner.recorder.close()
         await eventually(lambda: client.link.not_ready_because is None, "another router is there")
         late = (run_stages(client, f"late-{number}", range(3)) for number in range(20))
         await asyncio.gather(*late, *(run_stages(client, f"long-{number}", range(1, 3)) for number in range(6)))

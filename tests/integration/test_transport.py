@@ -252,7 +252,7 @@ async def test_an_event_that_cannot_have_happened_does_not_end_the_router(fleet:
     """It changed nothing: a peer's mistake costs that peer its stream."""
     await fleet.start()
     with pytest.raises(InvalidEventError):
-        fleet.router.handle(
+        fleet.router._runner.handle(
             Progressed(
                 time.monotonic(),
                 ReplicaId("worker-1"),
@@ -325,7 +325,7 @@ async def test_an_answer_that_was_lost_whole_with_its_stream_is_given_again(
     with monkeypatch.context() as patched:
         patched.setattr(worker, "_to_ingress", lambda *_: None)
         await submit(client, call("lost", output_tokens=3))
-        await eventually(lambda: fleet.router._core.is_idle, "the router has it no more")
+        await eventually(lambda: fleet.router._runner.core.is_idle, "the router has it no more")
     assert "lost" in client.link.open
     break_token_streams(worker)
     await eventually(lambda: client.ended.get(RequestId("lost")) == "length", "it is answered after all")
