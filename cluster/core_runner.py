@@ -43,8 +43,8 @@ from tempo_router.router import RouterCore
 class CoreRunner:
     """The core of one router life and those who hear of its decisions.
 
-    failure: why the core can no longer be relied on; None while it can. recorder: of all that the core is told and
-    asked, if that is wanted; there before the first event.
+    failure: why this router can no longer be relied on, whoever found out; None while it can. recorder: of all that
+    the core is told and asked, if that is wanted; there before the first event.
     """
 
     def __init__(self, core: RouterCore, peers: Peers, open_requests: OpenRequests, decisions: DecisionLog) -> None:
