@@ -11,17 +11,18 @@ import structlog
 
 from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.learnt_lengths import ANSWERS_SNAPSHOT, LENGTHS_SNAPSHOT, LearntLengths
+from cluster.length_estimates import LengthEstimates
 from cluster.program_store import ProgramStore, key_of
 from cluster.program_writer import ProgramWriter
 from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import ProgramError
-from tempo_router.prediction import LengthHistograms
+from tempo_router.prediction import LengthHistograms, LengthSample
 from tempo_router.program_book import ProgramBook
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import BeginCall, CreateProgram, EndCall, FinishProgram, ProgramOp
-from tests.fleet import Fleet, eventually
+from tests.fleet import Fleet, call, eventually
 
 pytestmark = pytest.mark.redis
 
@@ -223,3 +224,28 @@ async def test_a_snapshot_that_is_refused_does_not_keep_the_other_from_being_wri
     assert await store.load_snapshot(ANSWERS_SNAPSHOT) == b"answers"
     [line] = logs
     assert (line["log_level"], line["event"], line["snapshot"]) == ("error", "snapshot_refused", LENGTHS_SNAPSHOT)
+
+
+async def test_answers_that_were_refused_are_written_once_they_may_be(
+    server: EmbeddedRedis, store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    """Without a new answer in between: what was refused is not saved."""
+    keys = [store._key("fence"), store._key(f"snapshot:{LENGTHS_SNAPSHOT}")]
+    await admin.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all"], keys=keys)
+    limited = await RedisStore.connect(server.url.replace("unix://", "unix://limited:any@"), "app")
+    learnt = LearntLengths(limited, await store.acquire_lease("router", 30.0))
+    ended = [LengthSample(call("r"), 20, is_complete=True)]
+    estimates = LengthEstimates(CONFIG.scheduling, drain=lambda: [ended.pop()] if ended else [], on_predicted=print)
+    await estimates._take_answers()
+
+    await learnt.save(LengthHistograms(), estimates)
+    assert await store.load_snapshot(ANSWERS_SNAPSHOT) is None
+    await admin.acl_setuser("limited", keys=["*"])
+    await learnt.save(LengthHistograms(), estimates)
+    estimates.close()
+    await limited.close()
+
+    later = LengthEstimates(CONFIG.scheduling, drain=list, on_predicted=print)
+    await LearntLengths(store, learnt._epoch).restore_answers(later)
+    assert [row.tokens for row in later.rows()] == [20]
+    later.close()
