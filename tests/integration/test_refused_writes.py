@@ -134,6 +134,43 @@ async def test_a_mistake_in_a_script_costs_only_what_it_was_to_write(programs: P
     assert await programs.stored.counters("p") == {"calls": 1, "done": 1, "tokens": 2}
 
 
+async def test_refusals_are_told_once_and_counted_when_they_end(
+    programs: Programs, store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    """By script and by reason: neither hides another."""
+    p, q = store._key(key_of("p")), store._key(key_of("q"))
+    programs.create("p")
+    programs.create("q")
+    await programs.writer.flush()
+    await admin.delete(p, q)
+    await admin.lpush(p, "no hash")
+    await admin.lpush(q, "no hash")
+    with structlog.testing.capture_logs() as logs:
+        for name in ("p", "q"):
+            programs.begin(name)
+            await programs.writer.flush()
+        programs.ask(EndCall("p", "call", 0, "completed", 10, 2))
+        await programs.writer.flush()
+        await admin.delete(p)
+        await admin.hset(p, "calls", "no number")
+        programs.ask(BeginCall("p", "", NewCall("second", owner="ingress")))
+        await programs.writer.flush()
+        await admin.delete(p)
+        programs.ask(BeginCall("p", "", NewCall("third", owner="ingress")))
+        await programs.writer.flush()
+
+    assert [(line["event"], line.get("script")) for line in logs] == [
+        ("write_refused", "call began"),
+        ("write_refused", "call ended"),
+        ("write_refused", "call began"),
+        ("writes_taken_again", "call began"),
+        ("program_stored_anew", None),
+    ]
+    assert "WRONGTYPE" in logs[0]["problem"]
+    assert "not an integer" in logs[2]["problem"]
+    assert (logs[3]["log_level"], logs[3]["dropped"]) == ("warning", 3)
+
+
 async def test_changes_wait_for_a_server_that_is_out_of_memory(programs: Programs, admin: redis.asyncio.Redis) -> None:
     programs.create("p")
     await programs.writer.flush()
@@ -141,14 +178,17 @@ async def test_changes_wait_for_a_server_that_is_out_of_memory(programs: Program
     await admin.config_set("maxmemory", 1)
     programs.begin("p")
     writing = asyncio.create_task(programs.writer.run())
-    await eventually(lambda: programs.writer.is_away, "it is noticed")
-    assert programs.told == []
+    try:
+        await eventually(lambda: programs.writer.is_away, "it is noticed")
+        assert programs.told == []
 
-    await admin.config_set("maxmemory", 0)
-    await eventually(lambda: not programs.writer.waiting, "it is written")
+        await admin.config_set("maxmemory", 0)
+        await eventually(lambda: not programs.writer.waiting, "it is written")
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
     assert programs.told == ["BeginCall p"]
     assert (programs.writer.refused, await programs.calls("p")) == (0, [("call", "running")])
-    writing.cancel()
 
 
 async def test_a_program_that_cannot_be_read_is_unknown(store: RedisStore, admin: redis.asyncio.Redis) -> None:
