@@ -141,7 +141,7 @@ class RouterServer:
                 await self._programs.stop()
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, StoreRefusedError, LeaseLostError) as error:
-            log.warning("last_snapshot_not_written", problem=str(error))
+            log.warning("router_end_not_stored", problem=str(error))
 
     async def _save_lengths(self) -> None:
         if self._learnt is not None:
@@ -264,7 +264,8 @@ class RouterServer:
                     self._redis_restarted.clear()
                     self.programs.store_again()
                 if trouble is not None:
-                    log.warning("redis_back", epoch=self.epoch)
+                    was_away = trouble is StoreUnavailableError
+                    log.warning("redis_back" if was_away else "lease_renewed_again", epoch=self.epoch)
                 trouble = None
             except (StoreUnavailableError, StoreRefusedError) as error:
                 if type(error) is not trouble:

@@ -228,15 +228,29 @@ async def test_serving_goes_on_when_the_lease_cannot_be_renewed(
         tried = store.renewals + 4
         await eventually(lambda: store.renewals >= tried, "it is tried again")
         await admin.delete(fence)
-        await eventually(lambda: any(line["event"] == "redis_back" for line in logs), "it is renewed")
+        await eventually(lambda: any(line["event"] == "lease_renewed_again" for line in logs), "it is renewed")
         assert fleet.router.failure() is None
         await admin.set(fence, "no hash")
         await fleet.close()
         await store.close()
     told = [(line["event"], line["log_level"]) for line in logs]
     assert told.count(("lease_not_renewed", "error")) == 1
-    assert told.count(("last_snapshot_not_written", "warning")) == 1
+    assert told.count(("router_end_not_stored", "warning")) == 1
+    assert told.count(("lease_renewed_again", "warning")) == 1
     assert ("redis_away", "warning") not in told
+    assert ("redis_back", "warning") not in told
+
+
+async def test_a_redis_that_could_not_write_is_said_to_be_back(store: RedisStore, admin: redis.asyncio.Redis) -> None:
+    fleet = Fleet(CONFIG, store)
+    await fleet.start()
+    with structlog.testing.capture_logs() as logs:
+        for maxmemory, event in ((1, "redis_away"), (0, "redis_back")):
+            await admin.config_set("maxmemory", maxmemory)
+            await eventually(lambda: any(line["event"] == event for line in logs), event)  # noqa: B023
+    await fleet.close()
+    told = [line["event"] for line in logs]
+    assert (told.count("redis_away"), told.count("redis_back"), told.count("lease_renewed_again")) == (1, 1, 0)
 
 
 class Answers:
