@@ -39,7 +39,7 @@ REDIS_RETRY_S = 0.2
 
 
 class RouterServer:
-    """Serves the control streams of one application under one epoch. host: the address that peers can reach."""
+    """One life of an application's router, from lease to stop. host: the address that peers can reach."""
 
     def __init__(self, config: TempoConfig, store: RedisStore, *, owner: str, host: str) -> None:
         self.epoch = 0
@@ -119,7 +119,7 @@ class RouterServer:
         )  # fmt: skip
 
     def make_history(self) -> ProgramHistory:
-        """What programs are foretold by, empty."""
+        """What programs are foretold by, empty; a router whose programs are known beforehand has another."""
         if self._config.scheduling.program_model == "patterns":
             return PatternHistory(self._config.programs.max_patterns, self._config.programs.pattern_age_s)
         return ProgramHistory()
@@ -205,18 +205,18 @@ class RouterServer:
         return self._programs
 
     def _programs_snapshot(self) -> dict[str, Any]:
-        desk = self._programs
-        if desk is None:
-            return {"live": 0, "unwritten": 0, "refused": 0, "is_store_away": False}
-        writer = desk.writer
-        return {
-            "live": len(desk.book),
-            "unwritten": writer.waiting,
-            "refused": writer.refused,
-            "is_store_away": writer.is_away,
-            "written": writer.written,
-            "round_trips": writer.round_trips,
-        }
+        shown = {"live": 0, "unwritten": 0, "refused": 0, "is_store_away": False, "written": 0, "round_trips": 0}
+        if self._programs is not None:
+            writer = self._programs.writer
+            shown |= {
+                "live": len(self._programs.book),
+                "unwritten": writer.waiting,
+                "refused": writer.refused,
+                "is_store_away": writer.is_away,
+                "written": writer.written,
+                "round_trips": writer.round_trips,
+            }
+        return shown
 
     def _explain(self, asked: ExplainRequest) -> list[dict[str, Any]]:
         return [one.shown() for one in self._decisions.find(asked.name, asked.tenant)]
