@@ -83,13 +83,14 @@ class RouterServer:
         known = await self._programs.restore()
         if self._config.record_events is not None:
             kept = self._config.programs
-            self._runner.recorder = EventRecorder(
+            recorder = EventRecorder(
                 Path(self._config.record_events),
                 Beginning(
                     self._config.scheduling, self.epoch, beginning,
                     most_patterns=kept.max_patterns, pattern_age_s=kept.pattern_age_s, programs=known,
                 ),
             )  # fmt: skip
+            self._runner.record(recorder)
         control = ControlStreams(
             self._runner, self._peers, self._open, self._programs, self._estimates, self._attainment, epoch=self.epoch
         )
@@ -236,7 +237,7 @@ class RouterServer:
     async def _settle(self, control: ControlStreams) -> None:
         """Only listen at first: or the first worker to attach would get everything that waits."""
         await asyncio.sleep(self._config.scheduling.settle_s)
-        control.settle()
+        control.settled()
 
     async def _forget_lost_owners(self) -> None:
         """Ingresses that went while there was no router never come back: what they served is over."""
