@@ -38,7 +38,8 @@ REFUSED = -3
 MOST_AT_ONCE = 512
 """Changes in one round trip."""
 
-# Every script: KEYS fence, program, programs, ended. ARGV fence, expiry in ms, ... Returns a code above, but REFUSED.
+# Every script: KEYS fence, program, programs, ended. ARGV fence, expiry in ms, ...
+# Returns APPLIED, KNOWN, STALE or MISSING.
 _GUARD = """
 local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if current > tonumber(ARGV[1]) then return -1 end

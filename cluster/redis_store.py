@@ -5,9 +5,10 @@ keeps one router per application, and where there are two for a while (an upgrad
 was given up for dead) the newer one is right. A stale owner finds out when it renews or writes: LeaseLostError.
 
 When Redis lost its data, the highest fence that comes back counts again; `minimum` keeps a new owner above all
-that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, or says that it
-cannot do this now; the store needs no reconnecting, a later call simply succeeds. What Redis would refuse every time
-(a mistake in a script, a key that holds something else, a command that is not allowed) raises StoreRefusedError.
+that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, refuses to set
+up a connection, or says that it cannot do this now; the store needs no reconnecting, a later call simply succeeds.
+What Redis would refuse every time (a mistake in a script, a key that holds something else, a command that is not
+allowed) raises StoreRefusedError.
 """
 
 import asyncio
