@@ -65,9 +65,9 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
         self._attainment = attainment
         self._epoch = epoch
 
-    def settle(self) -> None:
+    def settled(self) -> None:
         """All peers had time to attach: from now on who and what is missing is lost."""
-        self._peers.settle()
+        self._peers.settled()
         self._programs.settled()
         for program in list(self._core.ledger.programs.values()):
             self._programs.tell_core(program.program_id, program)
@@ -83,9 +83,9 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
         self, requests: AsyncIterator[wire.IngressToRouter], context: Any
     ) -> None:
         """One ingress's control stream, from hello to the end."""
-        hello = await first_message(requests, "hello", context)
-        await self._check_epoch(hello.hello.seen_epoch, context)
-        session = self._attach_ingress(hello.hello)
+        first = await first_message(requests, "hello", context)
+        await self._check_epoch(first.hello.seen_epoch, context)
+        session = self._attach_ingress(first.hello)
         outbox = session.outbox
         try:
             await serve_stream(context, outbox, requests, lambda message: self._ingress_said(session, message))
@@ -124,8 +124,7 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
         """Have an attempt that neither waits nor runs submitted again. False if it does."""
         if self._core.knows(request_id, attempt):
             return False
-        eviction = wire.Eviction(request_id=request_id, attempt=attempt)
-        session.outbox.merge(wire.RouterToIngress(evictions=[eviction]))
+        self._runner.tell_evicted(session.ingress_id, request_id, attempt)
         self._forget_if_gone(request_id)
         return True
 
@@ -195,8 +194,7 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
         """Whether a request's program was cancelled while its ingress was away; then that is told now."""
         if not self._programs.is_cancelled(spec.program_id):
             return False
-        self._peers.tell(spec.request_id, wire.RouterToIngress(cancelled=[spec.request_id]))
-        self._runner.cancel(spec.request_id)
+        self._runner.cancel_with_program(spec.request_id)
         return True
 
     def _unreachable(self, session: IngressSession, worker_id: ReplicaId) -> None:
@@ -296,7 +294,7 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
         """A peer that met a newer router tells us that we are not the one any more."""
         if seen_epoch > self._epoch:
             error = LeaseLostError(f"a peer has seen epoch {seen_epoch}, this router has {self._epoch}")
-            self._runner.failure = error
+            self._runner.fail(error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     def _forget_if_gone(self, request_id: RequestId) -> None:

@@ -41,19 +41,33 @@ from tempo_router.router import RouterCore
 
 
 class CoreRunner:
-    """The core of one router life and those who hear of its decisions.
-
-    failure: why this router can no longer be relied on, whoever found out; None while it can. recorder: of all that
-    the core is told and asked, if that is wanted; there before the first event.
-    """
+    """The core of one router life and those who hear of its decisions."""
 
     def __init__(self, core: RouterCore, peers: Peers, open_requests: OpenRequests, decisions: DecisionLog) -> None:
         self.core = core
         self.decisions = decisions
-        self.failure: Exception | None = None
-        self.recorder: EventRecorder | None = None
+        self._failure: Exception | None = None
+        self._recorder: EventRecorder | None = None
         self._peers = peers
         self._open = open_requests
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why this router can no longer be relied on, by whoever found out first; None while it can."""
+        return self._failure
+
+    def fail(self, error: Exception) -> None:
+        """This router can no longer be relied on. What comes after the first cause may follow from it."""
+        self._failure = self._failure or error
+
+    @property
+    def recorder(self) -> EventRecorder | None:
+        """What `record` was given; whoever gave it closes it."""
+        return self._recorder
+
+    def record(self, recorder: EventRecorder) -> None:
+        """Record all that the core is told and asked; to be called before the first event."""
+        self._recorder = recorder
 
     def handle(self, event: Event) -> None:
         """Give the core one event and carry out what it decides.
@@ -63,15 +77,15 @@ class CoreRunner:
         """
         try:
             actions = self.core.handle(event)
-            if self.recorder is not None:
-                self.recorder.told(event, actions)
+            if self._recorder is not None:
+                self._recorder.told(event, actions)
             for action in actions:
                 self.decisions.decided(action, event.at_s)
                 self._carry_out(action)
         except InvalidEventError:
             raise
         except Exception as error:
-            self.failure = error
+            self.fail(error)
             raise
 
     def cancel(self, request_id: RequestId, *, is_complete: bool = False) -> None:
@@ -79,22 +93,31 @@ class CoreRunner:
         self.handle(Cancelled(time.monotonic(), request_id, is_complete))
         self._open.forget(request_id)
 
-    def cancel_program(self, program_id: str) -> None:
+    def cancel_program(self, program_id: ProgramId) -> None:
         """End all requests of a program; their ingresses tell the clients."""
         for request_id in self._open.of_program(program_id):
-            self._peers.tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
-            self.cancel(request_id)
+            self.cancel_with_program(request_id)
+
+    def cancel_with_program(self, request_id: RequestId) -> None:
+        """End a request whose program was cancelled; its ingress tells the client."""
+        self._peers.tell(request_id, wire.RouterToIngress(cancelled=[request_id]))
+        self.cancel(request_id)
+
+    def tell_evicted(self, ingress_id: str, request_id: RequestId, attempt: int) -> None:
+        """Have an ingress submit a request again: this attempt neither waits nor runs any more."""
+        eviction = wire.Eviction(request_id=request_id, attempt=attempt)
+        self._peers.tell_ingress(ingress_id, wire.RouterToIngress(evictions=[eviction]))
 
     def least_left_s(self, program_id: ProgramId) -> float:
         """What a program still needs even if all goes well."""
-        if self.recorder is not None:
-            self.recorder.asked(Asked("least_left_s", program_id))
+        if self._recorder is not None:
+            self._recorder.asked(Asked("least_left_s", program_id))
         return self.core.least_left_s(program_id)
 
     def outlook(self, graph: ProgramGraph, now_s: float) -> Outlook | None:
         """What is foretold of a program. now_s: since the Unix epoch, as the dates of the graph."""
-        if self.recorder is not None:
-            self.recorder.asked(Asked("outlook", graph.program_id))
+        if self._recorder is not None:
+            self._recorder.asked(Asked("outlook", graph.program_id))
         return self.core.outlook(graph.program_id, None if graph.deadline_s is None else graph.deadline_s - now_s)
 
     def _carry_out(self, action: Action) -> None:
@@ -115,8 +138,7 @@ class CoreRunner:
                 self._peers.tell(request_id, wire.RouterToIngress(expired=[request_id]))
                 self._open.forget(request_id)
             case Evict(request_id=request_id, attempt=attempt):
-                eviction = wire.Eviction(request_id=request_id, attempt=attempt)
-                self._peers.tell(request_id, wire.RouterToIngress(evictions=[eviction]))
+                self.tell_evicted(self._open.owner(request_id) or "", request_id, attempt)
                 self._open.forget(request_id)
             case Retune(replica_id=replica_id):
                 self._peers.tell_worker(replica_id, wire.RouterToWorker(retunes=[message_from_retune(action)]))

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -50,14 +52,20 @@ class LearntLengths:
             log.warning("snapshot_unreadable", problem=str(error), effect="answers are collected anew")
 
     async def save(self, lengths: LengthHistograms, estimates: LengthEstimates | None) -> None:
-        """Write both; one that Redis refuses is left out. Raises StoreUnavailableError, LeaseLostError."""
-        await self._save(LENGTHS_SNAPSHOT, json.dumps(lengths.snapshot()).encode())
+        """Write both; one that Redis refuses waits for the next time. Raises StoreUnavailableError, LeaseLostError."""
+        await self._unless_refused(
+            LENGTHS_SNAPSHOT, self._write(LENGTHS_SNAPSHOT, json.dumps(lengths.snapshot()).encode())
+        )
         if estimates is not None:
-            await estimates.save(lambda answers: self._save(ANSWERS_SNAPSHOT, answers))
+            await self._unless_refused(ANSWERS_SNAPSHOT, estimates.save(partial(self._write, ANSWERS_SNAPSHOT)))
 
-    async def _save(self, name: str, content: bytes) -> None:
+    async def _write(self, name: str, content: bytes) -> None:
+        await self._store.save_snapshot(name, content, self._epoch)
+
+    async def _unless_refused(self, name: str, saving: Awaitable[None]) -> None:
+        """Wait for this. That Redis refuses it is said once, until it does not."""
         try:
-            await self._store.save_snapshot(name, content, self._epoch)
+            await saving
         except StoreRefusedError as error:
             if name not in self._refused:
                 effect = "what is learnt ends with this router"

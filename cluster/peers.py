@@ -58,7 +58,7 @@ class Peers:
         """Whether all had time to attach. Before, ingresses are not told the workers: who is missing is dropped."""
         return self._is_settled
 
-    def settle(self) -> None:
+    def settled(self) -> None:
         """All had time to attach."""
         self._is_settled = True
 

@@ -1,7 +1,8 @@
 """The router's part in programs: carries out what ingresses ask, keeps the graphs, has them written, tells the core.
 
 An ingress keeps what it asked until it is told that it is stored, and asks a new router again. So a router may die at
-any moment: what it answered is in Redis, or comes again. Nothing here waits on the path of a request.
+any moment: what it answered is in Redis, or comes again. But for what Redis refuses for good: that is answered as if it
+were stored. Nothing here waits on the path of a request.
 """
 
 import asyncio
@@ -18,8 +19,9 @@ import msgspec
 import structlog
 
 from cluster import wire_pb2 as wire
-from cluster.program_store import ProgramStore, ScriptCall
+from cluster.program_store import ProgramStore
 from cluster.program_writer import ProgramWriter
+from cluster.redis_store import ScriptCall
 from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, StoreRefusedError, StoreUnavailableError
 from tempo_router.events import Event, ProgramFinished, ProgramOutlined, ProgramRelegated, ProgramRetargeted
@@ -126,7 +128,7 @@ class ProgramDesk:
         fence: int,
         handle: Callable[[Event], None],
         send: Send,
-        cancel_calls: Callable[[str], None],
+        cancel_calls: Callable[[ProgramId], None],
         outlook: Callable[[ProgramGraph, float], Outlook | None],
         least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
         patterns: PatternHistory | None = None,
@@ -360,14 +362,15 @@ class ProgramDesk:
             now_here_s, deadline_s = self._deadline(op.deadline_s)
             self._handle(ProgramRetargeted(now_here_s, ProgramId(op.program_id), deadline_s))
 
-        def stored() -> None:
+        def told() -> None:
+            # Of what Redis refuses for good, too: an ingress that kept it would have every later router refused.
             self._unanswered.pop(message.op_id, None)
             answer = wire.ProgramAnswer(op_id=message.op_id, is_stored=True)
             if not isinstance(op, BeginCall | EndCall):
                 answer.result = msgspec.json.encode(self._view_of(graph))
             self._tell(owner, answer)
 
-        self.writer.put(None, graph, stored)
+        self.writer.put(None, graph, told)
 
     def _answer_unstored(self) -> None:
         """Clients need not wait for Redis: changes are kept here and at the ingress until it is back."""

@@ -14,13 +14,14 @@ ended, changes nothing; a program that is over stays over. A router with an old 
 counters are not what the router says (Redis was restarted without its last seconds), it writes the whole program.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 
-from cluster.redis_store import RedisStore
+from cluster.redis_store import RedisStore, ScriptCall
 from tempo_router.errors import LeaseLostError, StoreRefusedError
 from tempo_router.known_stages import KnownStage
 from tempo_router.patterns import Outline, StageOutline
@@ -37,7 +38,8 @@ REFUSED = -3
 MOST_AT_ONCE = 512
 """Changes in one round trip."""
 
-# Every script: KEYS fence, program, programs, ended. ARGV fence, expiry in ms, ... Returns one of the codes above.
+# Every script: KEYS fence, program, programs, ended. ARGV fence, expiry in ms, ...
+# Returns APPLIED, KNOWN, STALE or MISSING.
 _GUARD = """
 local current = tonumber(redis.call('HGET', KEYS[1], 'fence') or '0')
 if current > tonumber(ARGV[1]) then return -1 end
@@ -134,7 +136,13 @@ return 1
 """
 )
 
-_NAMES = {_WHOLE: "whole", _CALL_BEGAN: "call began", _CALL_ENDED: "call ended", _STATUS: "status", _LEARN: "learn"}
+_SCRIPT_NAMES = {
+    _WHOLE: "whole",
+    _CALL_BEGAN: "call began",
+    _CALL_ENDED: "call ended",
+    _STATUS: "status",
+    _LEARN: "learn",
+}
 """Of scripts, for logs."""
 
 PROGRAMS = "programs"
@@ -188,7 +196,9 @@ class _StoredOutline(msgspec.Struct, array_like=True):
 
 _outlines = msgspec.msgpack.Decoder(_StoredOutline)
 
-ScriptCall = tuple[str, Sequence[str], Sequence[Any]]
+
+def _name_of(script: str) -> str:
+    return _SCRIPT_NAMES.get(script, script)
 
 
 def key_of(program_id: str) -> str:
@@ -203,25 +213,40 @@ class ProgramStore:
         self._store = store
         self._keep_s = keep_s
         self._most_patterns = most_patterns
+        # How many changes were refused since a script was last taken: by its text, and by Redis's word for the reason.
+        self._refusals: dict[str, Counter[str]] = {}
 
     async def write(self, changes: Sequence[ScriptCall]) -> list[int]:
         """Apply what `script_for` made, in order and in one round trip. The codes; raises LeaseLostError, and more.
 
         Raises StoreUnavailableError; then any part may have been applied, and all may be told again. What Redis would
-        refuse every time is dropped, and logged as an error. When that program changes again, counters that are wrong
-        for it have all of it written.
+        refuse every time is dropped, and logged as an error. A later change of that program then finds its counters
+        wrong, and the program is written whole.
         """
         answers = await self._store.run(changes)
         codes = [REFUSED if isinstance(answer, StoreRefusedError) else int(answer) for answer in answers]
         if STALE in codes:
             raise LeaseLostError("another router writes this application's programs now")
-        for (text, keys, _), answer in zip(changes, answers, strict=True):
-            if isinstance(answer, StoreRefusedError):
-                log.error(
-                    "write_refused", key=keys[0], script=_NAMES.get(text, text), problem=str(answer),
-                    effect="this change is dropped; those behind it are written",
-                )  # fmt: skip
+        self._tell_refusals(changes, answers)
         return codes
+
+    def _tell_refusals(self, changes: Sequence[ScriptCall], answers: Sequence[Any]) -> None:
+        """Log the first refusal of a script for each reason, and how many there were once it is not refused again."""
+        refused: set[str] = set()
+        for (text, keys, _), answer in zip(changes, answers, strict=True):
+            if not isinstance(answer, StoreRefusedError):
+                continue
+            refused.add(text)
+            by_code = self._refusals.setdefault(text, Counter())
+            if not by_code[answer.code]:
+                log.error(
+                    "write_refused", key=keys[0], script=_name_of(text), problem=str(answer),
+                    effect="this change is dropped, as are others that are refused so; those behind it are written",
+                )  # fmt: skip
+            by_code[answer.code] += 1
+        taken = {text for text, _, _ in changes} - refused
+        for text in [one for one in self._refusals if one in taken]:
+            log.warning("writes_taken_again", script=_name_of(text), dropped=self._refusals.pop(text).total())
 
     def script_for(self, change: Change, fence: int, now_s: float) -> ScriptCall:
         """A transition as it is now; what its program or call becomes later is another one."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from cluster.program_store import MISSING, MOST_AT_ONCE, REFUSED, ProgramStore, ScriptCall
+from cluster.program_store import MISSING, MOST_AT_ONCE, REFUSED, ProgramStore
+from cluster.redis_store import ScriptCall
 from tempo_router.errors import StoreUnavailableError
 from tempo_router.program_graph import ProgramGraph
 
@@ -29,7 +30,8 @@ CALLS_AGAIN = 200
 """Calls of programs that `write_again` gives to one round trip. All requests wait while their scripts are made, half
 a millisecond for ten calls on a busy machine."""
 
-OnStored = Callable[[], None]
+OnTold = Callable[[], None]
+"""Called when Redis was told: it has stored the change, or refused it for good."""
 Again = tuple[int, Callable[[], ScriptCall]]
 """What is written once more: about how many calls it holds, and what makes its script."""
 
@@ -40,7 +42,7 @@ class _Entry:
 
     script: ScriptCall | None
     graph: ProgramGraph | None
-    on_stored: OnStored | None
+    on_told: OnTold | None
 
 
 class ProgramWriter:
@@ -63,7 +65,7 @@ class ProgramWriter:
         self._on_away = on_away
         self._queue: deque[_Entry] = deque()
         self._changed: dict[str, ProgramGraph] = {}
-        self._then: list[OnStored] = []
+        self._then: list[OnTold] = []
         self._again: deque[Again] = deque()
         self._has_some = asyncio.Event()
         self.is_away = False
@@ -81,16 +83,14 @@ class ProgramWriter:
         """No further change is kept by itself."""
         return bool(self._changed) or len(self._queue) >= self._most
 
-    def put(
-        self, script: ScriptCall | None, graph: ProgramGraph | None = None, on_stored: OnStored | None = None
-    ) -> None:
+    def put(self, script: ScriptCall | None, graph: ProgramGraph | None = None, on_told: OnTold | None = None) -> None:
         """Write this after all that was put before. script None: nothing, only tell when that has come so far."""
         if self.is_full and graph is not None:
             self._changed[graph.program_id] = graph
-            if on_stored is not None:
-                self._then.append(on_stored)
+            if on_told is not None:
+                self._then.append(on_told)
         else:
-            self._queue.append(_Entry(script, graph, on_stored))
+            self._queue.append(_Entry(script, graph, on_told))
         self._has_some.set()
 
     def write_again(self, parts: Iterable[Again]) -> None:
@@ -134,8 +134,8 @@ class ProgramWriter:
                 again.popleft()
             self._mend(written, codes[: len(written)])
             for entry in batch:
-                if entry.on_stored is not None:
-                    entry.on_stored()
+                if entry.on_told is not None:
+                    entry.on_told()
         self._has_some.clear()
 
     async def _write(self, scripts: Sequence[ScriptCall]) -> list[int]:

@@ -5,9 +5,10 @@ keeps one router per application, and where there are two for a while (an upgrad
 was given up for dead) the newer one is right. A stale owner finds out when it renews or writes: LeaseLostError.
 
 When Redis lost its data, the highest fence that comes back counts again; `minimum` keeps a new owner above all
-that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, or says that it
-cannot do this now; the store needs no reconnecting, a later call simply succeeds. What Redis would refuse every time
-(a mistake in a script, a key that holds something else, a command that is not allowed) raises StoreRefusedError.
+that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, refuses to set
+up a connection, or says that it cannot do this now; the store needs no reconnecting, a later call simply succeeds.
+What Redis would refuse every time (a mistake in a script, a key that holds something else, a command that is not
+allowed) raises StoreRefusedError.
 """
 
 import asyncio
@@ -79,7 +80,15 @@ _NOT_NOW = (AskError, ClusterDownError, NoScriptError, OutOfMemoryError, ReadOnl
 # Without a class of their own; and as Redis 6 tells what a script met: "Error running script (...): ...: -OOM ...".
 _SAYS_NOT_NOW = re.compile(r"(^|: -)(MISCONF|BUSY|NOREPLICAS|OOM|READONLY|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|MOVED|ASK) ")
 
+_CODE = re.compile(r"(?:^|@user_script: ?\d+: -?)([A-Z]+) ")
+"""Redis's own word for an error, which may be that of a command in a script."""
+
 _RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+
+_LEASE = ("fence", "lease")
+
+ScriptCall = tuple[str, Sequence[str], Sequence[Any]]
+"""A script's text, the suffixes of its keys after the fence's, and its arguments."""
 
 _WHAT_TO_DO = "start that server, or set redis_url (TEMPO_REDIS_URL) to one that runs"
 
@@ -102,8 +111,15 @@ class _Server:
         self.on_restart: Callable[[], None] = lambda: None
 
     async def connected(self, connection: AbstractConnection) -> None:
-        """Set up a new connection and look who is there."""
-        await connection.on_connect()
+        """Set up a new connection and look who is there. Raises redis-py's ConnectionError where that is refused, too.
+
+        Whatever is asked over it waits then, as it does while no server answers: nothing of it was refused.
+        """
+        try:
+            await connection.on_connect()
+        except ResponseError as error:
+            reason = f"it refuses to set up a connection ({_said(error)}): look at user and database of redis_url"
+            raise redis.ConnectionError(reason) from error
         await connection.send_command("INFO", "server", check_health=False)
         try:
             found = _RUN_ID.search(await connection.read_response())
@@ -123,7 +139,7 @@ class _Server:
 class RedisStore:
     """One application's part of a Redis server: all keys start with `tempo:{name}:`.
 
-    Every call may raise StoreUnavailableError or StoreRefusedError, `run` only the former.
+    Every call may raise StoreUnavailableError; all but `run` and `reconnect` may raise StoreRefusedError.
     """
 
     def __init__(self, client: redis.Redis, server: _Server, name: str, address: str, timeout_s: float) -> None:
@@ -144,7 +160,8 @@ class RedisStore:
         """Open the part of application `name`; the server must answer now.
 
         url: redis://, rediss:// or unix://. timeout_s: limit of every later call too. Raises ConfigError for a
-        URL that is none, StoreUnavailableError when no server answers or it does not let us in.
+        URL that is none, StoreUnavailableError when no server answers or it does not let us in, StoreRefusedError when
+        it does not let this user PING.
         """
         address = redacted(url)
         server = _Server()
@@ -196,23 +213,23 @@ class RedisStore:
 
     async def acquire_lease(self, owner: str, ttl_s: float, minimum: int = 0) -> int:
         """Become the owner and return the new fencing number: above every earlier one, and above `minimum`."""
-        async with self._translated_errors("acquire_lease"):
+        async with self._translated_errors("acquire_lease", *_LEASE):
             return int(await self._acquire(self._lease_keys(), [owner, _milliseconds(ttl_s), minimum]))
 
     async def renew(self, owner: str, fence: int, ttl_s: float) -> None:
         """Say that this owner lives. Raises LeaseLostError when a newer owner exists."""
-        async with self._translated_errors("renew"):
+        async with self._translated_errors("renew", *_LEASE):
             newer = int(await self._renew(self._lease_keys(), [owner, _milliseconds(ttl_s), fence]))
         self._refuse_stale(fence, newer)
 
     async def release(self, owner: str, fence: int) -> None:
         """Say that this owner has gone. Without effect when it is not the owner any more."""
-        async with self._translated_errors("release"):
+        async with self._translated_errors("release", *_LEASE):
             await self._release(self._lease_keys(), [owner, fence])
 
     async def lease_holder(self) -> LeaseHolder | None:
         """The last owner, or None when there never was one."""
-        async with self._translated_errors("lease_holder"), self._redis.pipeline(transaction=True) as pipe:
+        async with self._translated_errors("lease_holder", *_LEASE), self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(self._key("fence"), ["owner", "fence"])
             pipe.exists(self._key("lease"))
             (owner, fence), alive = await pipe.execute()
@@ -222,21 +239,22 @@ class RedisStore:
 
     async def save_snapshot(self, name: str, content: bytes, fence: int) -> None:
         """Keep `content` under `name`. Raises LeaseLostError, and keeps what is there, when a newer owner exists."""
-        async with self._translated_errors(f"save_snapshot {name}"):
-            newer = int(await self._save([self._key("fence"), self._key(f"snapshot:{name}")], [fence, content]))
+        keys = ("fence", f"snapshot:{name}")
+        async with self._translated_errors("save_snapshot", *keys):
+            newer = int(await self._save(list(map(self._key, keys)), [fence, content]))
         self._refuse_stale(fence, newer)
 
     async def load_snapshot(self, name: str) -> bytes | None:
         """What was last saved under `name`, whoever the owner was."""
-        async with self._translated_errors(f"GET snapshot:{name}"):
+        async with self._translated_errors("GET", f"snapshot:{name}"):
             content = await self._redis.get(self._key(f"snapshot:{name}"))
         assert content is None or isinstance(content, bytes)
         return content
 
     # ---- for what keeps more than a snapshot (program_store.py) ----
 
-    async def run(self, calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
-        """Run scripts in one round trip: (text, suffixes of keys, arguments) each. Their answers, in order.
+    async def run(self, calls: Sequence[ScriptCall]) -> list[Any]:
+        """Run scripts in one round trip. Their answers, in order.
 
         Every script is atomic by itself; the first key of each is the fence's. Scripts must bear being run twice: a
         server that lost them is given them again, and then all of these calls. In place of the answer of a script that
@@ -251,7 +269,7 @@ class RedisStore:
                 ]
         for number, answer in enumerate(answers):
             if isinstance(answer, ResponseError):
-                answers[number] = self._translated(f"a script for {' '.join(calls[number][1]) or 'fence'}", answer)
+                answers[number] = self._translated(answer, "a script", "fence", *calls[number][1])
         unavailable = next((answer for answer in answers if isinstance(answer, StoreUnavailableError)), None)
         if unavailable is not None:
             raise unavailable
@@ -267,7 +285,7 @@ class RedisStore:
                 faulty[text] = error
         return faulty
 
-    async def _run(self, calls: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> list[Any]:
+    async def _run(self, calls: Sequence[ScriptCall]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for text, suffixes, arguments in calls:
                 keys = [self._key("fence"), *map(self._key, suffixes)]
@@ -277,30 +295,30 @@ class RedisStore:
 
     async def hashes(self, suffixes: Sequence[str]) -> list[dict[bytes, bytes]]:
         """The hashes under these keys, in one round trip; empty for those that do not exist."""
-        async with self._translated_errors("HGETALL"), self._redis.pipeline(transaction=False) as pipe:
+        async with self._translated_errors("HGETALL", *suffixes), self._redis.pipeline(transaction=False) as pipe:
             for suffix in suffixes:
                 pipe.hgetall(self._key(suffix))
             found: list[Any] = await pipe.execute(raise_on_error=False)
         for suffix, one in zip(suffixes, found, strict=True):
             if isinstance(one, ResponseError):
-                raise self._translated(f"HGETALL {suffix}", one)
+                raise self._translated(one, "HGETALL", suffix)
         return found
 
     async def members(self, suffix: str) -> set[bytes]:
         """Members of a set."""
-        async with self._translated_errors(f"SMEMBERS {suffix}"):
+        async with self._translated_errors("SMEMBERS", suffix):
             found = await self._redis.smembers(self._key(suffix))
         return {one for one in found if isinstance(one, bytes)}
 
     async def ranked(self, suffix: str) -> list[bytes]:
         """Members of a sorted set, the lowest first."""
-        async with self._translated_errors(f"ZRANGE {suffix}"):
+        async with self._translated_errors("ZRANGE", suffix):
             found = await self._redis.zrange(self._key(suffix), 0, -1)
         return [one for one in found if isinstance(one, bytes)]
 
     async def newest(self, suffix: str, most: int) -> list[bytes]:
         """The first so many entries of a list."""
-        async with self._translated_errors(f"LRANGE {suffix}"):
+        async with self._translated_errors("LRANGE", suffix):
             found = await self._redis.lrange(self._key(suffix), 0, most - 1)
         return [one for one in found if isinstance(one, bytes)]
 
@@ -315,21 +333,30 @@ class RedisStore:
         return self._prefix + suffix
 
     def _lease_keys(self) -> list[str]:
-        return [self._key("fence"), self._key("lease")]
+        return list(map(self._key, _LEASE))
 
     def _refuse_stale(self, fence: int, newer: int) -> None:
         if newer:
             raise LeaseLostError(f"fence {fence} is stale: another owner of {self._prefix!r} holds {newer}")
 
-    def _translated(self, command: str, error: Exception) -> StoreUnavailableError | StoreRefusedError:
-        """What an error of redis-py means to callers. command: what was asked, for the message."""
+    def _translated(self, error: Exception, command: str, *suffixes: str) -> StoreUnavailableError | StoreRefusedError:
+        """What an error of redis-py means to callers. command: what was asked, of which keys, for the message."""
         if isinstance(error, ResponseError) and not (isinstance(error, _NOT_NOW) or _SAYS_NOT_NOW.search(str(error))):
-            return StoreRefusedError(f"Redis at {self._address} refuses {command}: {error}")
-        reason = str(error) or f"no answer within {self._timeout_s:g} s"
+            said = _said(error)
+            code = _CODE.search(said)
+            keys = ", ".join(map(self._key, suffixes))
+            asked = f"{command} of {keys}" if keys else command
+            look_at = (
+                "what these keys hold, or at what this Redis user may do" if keys else "what this Redis user may do"
+            )
+            return StoreRefusedError(
+                f"Redis at {self._address} refuses {asked}: {said}; look at {look_at}", code[1] if code else ""
+            )
+        reason = _said(error) or f"no answer within {self._timeout_s:g} s"
         return StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}")
 
     @asynccontextmanager
-    async def _translated_errors(self, command: str) -> AsyncIterator[None]:
+    async def _translated_errors(self, command: str, *suffixes: str) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None
         cancels = task.cancelling()
@@ -340,7 +367,7 @@ class RedisStore:
         except (RedisError, OSError, TimeoutError) as e:
             if task.cancelling() > cancels:
                 raise asyncio.CancelledError from e
-            raise self._translated(command, e) from e
+            raise self._translated(e, command, *suffixes) from e
         # Before Python 3.12 a cancellation is lost when it meets the answer in asyncio.wait_for, which redis-py uses;
         # a background task would then outlive its owner's stop, which waits for it.
         if task.cancelling() > cancels:
@@ -350,6 +377,12 @@ class RedisStore:
 def redacted(url: str) -> str:
     """The URL without user, password and options, for logs and messages."""
     return re.sub(r"//.*@", "//***@", url.partition("?")[0])
+
+
+def _said(error: Exception) -> str:
+    """All that Redis said: redis-py keeps the code of the errors that it knows apart from the text."""
+    code = getattr(error, "status_code", None) or ""
+    return f"{code} {error}".strip() if code != "ERR" else str(error)
 
 
 def _milliseconds(duration_s: float) -> int:

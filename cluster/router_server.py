@@ -39,7 +39,7 @@ REDIS_RETRY_S = 0.2
 
 
 class RouterServer:
-    """Serves the control streams of one application under one epoch. host: the address that peers can reach."""
+    """One life of an application's router, from lease to stop. host: the address that peers can reach."""
 
     def __init__(self, config: TempoConfig, store: RedisStore, *, owner: str, host: str) -> None:
         self.epoch = 0
@@ -83,13 +83,14 @@ class RouterServer:
         known = await self._programs.restore()
         if self._config.record_events is not None:
             kept = self._config.programs
-            self._runner.recorder = EventRecorder(
+            recorder = EventRecorder(
                 Path(self._config.record_events),
                 Beginning(
                     self._config.scheduling, self.epoch, beginning,
                     most_patterns=kept.max_patterns, pattern_age_s=kept.pattern_age_s, programs=known,
                 ),
             )  # fmt: skip
+            self._runner.record(recorder)
         control = ControlStreams(
             self._runner, self._peers, self._open, self._programs, self._estimates, self._attainment, epoch=self.epoch
         )
@@ -119,7 +120,7 @@ class RouterServer:
         )  # fmt: skip
 
     def make_history(self) -> ProgramHistory:
-        """What programs are foretold by, empty."""
+        """What programs are foretold by, empty; a router whose programs are known beforehand has another."""
         if self._config.scheduling.program_model == "patterns":
             return PatternHistory(self._config.programs.max_patterns, self._config.programs.pattern_age_s)
         return ProgramHistory()
@@ -141,7 +142,7 @@ class RouterServer:
                 await self._programs.stop()
             await self._store.release(self._owner, self.epoch)
         except (StoreUnavailableError, StoreRefusedError, LeaseLostError) as error:
-            log.warning("last_snapshot_not_written", problem=str(error))
+            log.warning("router_end_not_stored", problem=str(error))
 
     async def _save_lengths(self) -> None:
         if self._learnt is not None:
@@ -205,18 +206,18 @@ class RouterServer:
         return self._programs
 
     def _programs_snapshot(self) -> dict[str, Any]:
-        desk = self._programs
-        if desk is None:
-            return {"live": 0, "unwritten": 0, "refused": 0, "is_store_away": False}
-        writer = desk.writer
-        return {
-            "live": len(desk.book),
-            "unwritten": writer.waiting,
-            "refused": writer.refused,
-            "is_store_away": writer.is_away,
-            "written": writer.written,
-            "round_trips": writer.round_trips,
-        }
+        shown = {"live": 0, "unwritten": 0, "refused": 0, "is_store_away": False, "written": 0, "round_trips": 0}
+        if self._programs is not None:
+            writer = self._programs.writer
+            shown |= {
+                "live": len(self._programs.book),
+                "unwritten": writer.waiting,
+                "refused": writer.refused,
+                "is_store_away": writer.is_away,
+                "written": writer.written,
+                "round_trips": writer.round_trips,
+            }
+        return shown
 
     def _explain(self, asked: ExplainRequest) -> list[dict[str, Any]]:
         return [one.shown() for one in self._decisions.find(asked.name, asked.tenant)]
@@ -236,7 +237,7 @@ class RouterServer:
     async def _settle(self, control: ControlStreams) -> None:
         """Only listen at first: or the first worker to attach would get everything that waits."""
         await asyncio.sleep(self._config.scheduling.settle_s)
-        control.settle()
+        control.settled()
 
     async def _forget_lost_owners(self) -> None:
         """Ingresses that went while there was no router never come back: what they served is over."""
@@ -264,7 +265,8 @@ class RouterServer:
                     self._redis_restarted.clear()
                     self.programs.store_again()
                 if trouble is not None:
-                    log.warning("redis_back", epoch=self.epoch)
+                    was_away = trouble is StoreUnavailableError
+                    log.warning("redis_back" if was_away else "lease_renewed_again", epoch=self.epoch)
                 trouble = None
             except (StoreUnavailableError, StoreRefusedError) as error:
                 if type(error) is not trouble:

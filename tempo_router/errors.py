@@ -101,7 +101,14 @@ class StoreUnavailableError(TempoError):
 
 
 class StoreRefusedError(TempoError):
-    """Redis refuses a command whenever it is asked: one that is wrong, or not allowed, or meets what it cannot use."""
+    """Redis refuses a command whenever it is asked: one that is wrong, or not allowed, or meets what it cannot use.
+
+    code: Redis's own word for the reason (WRONGTYPE, NOPERM); "" if it gave none.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class LeaseLostError(TempoError):

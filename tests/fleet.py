@@ -200,6 +200,8 @@ async def kill_router(router: RouterServer) -> None:
     for task in router._tasks:
         task.cancel()
     await asyncio.gather(*router._tasks, return_exceptions=True)
+    if router.estimates is not None:
+        router.estimates.close()
     await router._server.stop(grace=None)
 
 

@@ -11,7 +11,8 @@ import httpx
 from cluster import wire_pb2 as wire
 from cluster.ingress_programs import IngressPrograms
 from cluster.program_desk import ProgramDesk
-from cluster.program_store import ProgramStore, ScriptCall
+from cluster.program_store import ProgramStore
+from cluster.redis_store import ScriptCall
 from deployments.asgi import AsgiApp
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient

@@ -130,6 +130,10 @@ async def test_it_follows_what_happens_and_says_when_the_server_is_gone(console:
         await asyncio.to_thread(page.until, f"{drawn} === 1", "the new program is drawn")
         await console.begin("new", "b", "write", ("a",))
         await asyncio.to_thread(page.until, f"{drawn} === 2", "its second call is drawn")
+        about = "document.getElementById('about').textContent"
+        assert "refused" not in await asyncio.to_thread(page.run, f"return {about}")
+        console.fleet.router.programs.writer.refused = 1
+        await asyncio.to_thread(page.until, f"return {about}.endsWith('1 write refused by Redis')", "it is counted")
         _keep(await asyncio.to_thread(page.picture), "console-dark.png")
         assert await asyncio.to_thread(page.complaints) == []
 

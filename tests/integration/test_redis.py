@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
+from cluster.embedded_redis import EmbeddedRedis, _executable, start_embedded_redis
 from cluster.redis_store import LeaseHolder, RedisStore, redacted
 from tempo_router.errors import ConfigError, LeaseLostError, StoreRefusedError, StoreUnavailableError
 
@@ -460,21 +460,26 @@ async def test_a_server_that_is_busy_with_a_script_is_an_unavailable_store(own_s
 async def test_answers_that_only_hold_for_now_are_known(store: RedisStore, answer: str) -> None:
     """Those that are hard to have of a real server; by themselves, or told by a script."""
     for script in (f"return redis.error_reply('{answer}')", f"error('-{answer}')"):
-        with pytest.raises(StoreUnavailableError, match=answer.split()[1]):
+        with pytest.raises(StoreUnavailableError, match=re.escape(answer)):
             await store.run([(script, (), ())])
 
 
 async def test_what_redis_refuses_for_good_is_no_outage(store: RedisStore) -> None:
     fence = await store.acquire_lease("router", TTL_S)
     await store._redis.set(store._key("fence"), "no hash")
+    prefix, fence_key = re.escape(store._prefix), re.escape(store._key("fence"))
 
-    with pytest.raises(StoreRefusedError, match=r"renew.*WRONGTYPE"):
+    with pytest.raises(
+        StoreRefusedError, match=rf"renew of {fence_key}, {prefix}lease: .*WRONGTYPE.*look at what these keys hold"
+    ):
         await store.renew("router", fence, TTL_S)
-    with pytest.raises(StoreRefusedError, match=r"save_snapshot lengths.*WRONGTYPE"):
+    with pytest.raises(
+        StoreRefusedError, match=rf"save_snapshot of {fence_key}, {prefix}snapshot:lengths: .*WRONGTYPE"
+    ):
         await store.save_snapshot("lengths", b"learnt", fence)
-    with pytest.raises(StoreRefusedError, match=r"HGETALL fence.*WRONGTYPE"):
+    with pytest.raises(StoreRefusedError, match=rf"HGETALL of {fence_key}: WRONGTYPE"):
         await store.hashes(["count", "fence"])
-    with pytest.raises(StoreRefusedError, match=r"LRANGE fence.*WRONGTYPE"):
+    with pytest.raises(StoreRefusedError, match=rf"LRANGE of {fence_key}: WRONGTYPE"):
         await store.newest("fence", 10)
 
 
@@ -497,7 +502,62 @@ async def test_a_script_that_redis_refuses_keeps_no_other_from_running(
         )
         assert (first, last) == (b"first", b"last")
         assert isinstance(refused, StoreRefusedError)
-        assert re.search(f"refuses a script for k: .*{problem}", str(refused))
+        keys = re.escape(f"{store._key('fence')}, {store._key('k')}")
+        assert re.search(f"refuses a script of {keys}: .*{problem}", str(refused))
+        assert refused.code == ("WRONGTYPE" if problem == "WRONGTYPE" else "")
+
+
+async def limit(admin: redis.asyncio.Redis, *commands: str) -> None:
+    """Make a user, or change one, who may do all but these commands."""
+    await admin.acl_setuser(
+        "limited", enabled=True, nopass=True, commands=["+@all", *(f"-{one}" for one in commands)], keys=["*"]
+    )
+
+
+def answers_at(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """host:port of a server: over a socket file, redis-py itself has other errors for setting up a connection."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    command = [str(_executable()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: answers_at(port), "the server answers")
+        yield f"127.0.0.1:{port}"
+        process.terminate()
+
+
+async def test_a_connection_that_may_not_be_set_up_is_an_unavailable_store(address: str) -> None:
+    """Nothing of what waits for it was refused: it is written once the connection may be set up."""
+    async with redis.asyncio.from_url(f"redis://{address}") as admin:
+        await limit(admin)
+        url = f"redis://limited:any@{address}/0?client_name=tempo"
+        store = await RedisStore.connect(url, "tempo")
+        await limit(admin, "client")
+        await store.reconnect()
+        problem = r"refuses to set up a connection \(NOPERM .*'client.*look at user and database of redis_url"
+        with pytest.raises(StoreUnavailableError, match=problem):
+            await store.run([(KEEP, ("kept",), ("x",))])
+        with pytest.raises(StoreUnavailableError, match=problem):
+            await RedisStore.connect(url, "tempo")
+        with pytest.raises(StoreUnavailableError, match="DB index is out of range"):
+            await RedisStore.connect(f"redis://{address}/100", "tempo")
+
+        await limit(admin)
+        assert await store.run([(KEEP, ("kept",), ("x",))]) == [b"x"]
+        await store.close()
+
+
+async def test_a_user_who_may_not_ping_is_refused_at_once(own_server: EmbeddedRedis) -> None:
+    async with redis.asyncio.from_url(own_server.url) as admin:
+        await limit(admin, "ping")
+        with pytest.raises(StoreRefusedError, match=r"refuses PING: NOPERM .*; look at what this Redis user may do"):
+            await RedisStore.connect(own_server.url.replace("unix://", "unix://limited:any@"), "tempo")
 
 
 # --- the embedded server

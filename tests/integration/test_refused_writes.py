@@ -11,17 +11,18 @@ import structlog
 
 from cluster.embedded_redis import EmbeddedRedis, start_embedded_redis
 from cluster.learnt_lengths import ANSWERS_SNAPSHOT, LENGTHS_SNAPSHOT, LearntLengths
+from cluster.length_estimates import LengthEstimates
 from cluster.program_store import ProgramStore, key_of
 from cluster.program_writer import ProgramWriter
 from cluster.redis_store import RedisStore
 from deployments.program_client import ProgramClient
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import ProgramError
-from tempo_router.prediction import LengthHistograms
+from tempo_router.prediction import LengthHistograms, LengthSample
 from tempo_router.program_book import ProgramBook
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import BeginCall, CreateProgram, EndCall, FinishProgram, ProgramOp
-from tests.fleet import Fleet, eventually
+from tests.fleet import Fleet, call, eventually
 
 pytestmark = pytest.mark.redis
 
@@ -133,6 +134,43 @@ async def test_a_mistake_in_a_script_costs_only_what_it_was_to_write(programs: P
     assert await programs.stored.counters("p") == {"calls": 1, "done": 1, "tokens": 2}
 
 
+async def test_refusals_are_told_once_and_counted_when_they_end(
+    programs: Programs, store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    """By script and by reason: neither hides another."""
+    p, q = store._key(key_of("p")), store._key(key_of("q"))
+    programs.create("p")
+    programs.create("q")
+    await programs.writer.flush()
+    await admin.delete(p, q)
+    await admin.lpush(p, "no hash")
+    await admin.lpush(q, "no hash")
+    with structlog.testing.capture_logs() as logs:
+        for name in ("p", "q"):
+            programs.begin(name)
+            await programs.writer.flush()
+        programs.ask(EndCall("p", "call", 0, "completed", 10, 2))
+        await programs.writer.flush()
+        await admin.delete(p)
+        await admin.hset(p, "calls", "no number")
+        programs.ask(BeginCall("p", "", NewCall("second", owner="ingress")))
+        await programs.writer.flush()
+        await admin.delete(p)
+        programs.ask(BeginCall("p", "", NewCall("third", owner="ingress")))
+        await programs.writer.flush()
+
+    assert [(line["event"], line.get("script")) for line in logs] == [
+        ("write_refused", "call began"),
+        ("write_refused", "call ended"),
+        ("write_refused", "call began"),
+        ("writes_taken_again", "call began"),
+        ("program_stored_anew", None),
+    ]
+    assert "WRONGTYPE" in logs[0]["problem"]
+    assert "not an integer" in logs[2]["problem"]
+    assert (logs[3]["log_level"], logs[3]["dropped"]) == ("warning", 3)
+
+
 async def test_changes_wait_for_a_server_that_is_out_of_memory(programs: Programs, admin: redis.asyncio.Redis) -> None:
     programs.create("p")
     await programs.writer.flush()
@@ -140,14 +178,17 @@ async def test_changes_wait_for_a_server_that_is_out_of_memory(programs: Program
     await admin.config_set("maxmemory", 1)
     programs.begin("p")
     writing = asyncio.create_task(programs.writer.run())
-    await eventually(lambda: programs.writer.is_away, "it is noticed")
-    assert programs.told == []
+    try:
+        await eventually(lambda: programs.writer.is_away, "it is noticed")
+        assert programs.told == []
 
-    await admin.config_set("maxmemory", 0)
-    await eventually(lambda: not programs.writer.waiting, "it is written")
+        await admin.config_set("maxmemory", 0)
+        await eventually(lambda: not programs.writer.waiting, "it is written")
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
     assert programs.told == ["BeginCall p"]
     assert (programs.writer.refused, await programs.calls("p")) == (0, [("call", "running")])
-    writing.cancel()
 
 
 async def test_a_program_that_cannot_be_read_is_unknown(store: RedisStore, admin: redis.asyncio.Redis) -> None:
@@ -187,15 +228,29 @@ async def test_serving_goes_on_when_the_lease_cannot_be_renewed(
         tried = store.renewals + 4
         await eventually(lambda: store.renewals >= tried, "it is tried again")
         await admin.delete(fence)
-        await eventually(lambda: any(line["event"] == "redis_back" for line in logs), "it is renewed")
+        await eventually(lambda: any(line["event"] == "lease_renewed_again" for line in logs), "it is renewed")
         assert fleet.router.failure() is None
         await admin.set(fence, "no hash")
         await fleet.close()
         await store.close()
     told = [(line["event"], line["log_level"]) for line in logs]
     assert told.count(("lease_not_renewed", "error")) == 1
-    assert told.count(("last_snapshot_not_written", "warning")) == 1
+    assert told.count(("router_end_not_stored", "warning")) == 1
+    assert told.count(("lease_renewed_again", "warning")) == 1
     assert ("redis_away", "warning") not in told
+    assert ("redis_back", "warning") not in told
+
+
+async def test_a_redis_that_could_not_write_is_said_to_be_back(store: RedisStore, admin: redis.asyncio.Redis) -> None:
+    fleet = Fleet(CONFIG, store)
+    await fleet.start()
+    with structlog.testing.capture_logs() as logs:
+        for maxmemory, event in ((1, "redis_away"), (0, "redis_back")):
+            await admin.config_set("maxmemory", maxmemory)
+            await eventually(lambda: any(line["event"] == event for line in logs), event)  # noqa: B023
+    await fleet.close()
+    told = [line["event"] for line in logs]
+    assert (told.count("redis_away"), told.count("redis_back"), told.count("lease_renewed_again")) == (1, 1, 0)
 
 
 class Answers:
@@ -223,3 +278,28 @@ async def test_a_snapshot_that_is_refused_does_not_keep_the_other_from_being_wri
     assert await store.load_snapshot(ANSWERS_SNAPSHOT) == b"answers"
     [line] = logs
     assert (line["log_level"], line["event"], line["snapshot"]) == ("error", "snapshot_refused", LENGTHS_SNAPSHOT)
+
+
+async def test_answers_that_were_refused_are_written_once_they_may_be(
+    server: EmbeddedRedis, store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    """Without a new answer in between: what was refused is not saved."""
+    keys = [store._key("fence"), store._key(f"snapshot:{LENGTHS_SNAPSHOT}")]
+    await admin.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all"], keys=keys)
+    limited = await RedisStore.connect(server.url.replace("unix://", "unix://limited:any@"), "app")
+    learnt = LearntLengths(limited, await store.acquire_lease("router", 30.0))
+    ended = [LengthSample(call("r"), 20, is_complete=True)]
+    estimates = LengthEstimates(CONFIG.scheduling, drain=lambda: [ended.pop()] if ended else [], on_predicted=print)
+    await estimates._take_answers()
+
+    await learnt.save(LengthHistograms(), estimates)
+    assert await store.load_snapshot(ANSWERS_SNAPSHOT) is None
+    await admin.acl_setuser("limited", keys=["*"])
+    await learnt.save(LengthHistograms(), estimates)
+    estimates.close()
+    await limited.close()
+
+    later = LengthEstimates(CONFIG.scheduling, drain=list, on_predicted=print)
+    await LearntLengths(store, learnt._epoch).restore_answers(later)
+    assert [row.tokens for row in later.rows()] == [20]
+    later.close()

@@ -200,6 +200,12 @@ async def test_requests_of_a_vanished_ingress_are_aborted(fleet: Fleet) -> None:
     await eventually(fleet.is_empty, "the aborted request is forgotten everywhere")
 
 
+async def test_what_a_router_shows_of_programs_has_the_same_parts_before_its_start_and_after(fleet: Fleet) -> None:
+    before = fleet.router.snapshot()["programs"]
+    await fleet.start()
+    assert fleet.router.snapshot()["programs"] == before
+
+
 async def test_an_outdated_router_steps_down_when_a_peer_has_seen_a_newer_one(fleet: Fleet) -> None:
     """Also while Redis is away, which would tell it otherwise."""
     await fleet.start()
