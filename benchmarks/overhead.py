@@ -27,18 +27,10 @@ import psutil
 
 from benchmarks.figures_file import add_json_option, write_figures
 from benchmarks.http_load import Load, Result, cpu_seconds, drive
-from benchmarks.servers import Server, plain_vllm, tempo_server
+from benchmarks.servers import ENGINE_KWARGS, MODEL, Server, plain_vllm, tempo_server
 from tempo_router.option_values import above_zero, at_least_one
 from workers.default_model import resolve_model
 
-MODEL = "tempo-tiny"
-# Of both servers; ours would choose the last two by itself on a CPU.
-ENGINE_KWARGS = {
-    "max_model_len": 4096,
-    "max_num_seqs": 64,
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 512 * 1024 * 1024,
-}
 # Enough streams for the loads below, and ten times as fast as the profile: the engine must not be what limits.
 SIMULATED_ENGINE = {
     "kind": "simulated",

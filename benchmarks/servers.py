@@ -20,6 +20,15 @@ import psutil
 
 from benchmarks.http_load import cpu_seconds, process_tree
 
+MODEL = "tempo-tiny"
+ENGINE_KWARGS = {
+    "max_model_len": 4096,
+    "max_num_seqs": 64,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 512 * 1024 * 1024,
+}
+"""Where ours and plain vLLM are compared; ours would choose the last two by itself on a CPU."""
+
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 # What Ray and vLLM call their processes. The first that matches names the role; what is left is "other" (Ray's own).

@@ -90,10 +90,11 @@ _OF_THE_CLIENT: Mapping[str, Sequence[str]] = {
     "add_request_async": ("request",),
     "abort_requests_async": ("request_ids",),
     "call_utility_async": ("method",),
-    "call_utility_all_async": ("method",),
     "get_kv_event_sources": (),
     "shutdown": ("timeout",),
 }
+# Newer methods of the same: in 0.31, which lacks this one, nobody calls it.
+_OF_NEWER_CLIENTS: Mapping[str, Sequence[str]] = {"call_utility_all_async": ("method",)}
 _WIRE_TYPES: Attributes = (
     (
         EngineCoreRequest,
@@ -214,6 +215,11 @@ def _private_names() -> dict[str, bool]:
         **{
             f"AsyncMPClient.{name}": _takes(getattr(AsyncMPClient, name, None), *parameters)
             for name, parameters in _OF_THE_CLIENT.items()
+        },
+        **{
+            f"AsyncMPClient.{name}": _takes(getattr(AsyncMPClient, name), *parameters)
+            for name, parameters in _OF_NEWER_CLIENTS.items()
+            if hasattr(AsyncMPClient, name)
         },
         "build_app": _takes(build_vllm_app, "args", "supported_tasks", "model_config"),
         "init_app_state": _takes(init_app_state, "engine_client", "state", "args", "supported_tasks"),

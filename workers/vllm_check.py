@@ -28,7 +28,7 @@ from tempo_router.errors import EngineVersionError
 
 log = structlog.get_logger()
 
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.32.0", "0.31.0")
 
 Signatures = Sequence[tuple[Any, str, tuple[str, ...]]]
 """(class, method, names of its parameters)."""

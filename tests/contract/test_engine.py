@@ -504,7 +504,7 @@ async def test_a_vllm_in_which_serving_lacks_something_is_refused_by_name(rig, m
     vllm_check._names_set_by.cache_clear()
     monkeypatch.delattr(vllm_core.CacheConfig, "kv_cache_size_tokens")
     monkeypatch.delitem(vllm_core.CacheConfig.__annotations__, "kv_cache_size_tokens")
-    monkeypatch.setattr(vllm_core.vllm, "__version__", "0.31.0+cpu")
+    monkeypatch.setattr(vllm_core.vllm, "__version__", "0.33.0+cpu")
     monkeypatch.delattr(vllm_core.EngineCore, "preprocess_add_request")
     monkeypatch.setattr(vllm_core.EngineCore, "add_request", lambda self, everything: None)
     monkeypatch.delattr(vllm_core.BlockPool, "get_num_free_blocks")
@@ -513,7 +513,7 @@ async def test_a_vllm_in_which_serving_lacks_something_is_refused_by_name(rig, m
         vllm_core.check_vllm()
     vllm_check._names_set_by.cache_clear()
     problem = str(caught.value)
-    assert "0.31.0+cpu" in problem
+    assert "0.33.0+cpu" in problem
     assert "EngineCore.preprocess_add_request does not exist" in problem
     assert "EngineCore.add_request takes (self, everything), not (self, request, request_wave)" in problem
     assert "BlockPool.get_num_free_blocks does not exist" in problem

@@ -384,6 +384,17 @@ async def test_a_private_name_that_is_gone_is_named(monkeypatch):
         vllm_frontend.check_vllm()
 
 
+async def test_a_method_that_only_newer_versions_have_may_be_missing_but_not_differ(monkeypatch):
+    from deployments import vllm_frontend
+
+    client = vllm_frontend.AsyncMPClient
+    monkeypatch.setattr(client, "call_utility_all_async", lambda self: None, raising=False)
+    with pytest.raises(EngineVersionError, match=r"AsyncMPClient\.call_utility_all_async"):
+        vllm_frontend.check_vllm()
+    monkeypatch.delattr(client, "call_utility_all_async")
+    vllm_frontend.check_vllm()
+
+
 async def test_the_facts_of_a_real_engine_are_copied(served):
     import msgspec
     from vllm.config import CacheConfig
