@@ -1,4 +1,4 @@
-"""Ordering policies, one per file. A new one needs its file and its line in `build_policy`."""
+"""Ordering policies, one per file. A new one needs its file and its case in `_named`."""
 
 from dataclasses import replace
 from typing import Any, assert_never, cast, get_args
