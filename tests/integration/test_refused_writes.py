@@ -253,6 +253,12 @@ async def test_a_redis_that_could_not_write_is_said_to_be_back(store: RedisStore
     assert (told.count("redis_away"), told.count("redis_back"), told.count("lease_renewed_again")) == (1, 1, 0)
 
 
+async def limited_to(server: EmbeddedRedis, admin: redis.asyncio.Redis, *keys: str) -> RedisStore:
+    """The store of a user who may touch nothing else."""
+    await admin.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all"], keys=list(keys))
+    return await RedisStore.connect(server.url.replace("unix://", "unix://limited:any@"), "app")
+
+
 class Answers:
     """Stands for the estimates of lengths: always has something to be stored."""
 
@@ -264,9 +270,7 @@ async def test_a_snapshot_that_is_refused_does_not_keep_the_other_from_being_wri
     server: EmbeddedRedis, store: RedisStore, admin: redis.asyncio.Redis
 ) -> None:
     """It is said once, however often it is tried."""
-    keys = [store._key("fence"), store._key(f"snapshot:{ANSWERS_SNAPSHOT}")]
-    await admin.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all"], keys=keys)
-    limited = await RedisStore.connect(server.url.replace("unix://", "unix://limited:any@"), "app")
+    limited = await limited_to(server, admin, store._key("fence"), store._key(f"snapshot:{ANSWERS_SNAPSHOT}"))
     learnt = LearntLengths(limited, await store.acquire_lease("router", 30.0))
 
     with structlog.testing.capture_logs() as logs:
@@ -284,9 +288,7 @@ async def test_answers_that_were_refused_are_written_once_they_may_be(
     server: EmbeddedRedis, store: RedisStore, admin: redis.asyncio.Redis
 ) -> None:
     """Without a new answer in between: what was refused is not saved."""
-    keys = [store._key("fence"), store._key(f"snapshot:{LENGTHS_SNAPSHOT}")]
-    await admin.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all"], keys=keys)
-    limited = await RedisStore.connect(server.url.replace("unix://", "unix://limited:any@"), "app")
+    limited = await limited_to(server, admin, store._key("fence"), store._key(f"snapshot:{LENGTHS_SNAPSHOT}"))
     learnt = LearntLengths(limited, await store.acquire_lease("router", 30.0))
     ended = [LengthSample(call("r"), 20, is_complete=True)]
     estimates = LengthEstimates(CONFIG.scheduling, drain=lambda: [ended.pop()] if ended else [], on_predicted=print)
