@@ -227,7 +227,8 @@ class ProgramStore:
         codes = [REFUSED if isinstance(answer, StoreRefusedError) else int(answer) for answer in answers]
         if STALE in codes:
             raise LeaseLostError("another router writes this application's programs now")
-        self._tell_refusals(changes, answers)
+        if self._refusals or REFUSED in codes:
+            self._tell_refusals(changes, answers)
         return codes
 
     def _tell_refusals(self, changes: Sequence[ScriptCall], answers: Sequence[Any]) -> None:
