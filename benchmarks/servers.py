@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.http_load import cpu_seconds, process_tree
+from deployments.ports import free_port
 
 MODEL = "tempo-tiny"
 ENGINE_KWARGS = {
@@ -169,10 +169,3 @@ def _stop(server: Server, process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
     process.wait(STOP_TIMEOUT_S)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,19 +9,18 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
 from cluster import die_with_parent
 from deployments import descendants
+from deployments.ports import free_port, is_free
 from deployments.run_file import RunFile
 from tempo_router.errors import ConfigError, TempoError
 
@@ -153,7 +152,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
     for name, port in SHARED_PORTS.items():
         if name not in os.environ and not is_free("0.0.0.0", port):
-            os.environ[name] = str(_any_free_port())
+            os.environ[name] = str(free_port())
 
 
 def _pass_signals_on(server: psutil.Popen) -> None:
@@ -181,26 +180,6 @@ def _wait_and_reap(pid: int) -> int:
         if ended == pid:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether nobody listens there; also sees those who would share the port with us (SO_REUSEPORT)."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            # With SO_REUSEADDR two may bind; only one may listen.
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
-
-
-def _any_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("0.0.0.0", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- check, status, down
@@ -279,21 +258,6 @@ def _down(options: argparse.Namespace) -> int:
     os.close(handle)
     print(f"stopped process {run.pid}")
     return 0
-
-
-def describe_listener(port: int) -> str:
-    """Who listens on a port, for messages; "" when the system does not say."""
-    try:
-        connections: list[Any] = psutil.net_connections(kind="inet")
-    except (psutil.AccessDenied, OSError):
-        return ""
-    for each in connections:
-        if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
-            try:
-                return f" by {psutil.Process(each.pid).name()} (process {each.pid})"
-            except psutil.NoSuchProcess:
-                return ""
-    return ""
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Serve
 
 from cluster.redis_store import RedisStore
 from deployments import app, descendants
-from deployments.cli import EXIT_USAGE, describe_listener, is_free
+from deployments.cli import EXIT_USAGE
 from deployments.config_file import ConfigFile, load_config_file
+from deployments.ports import describe_listener, is_free
 from deployments.run_file import Run, RunFile
 from tempo_router.config import TempoConfig
 from tempo_router.errors import ConfigError, TempoError

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tests.served import free_port
+from deployments.ports import free_port
 
 START_S = 60.0
 HOW_TO = "needs a browser: apt-get install chromium chromium-driver"

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import uvicorn
 
 from deployments.http_edge import HttpEdge
+from deployments.ports import free_port
 from tests.fleet import eventually
-from tests.served import free_port
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from deployments import cli
+from deployments.ports import free_port, is_free
 from deployments.run_file import Run, RunFile
 from tempo_router.errors import TempoError
 
@@ -124,12 +125,6 @@ def test_serve_refuses_a_data_folder_that_is_served_already(config: Path, tmp_pa
     assert f"process {os.getpid()} already serves from {tmp_path / 'data'}" in done.stderr
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*cli.ENVIRONMENT, *cli.LOCAL_ENVIRONMENT, *cli.SHARED_PORTS, "RAY_ADDRESS"]:
         monkeypatch.delenv(name, raising=False)
@@ -157,7 +152,14 @@ def test_a_taken_ha_proxy_port_is_replaced(monkeypatch: pytest.MonkeyPatch, list
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(cli, "SHARED_PORTS", {"A_PORT": listener.getsockname()[1]})
     cli.set_environment()
-    assert int(os.environ["A_PORT"]) != listener.getsockname()[1]
+    port = int(os.environ["A_PORT"])
+    assert is_free("0.0.0.0", port)
+    # HAProxy binds it some ten seconds later; until then the kernel must not give it to an outgoing connection.
+    assert port < first_outgoing_port()
+
+
+def first_outgoing_port() -> int:
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
 
 # --- status and down
