@@ -23,7 +23,7 @@ PROGRAM = "moved"
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     config = TempoConfig(
         engine=EngineConfig(kind="simulated", engine_kwargs={"max_num_seqs": 1, "max_model_len": 4096}),
-        scheduling=SchedulingConfig(policy="tempo", length_model="histogram", settle_s=0.1, tick_s=0.02),
+        scheduling=SchedulingConfig(policy="tempo", length_model="histogram", tick_s=0.02),
     )
     async with fleet_over_redis(config, tmp_path) as fleet:
         await fleet.start()
