@@ -298,7 +298,7 @@ class ProgramStore:
         return _LEARN, (PATTERNS,), (fence, self._most_patterns, msgspec.msgpack.encode(stored), looked_at)
 
     async def load_live(self) -> list[ProgramGraph]:
-        """All programs in progress."""
+        """All programs in progress that can be read."""
         ids = sorted(name.decode() for name in await self._store.members(PROGRAMS))
         return await self._load(ids)
 
@@ -307,7 +307,7 @@ class ProgramStore:
         return await self._load([name.decode() for name in await self._store.ranked(ENDED)])
 
     async def load(self, program_id: str) -> ProgramGraph | None:
-        """One program, over or not; None if it is not stored."""
+        """One program, over or not; None if it is not stored or cannot be read."""
         return next(iter(await self._load([program_id])), None)
 
     async def load_patterns(self) -> list[Outline]:
@@ -325,13 +325,17 @@ class ProgramStore:
     async def counters(self, program_id: str) -> dict[str, int]:
         """calls, done and tokens as the scripts counted them; empty for an unknown program."""
         [fields] = await self._store.hashes([key_of(program_id)])
+        if isinstance(fields, StoreRefusedError):
+            raise fields
         return {name: int(fields[name.encode()]) for name in ("calls", "done", "tokens") if fields}
 
     async def _load(self, ids: Sequence[str]) -> list[ProgramGraph]:
         graphs: list[ProgramGraph] = []
         for first in range(0, len(ids), _LOADED_AT_ONCE):
-            found = await self._store.hashes([key_of(one) for one in ids[first : first + _LOADED_AT_ONCE]])
-            graphs += [_graph(fields) for fields in found if fields]
+            some = ids[first : first + _LOADED_AT_ONCE]
+            found = await self._store.hashes([key_of(one) for one in some])
+            read = (_read(program_id, fields) for program_id, fields in zip(some, found, strict=True) if fields)
+            graphs += [graph for graph in read if graph is not None]
         return graphs
 
     def _expiry_ms(self, graph: ProgramGraph, now_s: float) -> int:
@@ -364,6 +368,21 @@ def _call_value(call: GraphCall) -> bytes:
         call.prompt_tokens, call.output_tokens, call.alias,
     )  # fmt: skip
     return f"{call.attempt}|{call.status}|".encode() + msgspec.json.encode(stored)
+
+
+def _read(program_id: str, fields: dict[bytes, bytes] | StoreRefusedError) -> ProgramGraph | None:
+    """None, said aloud, for what another hand or another version wrote: it must not keep a router from starting."""
+    problem: Exception
+    if isinstance(fields, StoreRefusedError):
+        problem = fields
+    else:
+        try:
+            return _graph(fields)
+        except (KeyError, ValueError) as error:
+            problem = error
+    effect = "this program is unknown; the others are read"
+    log.error("program_unreadable", program_id=program_id, problem=repr(problem), effect=effect)
+    return None
 
 
 def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:

@@ -7,8 +7,8 @@ was given up for dead) the newer one is right. A stale owner finds out when it r
 When Redis lost its data, the highest fence that comes back counts again; `minimum` keeps a new owner above all
 that its peers have seen. Every call has a timeout and raises StoreUnavailableError when Redis is away, refuses to set
 up a connection, or says that it cannot do this now; the store needs no reconnecting, a later call simply succeeds.
-What Redis would refuse every time (a mistake in a script, a key that holds something else, a command that is not
-allowed) raises StoreRefusedError.
+What would be refused every time (a mistake in a script, a key that holds something else, a command that is not
+allowed, an argument that cannot be sent) raises StoreRefusedError.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AskError,
     ClusterDownError,
+    DataError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -258,8 +259,17 @@ class RedisStore:
 
         Every script is atomic by itself; the first key of each is the fence's. Scripts must bear being run twice: a
         server that lost them is given them again, and then all of these calls. In place of the answer of a script that
-        Redis refuses there is a StoreRefusedError; the others have been run.
+        Redis refuses, or that cannot be sent, there is a StoreRefusedError; the others have been run.
         """
+        try:
+            return await self._run_together(calls)
+        except StoreRefusedError as error:
+            # One of them cannot be sent, and so none was.
+            if len(calls) == 1:
+                return [error]
+            return [answer for call in calls for answer in await self.run([call])]
+
+    async def _run_together(self, calls: Sequence[ScriptCall]) -> list[Any]:
         async with self._translated_errors("scripts"):
             answers = await self._run(calls)
             if any(isinstance(answer, NoScriptError) for answer in answers):
@@ -293,15 +303,20 @@ class RedisStore:
             answers: list[Any] = await pipe.execute(raise_on_error=False)
             return answers
 
-    async def hashes(self, suffixes: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """The hashes under these keys, in one round trip; empty for those that do not exist."""
+    async def hashes(self, suffixes: Sequence[str]) -> list[dict[bytes, bytes] | StoreRefusedError]:
+        """The hashes under these keys, in one round trip; empty for those that do not exist.
+
+        In place of what is there and is no hash there is a StoreRefusedError.
+        """
         async with self._translated_errors("HGETALL", *suffixes), self._redis.pipeline(transaction=False) as pipe:
             for suffix in suffixes:
                 pipe.hgetall(self._key(suffix))
             found: list[Any] = await pipe.execute(raise_on_error=False)
-        for suffix, one in zip(suffixes, found, strict=True):
+        for number, (suffix, one) in enumerate(zip(suffixes, found, strict=True)):
             if isinstance(one, ResponseError):
-                raise self._translated(one, "HGETALL", suffix)
+                found[number] = error = self._translated(one, "HGETALL", suffix)
+                if not isinstance(error, StoreRefusedError) or error.code != "WRONGTYPE":
+                    raise error
         return found
 
     async def members(self, suffix: str) -> set[bytes]:
@@ -341,17 +356,19 @@ class RedisStore:
 
     def _translated(self, error: Exception, command: str, *suffixes: str) -> StoreUnavailableError | StoreRefusedError:
         """What an error of redis-py means to callers. command: what was asked, of which keys, for the message."""
+        keys = ", ".join(map(self._key, suffixes))
+        asked = f"{command} of {keys}" if keys else command
         if isinstance(error, ResponseError) and not (isinstance(error, _NOT_NOW) or _SAYS_NOT_NOW.search(str(error))):
             said = _said(error)
             code = _CODE.search(said)
-            keys = ", ".join(map(self._key, suffixes))
-            asked = f"{command} of {keys}" if keys else command
             look_at = (
                 "what these keys hold, or at what this Redis user may do" if keys else "what this Redis user may do"
             )
             return StoreRefusedError(
                 f"Redis at {self._address} refuses {asked}: {said}; look at {look_at}", code[1] if code else ""
             )
+        if isinstance(error, DataError):
+            return StoreRefusedError(f"{asked} cannot be sent to Redis: {error}; this is a defect of Tempo")
         reason = _said(error) or f"no answer within {self._timeout_s:g} s"
         return StoreUnavailableError(f"Redis at {self._address} cannot be used: {reason}; {_WHAT_TO_DO}")
 

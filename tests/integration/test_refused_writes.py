@@ -200,9 +200,56 @@ async def test_a_program_that_cannot_be_read_is_unknown(store: RedisStore, admin
     programs = ProgramClient(fleet.clients[0].link.programs)
     with structlog.testing.capture_logs() as logs, pytest.raises(ProgramError, match="spoilt"):
         await programs.ask(FinishProgram("spoilt", "", "finish"))
-    assert [(line["event"], line["log_level"]) for line in logs] == [("program_look_up_refused", "error")]
+    assert [(line["event"], line["log_level"]) for line in logs] == [("program_unreadable", "error")]
     assert fleet.router.failure() is None
     await fleet.close()
+
+
+async def test_a_program_that_cannot_be_read_keeps_no_router_from_starting(
+    programs: Programs, store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    """Whether its key holds no hash, half of one, or what another version wrote."""
+    for program_id in ("sound", "no hash", "half", "another version"):
+        programs.create(program_id)
+        programs.begin(program_id)
+    await programs.writer.flush()
+    no_hash, half, other = (store._key(key_of(one)) for one in ("no hash", "half", "another version"))
+    await admin.delete(no_hash)
+    await admin.lpush(no_hash, "this")
+    await admin.hdel(half, "about")
+    await admin.hset(other, "c:call", "0|running|[]")
+
+    with structlog.testing.capture_logs() as logs:
+        known = await programs.stored.load_live()
+    assert [graph.program_id for graph in known] == ["sound"]
+    assert {(line["event"], line["program_id"]) for line in logs} == {
+        ("program_unreadable", one) for one in ("no hash", "half", "another version")
+    }
+
+    fleet = Fleet(CONFIG, store)
+    await fleet.start()
+    asking = ProgramClient(fleet.clients[0].link.programs)
+    await asking.ask(FinishProgram("sound", "", "finish"))  # It is known; its call still runs.
+    # It is begun anew, and what was there is replaced.
+    await asking.ask(CreateProgram("half", "", "app", time.time() + 600))
+    await eventually(lambda: fleet.router.programs.writer.waiting == 0, "it is written")
+    await fleet.close()
+    assert [graph.program_id for graph in await programs.stored.load_live()] == ["half", "sound"]
+
+
+async def test_what_cannot_be_sent_costs_only_itself(programs: Programs) -> None:
+    programs.create("p")
+    programs.create("q")
+    programs.begin("q")
+    _, keys, _ = programs.stored.script_for_whole(programs.book.of_tenant("p", ""), programs.fence, time.time())
+    programs.writer.put(("return 1", keys, (object(),)), programs.book.of_tenant("p", ""))
+    programs.begin("p")
+    with structlog.testing.capture_logs() as logs:
+        await programs.writer.flush()
+    [line] = logs
+    assert (line["event"], line["key"]) == ("write_refused", "program:p")
+    assert "cannot be sent to Redis" in line["problem"]
+    assert await programs.calls("p") == await programs.calls("q") == [("call", "running")]
 
 
 class Renewed(RedisStore):
