@@ -81,7 +81,7 @@ class IngressReplica:
             config,
             not_ready_because=lambda: self._link.not_ready_because,
             programs=self._programs,
-            before_scrape=own_metrics.StepTimeErrors(self._programs).ask,
+            before_scrape=own_metrics.RouterMetrics(self._programs).ask,
         )
 
     def __serve_build_asgi_app__(self) -> HttpEdge:

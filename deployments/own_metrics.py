@@ -1,11 +1,11 @@
 """What `/metrics` says of Tempo, beside vLLM's own metrics: of one ingress (README.md has the list)."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from cluster.program_desk import ViewConsole
 from deployments.program_client import ProgramClient
@@ -59,45 +59,78 @@ def export(
     registry.register(OwnMetrics(replicas, are_planned=are_planned))
 
 
-class StepTimeErrors:
-    """A collector of how well the router estimates the steps of each replica; `ask` first, before every scrape.
+class RouterMetrics:
+    """A collector of what the router knows: its queue, its replicas, its writing; `ask` first, before every scrape.
 
     All ingresses say the same, as there is one router. If it does not answer, nothing is said.
     """
 
     def __init__(self, client: ProgramClient, registry: CollectorRegistry = REGISTRY) -> None:
         self._client = client
-        self._replicas: list[dict[str, Any]] = []
+        self._told: dict[str, Any] | None = None
         registry.register(self)
 
     async def ask(self) -> None:
         """Have the router tell what is to be served."""
         try:
             async with asyncio.timeout(_ROUTER_WAIT_S):
-                state = await self._client.ask(ViewConsole(most=0))
+                self._told = await self._client.ask(ViewConsole(most=0))
         except (TimeoutError, RouterUnavailableError):
             # Series that end show it; old values would look like new ones.
-            self._replicas = []
-        else:
-            self._replicas = state["queue"]["replicas"]
+            self._told = None
 
     def collect(self) -> Iterator[Metric]:
-        """Both metrics, as told last."""
-        error = GaugeMetricFamily(
-            "tempo_step_time_error_ratio",
-            "Mean error of estimated step times, relative to what the steps took, by replica.",
-            labels=("replica",),
-        )
-        unsure = GaugeMetricFamily(
-            "tempo_step_time_unsure",
-            "1 where that error was above 30 % for a minute, so that costs and steps keep a margin.",
-            labels=("replica",),
-        )
-        for one in self._replicas:
-            error.add_metric((one["replica_id"],), one["step_error"])
-            unsure.add_metric((one["replica_id"],), float(one["is_unsure"]))
-        yield error
-        yield unsure
+        """Every metric, as told last."""
+        queue = self._told["queue"] if self._told is not None else {"states": {}, "replicas": []}
+        yield from _of_queue(queue["states"])
+        yield from _of_replicas(queue["replicas"])
+        if self._told is not None:
+            yield from _of_store(self._told["store"])
+
+
+def _of_queue(states: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
+    requests = GaugeMetricFamily(
+        "tempo_queue_requests",
+        "Engine requests in the router's hands, by class and state; in_turn, deferred, relegated and unplaceable ones "
+        "wait at the router, the others have been sent to an engine.",
+        labels=("slo_class", "state"),
+    )
+    for name, counts in states.items():
+        for state, count in counts.items():
+            requests.add_metric((name, state), count)
+    yield requests
+
+
+def _of_replicas(replicas: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    error = GaugeMetricFamily(
+        "tempo_step_time_error_ratio",
+        "Mean error of estimated step times, relative to what the steps took, by replica.",
+        labels=("replica",),
+    )
+    unsure = GaugeMetricFamily(
+        "tempo_step_time_unsure",
+        "1 where that error was above 30 % for a minute, so that costs and steps keep a margin.",
+        labels=("replica",),
+    )
+    for one in replicas:
+        error.add_metric((one["replica_id"],), one["step_error"])
+        unsure.add_metric((one["replica_id"],), float(one["is_unsure"]))
+    yield error
+    yield unsure
+
+
+def _of_store(store: Mapping[str, Any]) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "tempo_redis_away", "1 while Redis takes no changes of programs, so that they wait.", store["is_store_away"]
+    )
+    yield GaugeMetricFamily(
+        "tempo_unwritten_program_changes", "Changes of programs that Redis has not been told yet.", store["unwritten"]
+    )
+    yield CounterMetricFamily(
+        "tempo_refused_program_changes",
+        "Changes of programs that Redis refused for good, since the router started.",
+        store["refused"],
+    )
 
 
 class RequestMetrics:
