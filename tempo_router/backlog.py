@@ -1,9 +1,7 @@
 """How much waits: counts, tokens and predicted GPU seconds by class, and what follows for who comes next."""
 
-from collections.abc import Sequence
 from typing import get_args
 
-from tempo_router.replicas import Replica
 from tempo_router.request import SloClass, slo_class
 from tempo_router.step_time import Pace
 from tempo_router.value import PREFILL_WALL_RATIO
@@ -57,22 +55,12 @@ class Backlog:
         return min(max(MIN_RETRY_S, sum(self.cost_s.values()) / max(replicas, 1)), MAX_WAIT_S)
 
 
-def expected_wait_s(
-    request: WaitingRequest, ahead_s: float, replicas: Sequence[Replica], depth: int, pace: Pace
-) -> float:
-    """Predicted time until the first token of a request that has just come. Finite."""
+def expected_wait_s(request: WaitingRequest, ahead_s: float, slot_s: float, replicas: int, pace: Pace) -> float:
+    """Predicted time until the first token of a request that has just come. Finite.
+
+    slot_s: until the first replica has a slot (Fleet.next_slot_s). replicas: how many take work.
+    """
     own_s = PREFILL_WALL_RATIO * pace.prefill_s(request.spec.context_tokens) + pace.tau_s
     if not replicas:
         return min(NO_REPLICA_WAIT_S + ahead_s + own_s, MAX_WAIT_S)
-    if any(replica.is_open(depth) for replica in replicas):
-        slot_s = 0.0
-    else:
-        # The calls of a full replica end one by one: the next one after the mean rest, divided by their number.
-        slot_s = min(
-            (
-                replica.left_tokens / len(replica.calls) * replica.steps.tau_s / len(replica.calls)
-                for replica in replicas
-            ),
-            default=0.0,
-        )
-    return min(slot_s + ahead_s / len(replicas) + own_s, MAX_WAIT_S)
+    return min(slot_s + ahead_s / replicas + own_s, MAX_WAIT_S)

@@ -160,7 +160,7 @@ class Dispatcher:
 
     def _bind_all(self, context: Context, actions: list[Action]) -> None:
         """Everything goes to a replica at once, to the one with the least work."""
-        takers = self._fleet.takers()
+        takers = self._fleet.takers
         while takers:
             request = self._queue.pop(context)
             if request is None:
@@ -178,7 +178,7 @@ class Dispatcher:
 
         The step planner there holds what is less urgent.
         """
-        takers = [one for one in self._fleet.takers() if one.capacity.has_step_planner]
+        takers = [one for one in self._fleet.takers if one.capacity.has_step_planner]
         passed_over: list[WaitingRequest] = []
         while takers and len(passed_over) < _LOOK_AHEAD:
             request = self._queue.pop(context)
@@ -209,7 +209,7 @@ class Dispatcher:
         for _ in range(_DISPLACED_PER_FRAME):
             full = [
                 one
-                for one in self._fleet.takers()
+                for one in self._fleet.takers
                 if one.capacity.has_step_planner
                 and one.capacity.max_running <= len(one.calls) < _OVERCOMMIT * one.capacity.max_running
             ]
@@ -301,12 +301,10 @@ class Dispatcher:
         Where all that runs is best effort, more of it is in nobody's way.
         """
         is_last = goes_last(filler)
-        if is_last and all(goes_last(call) for call in replica.calls.values()):
-            return True
-        if replica.unstarted:
-            return False
         is_long = is_last or isinstance(filler.spec.slo, ProgramCall)
-        return not is_long or replica.steps.tau_s < _IDLE * self.step_cap_s
+        if not replica.unstarted and (not is_long or replica.steps.tau_s < _IDLE * self.step_cap_s):
+            return True
+        return is_last and all(goes_last(call) for call in replica.calls.values())
 
     def _is_worth_looking(self) -> bool:
         """Some replica takes a call and, where the last look found too little KV cache, has as much as was lacking."""
@@ -321,11 +319,8 @@ class Dispatcher:
 
     def _open_replicas(self) -> list[Replica]:
         """Replicas that take a call now, in order of attaching; not the one that is kept for a held request."""
-        depth = self._config.replica_queue_depth
-        held = self._hold[1] if self._hold is not None else None
-        # What a plan has no room for would only crowd the engine's queue.
-        is_deep = self._policy.preempts and not self._has_plan
-        return [one for one in self._fleet.replicas.values() if one is not held and one.is_open(depth, is_deep=is_deep)]
+        candidates = self._fleet.open_replicas()
+        return candidates if self._hold is None else [one for one in candidates if one is not self._hold[1]]
 
     def _starving(self, now_s: float) -> WaitingRequest | None:
         """The oldest request, taken from the queue, if it has waited too long."""
@@ -382,7 +377,7 @@ class Dispatcher:
             return
         replica = self._replica_of_siblings(request.spec, needed_kv)
         if replica is None:
-            large = [one for one in self._fleet.takers() if one.capacity.kv_tokens >= needed_kv]
+            large = [one for one in self._fleet.takers if one.capacity.kv_tokens >= needed_kv]
             replica = max(large, key=lambda one: (one.free_kv, -one.number))
         self._hold = (request, replica)
 

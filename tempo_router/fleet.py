@@ -1,5 +1,7 @@
 """The attached replicas and every call on them."""
 
+from operator import attrgetter
+
 from tempo_router.errors import InvalidEventError
 from tempo_router.events import Progressed, ReplicaCapacity, RunningCall
 from tempo_router.replicas import Call, Replica
@@ -9,30 +11,75 @@ from tempo_router.waiting import WaitingRequest
 
 _SLOTS_BEFORE_THE_FIRST = 128
 
+_number = attrgetter("number")
+
 
 class Fleet:
     """Who runs, and where. Numbers the dispatches of one router's life.
 
     replicas: in order of attaching. calls: dispatched and not ended, aborted ones included. running: by request, the
     calls that are wanted. kv_sizes: ascending, of the replicas that take work. slots: sequences that the largest of
-    them decodes together. `recount` must follow whatever changes which replicas take work, or their capacities.
+    them decodes together. takers: replicas that take work, full or not, in order of attaching. `recount` must follow
+    whatever changes which replicas take work, or their capacities.
+
+    queue_depth, is_deep: how much a replica takes beyond its slots (Replica.is_open).
     """
 
-    __slots__ = ("_attached", "_epoch", "_next_dispatch", "calls", "kv_sizes", "replicas", "running", "slots")
+    __slots__ = (
+        "_attached",
+        "_changed",
+        "_epoch",
+        "_is_deep",
+        "_next_dispatch",
+        "_open",
+        "_queue_depth",
+        "_slot_s",
+        "calls",
+        "kv_sizes",
+        "replicas",
+        "running",
+        "slots",
+        "takers",
+    )
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, queue_depth: int, *, is_deep: bool = False) -> None:
         self._epoch = epoch
+        self._queue_depth = queue_depth
+        self._is_deep = is_deep
         self._next_dispatch = 1
         self._attached = 0
+        # Every event asks which replicas are open, and changes one: only those that changed are looked at again.
+        self._changed: set[Replica] = set()
+        self._open: dict[Replica, None] = {}
+        self._slot_s: dict[Replica, float] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
         self.calls: dict[DispatchId, Call] = {}
         self.running: dict[RequestId, Call] = {}
         self.kv_sizes: list[int] = []
         self.slots = _SLOTS_BEFORE_THE_FIRST
+        self.takers: list[Replica] = []
 
-    def takers(self) -> list[Replica]:
-        """Replicas that take work, full or not, in order of attaching."""
-        return [replica for replica in self.replicas.values() if not replica.is_draining]
+    def open_replicas(self) -> list[Replica]:
+        """Replicas that take a call now, in order of attaching."""
+        self._look_at_changed()
+        return sorted(self._open, key=_number)
+
+    def next_slot_s(self) -> float:
+        """Predicted time until some replica has a slot for one more call; 0 where none is attached."""
+        self._look_at_changed()
+        return min(self._slot_s.values(), default=0.0)
+
+    def _look_at_changed(self) -> None:
+        for replica in self._changed:
+            self._open.pop(replica, None)
+            self._slot_s.pop(replica, None)
+            if replica.is_draining or self.replicas.get(replica.replica_id) is not replica:
+                continue
+            has_slot = replica.is_open(self._queue_depth)
+            self._slot_s[replica] = 0.0 if has_slot else replica.next_slot_s()
+            if has_slot or (self._is_deep and replica.is_open(self._queue_depth, is_deep=True)):
+                self._open[replica] = None
+        self._changed.clear()
 
     def attach(self, replica_id: ReplicaId, capacity: ReplicaCapacity, steps: StepTimeModel) -> Replica:
         """A replica came, or came back. steps: of all replicas; a new one is believed to be like them."""
@@ -40,15 +87,16 @@ class Fleet:
         if replica is None:
             self._attached += 1
             own = StepTimeModel(steps.coefficients) if steps.observed else StepTimeModel()
-            replica = self.replicas[replica_id] = Replica(replica_id, self._attached, capacity, own)
+            replica = self.replicas[replica_id] = Replica(replica_id, self._attached, capacity, own, self._changed)
         replica.capacity = capacity
         return replica
 
     def recount(self) -> None:
         """The set of replicas that take work, or their capacities, changed."""
-        takers = self.takers()
-        self.kv_sizes = sorted(replica.capacity.kv_tokens for replica in takers)
-        self.slots = max((replica.capacity.max_running for replica in takers), default=_SLOTS_BEFORE_THE_FIRST)
+        self.takers = [replica for replica in self.replicas.values() if not replica.is_draining]
+        self.kv_sizes = sorted(replica.capacity.kv_tokens for replica in self.takers)
+        self.slots = max((replica.capacity.max_running for replica in self.takers), default=_SLOTS_BEFORE_THE_FIRST)
+        self._changed.update(self._slot_s, self.replicas.values())
 
     def start(self, request: WaitingRequest, replica: Replica, now_s: float) -> Call:
         """Make the call that a request becomes on a replica."""
@@ -143,3 +191,12 @@ class Fleet:
         assert on_replicas == len(self.calls), f"{len(self.calls)} calls, {on_replicas} on replicas"
         wanted = {call.spec.request_id: call for call in self.calls.values() if not call.is_aborted}
         assert wanted == self.running, f"calls {sorted(wanted)} but running {sorted(self.running)}"
+        self._audit_open()
+
+    def _audit_open(self) -> None:
+        takers = [one for one in self.replicas.values() if not one.is_draining]
+        assert takers == self.takers, f"{self.takers} take work, should be {takers}"
+        found = [one for one in takers if one.is_open(self._queue_depth, is_deep=self._is_deep)]
+        assert found == self.open_replicas(), f"{self.open_replicas()} are open, should be {found}"
+        waits_s = (0.0 if one.is_open(self._queue_depth) else one.next_slot_s() for one in takers)
+        assert self.next_slot_s() == min(waits_s, default=0.0), f"a slot is free after {self.next_slot_s()} s"

@@ -1,14 +1,15 @@
 """Who was served what: programs in progress and tenants. Kept by RouterCore, read by policies."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from math import log2
 from typing import TYPE_CHECKING
 
-from tempo_router.request import ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
+from tempo_router.request import DispatchId, ProgramCall, ProgramId, ReplicaId, RequestId, RequestSpec
 from tempo_router.running_mean import RunningMean
 
 if TYPE_CHECKING:
     from tempo_router.policies.base import Job
+    from tempo_router.replicas import Call
 
 _IDLE_PROGRAMS = 100_000
 _TENANTS = 10_000
@@ -147,19 +148,16 @@ class Ledger:
             program.home = replica_id
             program.waited_s += waited_s
 
-    def progressed(self, spec: RequestSpec, tokens: int) -> None:
-        """Output tokens were produced."""
-        tenant = self.tenants[spec.tenant]
-        tenant.counter += OUTPUT_SERVICE * tokens
-        tenant.served += OUTPUT_SERVICE * tokens
-        program = self.program(spec)
-        if program is not None:
-            program.attained_tokens += tokens
+    def progressed(self, calls: Sequence["Call | None"], news: Sequence[tuple[DispatchId, int]]) -> None:
+        """The calls of one step produced tokens, as in Replica.progress; what nobody wants any more is left out.
 
-    def progressed_many(self, produced: Iterable[tuple[RequestSpec, int]]) -> None:
-        """`progressed` for the calls of one step: (call, tokens). Tenants are few, so their tokens are summed first."""
+        Tenants are few, so their tokens are summed first.
+        """
         by_tenant: dict[str, int] = {}
-        for spec, tokens in produced:
+        for call, (_, tokens) in zip(calls, news, strict=True):
+            if call is None or call.is_aborted:
+                continue
+            spec = call.spec
             name = spec.tenant
             by_tenant[name] = by_tenant.get(name, 0) + tokens
             if isinstance(spec.slo, ProgramCall):

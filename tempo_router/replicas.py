@@ -106,9 +106,11 @@ class Replica:
 
     unstarted: calls of which no token has been seen. committed_kv: room set aside for its calls.
     left_tokens: output still expected from its calls. unstarted_context: context still to be prefilled.
+    changed: where it puts itself when its calls, or what is known of them, change.
     """
 
     __slots__ = (
+        "_changed",
         "calls",
         "capacity",
         "committed_kv",
@@ -122,7 +124,15 @@ class Replica:
         "unstarted_context",
     )
 
-    def __init__(self, replica_id: ReplicaId, number: int, capacity: ReplicaCapacity, steps: StepTimeModel) -> None:
+    def __init__(
+        self,
+        replica_id: ReplicaId,
+        number: int,
+        capacity: ReplicaCapacity,
+        steps: StepTimeModel,
+        changed: set["Replica"],
+    ) -> None:
+        self._changed = changed
         self.replica_id = replica_id
         self.number = number
         self.capacity = capacity
@@ -159,6 +169,11 @@ class Replica:
             return True
         return self.unstarted_context < min(2 * self.capacity.max_step_tokens, self.load.free_kv_tokens)
 
+    def next_slot_s(self) -> float:
+        """Predicted time until one of its calls ends: the mean rest, divided by their number. It must have calls."""
+        calls = len(self.calls)
+        return self.left_tokens / calls * self.steps.tau_s / calls
+
     def outstanding_s(self) -> float:
         """Predicted GPU seconds of the work that it has been given."""
         pace = self.steps.pace()
@@ -166,6 +181,7 @@ class Replica:
 
     def add(self, call: Call) -> None:
         """Give it a call, or find it running one."""
+        self._changed.add(self)
         self.calls[call.dispatch_id] = call
         self.committed_kv += call.kv_tokens
         self.left_tokens += call.expected_tokens - call.new_tokens
@@ -175,6 +191,7 @@ class Replica:
 
     def remove(self, call: Call) -> None:
         """The call left the replica."""
+        self._changed.add(self)
         del self.calls[call.dispatch_id]
         self.committed_kv -= call.kv_tokens
         self.left_tokens -= call.expected_tokens - call.new_tokens
@@ -182,11 +199,13 @@ class Replica:
             self.unstarted -= 1
             self.unstarted_context -= call.spec.context_tokens
 
-    def progress(self, calls: Sequence[Call | None], news: Sequence[tuple[DispatchId, int]]) -> None:
+    def progress(self, calls: Sequence[Call | None], news: Sequence[tuple[DispatchId, int]]) -> list[Call]:
         """The calls produced tokens, as `news` says in the same order; None stands for a call that is over.
 
-        The innermost loop of the router: one turn for every token that is served.
+        Returns those that got their first ones. The innermost loop of the router: one turn for every token.
         """
+        self._changed.add(self)
+        begun: list[Call] = []
         produced = 0
         for call, (_, tokens) in zip(calls, news, strict=True):
             if call is None:
@@ -194,6 +213,7 @@ class Replica:
             if not call.new_tokens and tokens:
                 self.unstarted -= 1
                 self.unstarted_context -= call.spec.context_tokens
+                begun.append(call)
             call.new_tokens += tokens
             produced += tokens
             if call.new_tokens >= call.expected_tokens:
@@ -201,6 +221,7 @@ class Replica:
                 self.committed_kv += more
                 self.left_tokens += more
         self.left_tokens -= produced
+        return begun
 
     def audit(self) -> None:
         """Check the sums against the calls. Raises AssertionError."""

@@ -105,12 +105,14 @@ class RouterCore:
         self._lengths = lengths if lengths is not None else LengthHistograms()
         self._is_committed = config.policy == "tempo" and config.switches.commitment
         self._line = WaitingLine(HoldingBack(self._policy) if self._is_committed else self._policy)
-        self._fleet = Fleet(epoch)
         self._groups = GroupBook()
         self._ledger = Ledger()
         self._history = history if history is not None else ProgramHistory()
         self._history.lengths = self._lengths
         self._plan = TempoPlan(config) if config.policy == "tempo" else None
+        # What a plan has no room for would only crowd the engine's queue.
+        is_deep = self._policy.preempts and self._plan is None
+        self._fleet = Fleet(epoch, config.replica_queue_depth, is_deep=is_deep)
         self._by_columns = self._policy if isinstance(self._policy, ColumnPolicy) else None
         self._turns = PlanTurns()
         self._plan_at_s = float("-inf")
@@ -326,8 +328,7 @@ class RouterCore:
         spec = request.spec
         pace = self._steps.pace()
         ahead_s = self._line.backlog.ahead_s(slo_class(spec.slo), self._policy.is_class_blind)
-        takers = self._fleet.takers()
-        wait_s = expected_wait_s(request, ahead_s, takers, self._config.replica_queue_depth, pace)
+        wait_s = expected_wait_s(request, ahead_s, self._fleet.next_slot_s(), len(self._fleet.takers), pace)
         if self._is_beyond_help(request):
             return Admit(spec.request_id, spec.attempt, wait_s, 0.0)
         if isinstance(spec.slo, BestEffort):
@@ -554,20 +555,13 @@ class RouterCore:
             tau_at_most_s = self._dispatcher.hurried_step_s(replica, event.step.duration_s)
             replica.steps.observe(event.step, tau_at_most_s=tau_at_most_s)
             self._steps.observe(event.step, tau_at_most_s=tau_at_most_s)
-        replica.progress(calls, event.tokens)
-        produced = [
-            (call.spec, tokens)
-            for call, (_, tokens) in zip(calls, event.tokens, strict=True)
-            if call is not None and not call.is_aborted
-        ]
-        self._ledger.progressed_many(produced)
-        for call, (_, tokens) in zip(calls, event.tokens, strict=True):
-            if call is None or call.new_tokens != tokens or call.is_aborted:
-                continue
-            if isinstance(call.spec.slo, ProgramCall):
-                if not call.is_relegated:
-                    self._history.call_started(self._now_s - call.spec.arrival_s, self._now_s)
-                self._program_progressed(call.spec)
+        begun = replica.progress(calls, event.tokens)
+        self._ledger.progressed(calls, event.tokens)
+        for one in begun:
+            if isinstance(one.spec.slo, ProgramCall) and not one.is_aborted:
+                if not one.is_relegated:
+                    self._history.call_started(self._now_s - one.spec.arrival_s, self._now_s)
+                self._program_progressed(one.spec)
         for call, finished in zip(ended, event.finished, strict=True):
             if call is not None and call.dispatch_id in self._fleet.calls:
                 self._on_call_finished(call, finished, actions)
@@ -641,13 +635,13 @@ class RouterCore:
             return
         self._plan_at_s = self._now_s + self._config.plan_s
         context = self._context()
-        most = _MOST_PLANNED + 2 * sum(replica.capacity.max_running for replica in self._fleet.takers())
+        most = _MOST_PLANNED + 2 * sum(replica.capacity.max_running for replica in self._fleet.takers)
         waiting, newcomers = self._turns.next(self._line.requests.values(), most, self._ledger)
         for request, is_new in newcomers:
             plan.arrived(request, is_new=is_new)
         running = [call for call in self._fleet.running.values() if not call.is_aborted]
         self._least_plan_s = max(_LEAST_PLAN_S, _PLAN_S_PER_JOB * (len(waiting) + len(running)))
-        plan.make(waiting, running, context, self._history, replicas=max(len(self._fleet.takers()), 1))
+        plan.make(waiting, running, context, self._history, replicas=max(len(self._fleet.takers), 1))
         queue, columns = self._line.queue, plan.columns(waiting)
         assert self._by_columns is not None, "the policy that makes plans orders by columns"
         keys = self._by_columns.arrange_columns(columns, context)

@@ -20,6 +20,7 @@ from tempo_router.facts import Facts, facts_of
 from tempo_router.ledger import Ledger
 from tempo_router.policies import Context
 from tempo_router.prediction import LengthHistograms, Lengths
+from tempo_router.replicas import Call, Replica
 from tempo_router.request import (
     BestEffort,
     Deadline,
@@ -35,7 +36,7 @@ from tempo_router.request import (
 )
 from tempo_router.router import RouterCore
 from tempo_router.standing import UNRANKED, Standing
-from tempo_router.step_time import Pace
+from tempo_router.step_time import Pace, StepTimeModel
 from tempo_router.waiting import WaitingRequest
 
 CHAT = Latency(ttft_s=2.0, tbt_s=0.1)
@@ -194,6 +195,17 @@ def router(*replicas: str, policy: str = "fcfs", epoch: int = 0, max_running: in
         core.handle(attached(replica_id, max_running=max_running))
     core.handle(Settled(0.0))
     return core
+
+
+def running(spec: RequestSpec) -> Call:
+    """A call of this request that has produced nothing yet, on a replica that nothing else knows."""
+    replica = Replica(ReplicaId("gpu0"), 1, capacity(), StepTimeModel(), set())
+    return Call(DispatchId(1), spec, replica, LengthHistograms().lookup(spec), 0)
+
+
+def produced(ledger: Ledger, spec: RequestSpec, tokens: int) -> None:
+    """Tell the ledger of output tokens of one request."""
+    ledger.progressed([running(spec)], [(DispatchId(1), tokens)])
 
 
 def dispatched(actions: list[Action]) -> list[tuple[str, str]]:

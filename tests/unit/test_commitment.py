@@ -12,7 +12,7 @@ from tempo_router.request import ProgramCall, ProgramId
 from tempo_router.slo_queue import SloQueue
 from tempo_router.standing import UNRANKED, Standing
 from tempo_router.waiting import WaitingRequest
-from tests.builders import BACKGROUND, CHAT, TOOL, context, request, waiting
+from tests.builders import BACKGROUND, CHAT, TOOL, context, produced, request, waiting
 
 DEFERRED, ADMITTED = Standing(5.0, is_admitted=False), Standing(5.0, is_admitted=True)
 
@@ -46,7 +46,7 @@ def test_a_program_that_has_begun_is_no_gamble():
     for one in (first, second):
         ledger.arrived(one)
     assert is_gamble(second, ledger)
-    ledger.progressed(first.spec, 1)
+    produced(ledger, first.spec, 1)
     assert not is_gamble(second, ledger)
 
 
@@ -62,7 +62,7 @@ def test_keys_of_many_are_those_of_each(seed: int):
         ledger.arrived(one)
         jobs.append(one)
         if rng.random() < 0.05:
-            ledger.progressed(one.spec, 2)
+            produced(ledger, one.spec, 2)
     at, columns = context(1.0, ledger=ledger), columns_of(jobs)
     expected = [HoldingBack(Tempo()).key(one, at) for one in jobs]
 

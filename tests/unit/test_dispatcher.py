@@ -30,7 +30,7 @@ class Desk:
         settings = SchedulingConfig.model_validate({"policy": policy, "replica_queue_depth": 0, **config})
         order = build_policy(settings)
         self.line = WaitingLine(order)
-        self.fleet = Fleet(epoch=0)
+        self.fleet = Fleet(epoch=0, queue_depth=settings.replica_queue_depth, is_deep=order.preempts and not has_plan)
         self.groups = GroupBook()
         self.ledger = Ledger()
         self.prefixes = PrefixMemory()

@@ -24,7 +24,7 @@ def start(fleet: Fleet, replica: Replica, name: str = "r") -> Call:
 
 
 def test_dispatches_carry_the_epoch_and_are_numbered_from_one():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     replica = attach(fleet)
     ids = [start(fleet, replica, name).dispatch_id for name in ("a", "b")]
     assert ids == [EPOCH << 32 | 1, EPOCH << 32 | 2]
@@ -33,7 +33,7 @@ def test_dispatches_carry_the_epoch_and_are_numbered_from_one():
 
 
 def test_an_abandoned_call_no_longer_runs_but_keeps_its_room_until_it_is_released():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     replica = attach(fleet)
     call = start(fleet, replica)
     assert fleet.abandon(RequestId("r")) is call
@@ -51,18 +51,18 @@ def test_an_abandoned_call_no_longer_runs_but_keeps_its_room_until_it_is_release
 
 
 def test_sizes_and_slots_are_those_of_the_replicas_that_take_work():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     for name, slots, kv_tokens in (("large", 8, 9000), ("small", 2, 500), ("gone", 64, 70_000)):
         attach(fleet, name, slots, kv_tokens)
     fleet.replicas[ReplicaId("gone")].is_draining = True
     fleet.recount()
-    assert [replica.replica_id for replica in fleet.takers()] == ["large", "small"]
+    assert [replica.replica_id for replica in fleet.takers] == ["large", "small"]
     assert fleet.kv_sizes == [500, 9000]
     assert fleet.slots == 8
 
 
 def test_a_replica_that_comes_back_keeps_its_calls_and_has_its_new_capacity():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     call = start(fleet, attach(fleet, max_running=4))
     replica = attach(fleet, max_running=9)
     assert replica.calls == {call.dispatch_id: call}
@@ -73,13 +73,13 @@ def test_a_new_replica_is_believed_to_be_as_fast_as_the_others_were():
     seen = StepTimeModel()
     for _ in range(200):
         seen.observe(StepReport(duration_s=0.5, prefill_tokens=0, decodes=4, context_tokens=400))
-    newcomer = Fleet(EPOCH).attach(ReplicaId("gpu0"), capacity(), seen)
+    newcomer = Fleet(EPOCH, queue_depth=2).attach(ReplicaId("gpu0"), capacity(), seen)
     assert newcomer.steps.pace().alone_s == pytest.approx(seen.pace().alone_s)
     assert newcomer.steps.pace().alone_s > 10 * StepTimeModel().pace().alone_s
 
 
 def test_a_dispatch_that_was_never_made_is_an_error_and_one_of_another_life_is_not():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     attach(fleet)
     never, foreign = DispatchId(EPOCH << 32 | 1), DispatchId(3 << 32 | 99)
     with pytest.raises(InvalidEventError, match="number 1 of epoch 7"):
@@ -91,7 +91,7 @@ def test_a_dispatch_that_was_never_made_is_an_error_and_one_of_another_life_is_n
 
 
 def test_a_replica_cannot_report_on_a_call_of_another():
-    fleet = Fleet(EPOCH)
+    fleet = Fleet(EPOCH, queue_depth=2)
     call = start(fleet, attach(fleet, "gpu0"))
     attach(fleet, "gpu1")
     with pytest.raises(InvalidEventError, match="runs on 'gpu0'"):

@@ -86,7 +86,7 @@ def test_timers_of_requests_that_left_do_not_pile_up():
 
 def test_a_call_that_waits_in_its_engine_is_due_until_its_first_token():
     timers = HopelessTimers()
-    fleet = Fleet(epoch=0)
+    fleet = Fleet(epoch=0, queue_depth=2)
     replica = fleet.attach(ReplicaId("gpu0"), ReplicaCapacity(4, 512, 10_000), StepTimeModel())
     one, other = in_line("unstarted", 1), in_line("started", 2)
     for request_ in (one, other):
@@ -99,7 +99,7 @@ def test_a_call_that_waits_in_its_engine_is_due_until_its_first_token():
 
 def test_a_call_that_has_left_its_engine_is_not_due():
     timers = HopelessTimers()
-    fleet = Fleet(epoch=0)
+    fleet = Fleet(epoch=0, queue_depth=2)
     replica = fleet.attach(ReplicaId("gpu0"), ReplicaCapacity(4, 512, 10_000), StepTimeModel())
     one = in_line("gone", 1)
     call = fleet.start(one, replica, 0.0)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from tempo_router.ledger import Ledger
-from tempo_router.request import ProgramCall, ProgramId
-from tests.builders import CHAT, request, waiting
+from tempo_router.request import DispatchId, ProgramCall, ProgramId
+from tests.builders import CHAT, produced, request, running, waiting
 
 
 def test_what_a_tenant_offers_counts_once_whatever_is_served_of_it():
@@ -21,17 +21,21 @@ def test_what_a_tenant_offers_counts_once_whatever_is_served_of_it():
 
 def test_the_tokens_of_a_step_count_as_if_each_call_had_told_its_own():
     books = Ledger(), Ledger()
-    calls = []
+    specs = []
     for number in range(12):
         slo = ProgramCall(ProgramId(f"p{number % 2}"), 60.0) if number % 3 else CHAT
-        calls.append(replace(request(f"r{number}", slo=slo), tenant=f"t{number % 4}"))
+        specs.append(replace(request(f"r{number}", slo=slo), tenant=f"t{number % 4}"))
     for book in books:
-        for spec in calls:
+        for spec in specs:
             book.arrived(waiting(spec))
-    produced = [(spec, number) for number, spec in enumerate(calls)]
-    for spec, tokens in produced:
-        books[0].progressed(spec, tokens)
-    books[1].progressed_many(produced)
+    for number, spec in enumerate(specs):
+        produced(books[0], spec, number)
+    calls = [running(spec) for spec in specs]
+    calls[5].is_aborted = True
+    books[1].progressed(
+        [*calls[:5], None, *calls[5:]], [(DispatchId(0), number) for number in (0, 1, 2, 3, 4, 99, *range(5, 12))]
+    )
+    produced(books[1], specs[5], 5)
 
     one_by_one, at_once = (
         (

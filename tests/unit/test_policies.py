@@ -18,7 +18,7 @@ from tempo_router.request import BestEffort, Deadline, Latency, ProgramCall, Pro
 from tempo_router.slo_queue import SloQueue
 from tempo_router.standing import UNRANKED, Standing
 from tempo_router.step_time import Pace
-from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, context, live, request, waiting
+from tests.builders import AGENT, BACKGROUND, CHAT, TOOL, context, live, produced, request, waiting
 
 RISING = (
     "fcfs",
@@ -133,7 +133,7 @@ def ledger_of(jobs) -> Ledger:
         ledger.arrived(job)
         if job.ticket % 2:
             ledger.started(job, ReplicaId("gpu0"), 0.5)
-            ledger.progressed(job.spec, job.generated_tokens)
+            produced(ledger, job.spec, job.generated_tokens)
     return ledger
 
 
