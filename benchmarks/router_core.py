@@ -1,14 +1,19 @@
 """How many events per second RouterCore handles, and what a waiting request costs in memory.
 
-    python -m benchmarks.router_core [--json out.json] [--waiting 10000 100000] [--events 20000]
+    python -m benchmarks.router_core [--json out.json] [--waiting 10000 100000] [--events 20000] [--replicas 4 100]
 
 The queue is filled, then kept at its length: each round has one replica's progress report (64 calls produce a token,
 one of them ends) and one arrival. Progress reports, arrivals and a tick each 50 ms of virtual time are all events.
 Times are CPU times of the thread, so that neighbours on the machine count little. Encoding and the network are not
 in them.
+
+Plans come by the clock, not by events, so their part depends on how fast virtual time passes. "events/s": a step of
+each replica every 20 ms, 400 events per virtual second with four replicas. "full": virtual time passes as the router
+takes it, so that it is just busy all the time; then it makes as many plans per second as it would in service.
 """
 
 import argparse
+import itertools
 import platform
 import random
 import sys
@@ -48,7 +53,6 @@ from tempo_router.request import (
 from tempo_router.router import RouterCore
 
 BATCH = 64
-REPLICAS = 4
 STEP_S = 0.02
 POLICIES = ("fcfs", "edf", "class_priority", "density", "tempo")
 SLOS: tuple[Slo, ...] = (Latency(2.0, 0.1), Deadline(20.0), BestEffort())
@@ -56,12 +60,17 @@ SLOS: tuple[Slo, ...] = (Latency(2.0, 0.1), Deadline(20.0), BestEffort())
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One policy at one length of the queue. p99_us, max_us: time of single events."""
+    """One policy at one length of the queue. p99_us, max_us: time of single events.
+
+    full_events_per_s: with virtual time passing as the events take it; all other figures are of a step in 20 ms.
+    """
 
     policy: str
     waiting: int
+    replicas: int
     events: int
     events_per_s: float
+    full_events_per_s: float
     p50_us: float
     p99_us: float
     max_us: float
@@ -73,11 +82,12 @@ class Measurement:
 class World:
     """Replicas that run what they are sent: 64 calls each, one token per call and step, one end per step."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, replicas: int) -> None:
         self._random = random.Random(seed)
         self._calls: dict[ReplicaId, dict[DispatchId, int]] = {
-            ReplicaId(f"gpu{number}"): {} for number in range(REPLICAS)
+            ReplicaId(f"gpu{number}"): {} for number in range(replicas)
         }
+        self.round_s = STEP_S / replicas
         self._names = 0
         self.now_s = 0.0
 
@@ -128,7 +138,7 @@ class World:
         last_tick_s = self.now_s
         while True:
             for replica_id in self._calls:
-                self.now_s += STEP_S / REPLICAS
+                self.now_s += self.round_s
                 yield self.progress(replica_id)
                 yield self.arrival()
                 if self.now_s - last_tick_s >= 0.05:
@@ -136,14 +146,14 @@ class World:
                     yield Ticked(self.now_s)
 
 
-def filled(policy: str, waiting: int) -> tuple[RouterCore, World, float]:
+def filled(policy: str, waiting: int, replicas: int) -> tuple[RouterCore, World, float]:
     """A router with so many requests waiting, its world, and the bytes that each of them takes."""
     core = RouterCore(
         SchedulingConfig.model_validate(
             {"policy": policy, "max_waiting_requests": 10 * waiting, "max_waiting_tokens": 10**12}
         )
     )
-    world = World(seed=1)
+    world = World(1, replicas)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for _ in range(waiting):
@@ -157,24 +167,18 @@ def filled(policy: str, waiting: int) -> tuple[RouterCore, World, float]:
     return core, world, (after - before) / waiting
 
 
-def measure(policy: str, waiting: int, events: int) -> Measurement:
+def measure(policy: str, waiting: int, events: int, replicas: int) -> Measurement:
     """Time every event of so many; making the events is not timed."""
-    core, world, bytes_per_waiting = filled(policy, waiting)
-    by_kind: dict[type[Event], list[int]] = {kind: [] for kind in get_args(Event)}
-    rounds = world.rounds()
-    for _ in range(events):
-        event = next(rounds)
-        begin = time.thread_time_ns()
-        actions = core.handle(event)
-        by_kind[type(event)].append(time.thread_time_ns() - begin)
-        world.obey(actions)
-    core.audit()
+    by_kind, bytes_per_waiting = timed(policy, waiting, events, replicas, is_full=False)
+    at_full_load, _ = timed(policy, waiting, events, replicas, is_full=True)
     every = sorted(ns for times in by_kind.values() for ns in times)
     return Measurement(
         policy=policy,
         waiting=waiting,
+        replicas=replicas,
         events=events,
         events_per_s=events / (sum(every) / 1e9),
+        full_events_per_s=events / (sum(map(sum, at_full_load.values())) / 1e9),
         p50_us=every[len(every) // 2] / 1e3,
         p99_us=every[len(every) * 99 // 100] / 1e3,
         max_us=every[-1] / 1e3,
@@ -184,29 +188,50 @@ def measure(policy: str, waiting: int, events: int) -> Measurement:
     )
 
 
+def timed(
+    policy: str, waiting: int, events: int, replicas: int, *, is_full: bool
+) -> tuple[dict[type[Event], list[int]], float]:
+    """(CPU times of each event in ns, bytes per waiting request). is_full: virtual time is that of the CPU."""
+    core, world, bytes_per_waiting = filled(policy, waiting, replicas)
+    if is_full:
+        world.round_s = 0.0
+    by_kind: dict[type[Event], list[int]] = {kind: [] for kind in get_args(Event)}
+    rounds = world.rounds()
+    for _ in range(events):
+        event = next(rounds)
+        begin = time.thread_time_ns()
+        actions = core.handle(event)
+        took_ns = time.thread_time_ns() - begin
+        by_kind[type(event)].append(took_ns)
+        if is_full:
+            world.now_s += took_ns / 1e9
+        world.obey(actions)
+    core.audit()
+    return by_kind, bytes_per_waiting
+
+
 def main() -> None:
     """Measure every policy at every length and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json_option(parser)
     parser.add_argument("--waiting", type=at_least_one, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--events", type=at_least_one, default=20_000)
+    parser.add_argument("--replicas", type=at_least_one, nargs="+", default=[4])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES), choices=POLICIES)
     options = parser.parse_args()
     if options.events < 2:
         parser.error(f"--events {options.events}: give at least 2, progress and an arrival")
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    print(f"{'policy':<15}{'waiting':>9}{'events/s':>10}{'p50 us':>8}{'p99 us':>8}{'max us':>9}", end="")
-    print(f"{'arrival us':>12}{'progress us':>13}{'B/waiting':>11}")
+    print(f"{'policy':<15}{'waiting':>9}{'replicas':>9}{'events/s':>10}{'full':>8}{'p50 us':>8}{'p99 us':>8}", end="")
+    print(f"{'max us':>9}{'arrival us':>12}{'progress us':>13}{'B/waiting':>11}")
     results = []
-    for waiting in options.waiting:
-        for policy in options.policy:
-            one = measure(policy, waiting, options.events)
-            results.append(one)
-            print(
-                f"{one.policy:<15}{one.waiting:>9}{one.events_per_s:>10.0f}{one.p50_us:>8.1f}{one.p99_us:>8.1f}", end=""
-            )
-            print(f"{one.max_us:>9.0f}{one.arrival_us:>12.1f}{one.progress_us:>13.1f}{one.bytes_per_waiting:>11.0f}")
-            sys.stdout.flush()
+    for waiting, replicas, policy in itertools.product(options.waiting, options.replicas, options.policy):
+        one = measure(policy, waiting, options.events, replicas)
+        results.append(one)
+        print(f"{one.policy:<15}{one.waiting:>9}{one.replicas:>9}{one.events_per_s:>10.0f}", end="")
+        print(f"{one.full_events_per_s:>8.0f}{one.p50_us:>8.1f}{one.p99_us:>8.1f}{one.max_us:>9.0f}", end="")
+        print(f"{one.arrival_us:>12.1f}{one.progress_us:>13.1f}{one.bytes_per_waiting:>11.0f}")
+        sys.stdout.flush()
     write_figures(options.json, [asdict(one) for one in results])
 
 
