@@ -306,6 +306,15 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield each
 
 
+def _ongoing_requests(max_open_requests: int) -> int:
+    """What Serve lets into one ingress at once, each open stream being one.
+
+    What is beyond it waits in Serve, seen by nobody, and counts as arrived only when it gets through. So this is well
+    above what the edge admits: the edge refuses the rest itself, and probes and scrapes are not behind it.
+    """
+    return 2 * max_open_requests + 100
+
+
 def ingress_deployment(config: TempoConfig) -> Any:
     """The Serve deployment of the ingress."""
     deployment: Any = serve.deployment(serve.ingress()(IngressReplica))
@@ -313,8 +322,7 @@ def ingress_deployment(config: TempoConfig) -> Any:
         name="ingress",
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": config.ingress.num_cpus, "num_gpus": 0},
-        # Each open stream is one ongoing request; Serve's default of 5 would queue all others unseen by the router.
-        max_ongoing_requests=config.ingress.max_open_requests,
+        max_ongoing_requests=_ongoing_requests(config.ingress.max_open_requests),
         graceful_shutdown_timeout_s=config.ingress.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2,

@@ -258,7 +258,9 @@ class IngressConfig(StrictModel):
     replicas: int = Field(1, ge=1, description="number of ingress processes")
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")
-    max_open_requests: int = Field(20_000, gt=0, description="HTTP requests that one ingress holds open at once")
+    max_open_requests: int = Field(
+        20_000, gt=0, description="HTTP requests that one ingress holds open at once; beyond it new ones get 503"
+    )
     router_wait_s: float = Field(
         30.0, gt=0, description="longest wait for a router before a new request gets 503 (guessed)"
     )

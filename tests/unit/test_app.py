@@ -6,7 +6,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments import app
-from tempo_router.config import TempoConfig
+from deployments.ingress import ingress_deployment
+from tempo_router.config import IngressConfig, TempoConfig
 
 
 class DeadMethod:
@@ -38,3 +39,9 @@ async def test_a_dead_router_does_not_keep_the_application_from_being_stopped(ki
     assert not await app.drain(TempoConfig())
     await app.stop_router(TempoConfig())
     assert killed == [DeadRouter]
+
+
+def test_serve_lets_more_into_an_ingress_than_the_edge_admits() -> None:
+    """What Serve keeps back waits unseen: no 503, its wait uncounted, and probes behind it."""
+    deployment = ingress_deployment(TempoConfig(ingress=IngressConfig(max_open_requests=40)))
+    assert deployment.max_ongoing_requests >= 40 + 100
