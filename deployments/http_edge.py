@@ -55,6 +55,7 @@ from tempo_router.request import ProgramCall, slo_class
 WhyNot = Callable[[], str | None]
 """Says what is missing; None: nothing is."""
 
+_MESSAGES_PATH = "/v1/messages"
 INFERENCE_PATHS = frozenset(
     {
         "/classify",
@@ -69,7 +70,7 @@ INFERENCE_PATHS = frozenset(
         "/v1/chat/completions/batch",
         "/v1/completions",
         "/v1/embeddings",
-        "/v1/messages",
+        _MESSAGES_PATH,
         "/v1/rerank",
         "/v1/responses",
         "/v1/score",
@@ -84,6 +85,7 @@ _LIVENESS_PATHS = frozenset({"/liveness", "/health/liveliness", "/health/livenes
 _METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
+_ANTHROPIC_ERROR_EVENT = b"event: error\n"
 _SERVICE_TIER = b'"service_tier":'
 _RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 
@@ -282,6 +284,7 @@ class _Exchange:
         self._has_summary = False
         self._opening = asyncio.Lock()
         self._opener: asyncio.Task[None] | None = None
+        self._is_anthropic = path == _MESSAGES_PATH
         self._echo = parsed.service_tier is not None and path == "/v1/responses"
         self._may_continue = path == "/v1/responses" and context.program is not None
         self._is_told_relegated = False
@@ -418,11 +421,16 @@ class _Exchange:
 
     def _rewritten(self, body: bytes) -> bytes:
         failure = self._context.failure
-        if failure is not None and body.startswith(_ERROR_EVENT):
-            return b"data: " + openai_errors.failed(failure).body() + b"\n\n"
+        if failure is not None and body.startswith(_ANTHROPIC_ERROR_EVENT if self._is_anthropic else _ERROR_EVENT):
+            return self._error_event(openai_errors.failed(failure))
         if self._echo and _SERVICE_TIER in body:
             return with_echo_in_event(body, str(self._parsed.service_tier))
         return body
+
+    def _error_event(self, error: ApiError) -> bytes:
+        if self._is_anthropic:
+            return _ANTHROPIC_ERROR_EVENT + b"data: " + error.anthropic_body() + b"\n\n"
+        return b"data: " + error.body() + b"\n\n"
 
     def _put_echo_into_whole_body(self, service_tier: str) -> None:
         """Replace `service_tier` where the response has such a field; OpenAI's shapes have it at the top."""
@@ -444,7 +452,9 @@ class _Exchange:
             if not was_flowing:
                 await send_error(self._send_to_client, error, [*self._kept_headers(), *self._applied_headers()])
                 return
-            last = b"data: " + error.body() + b"\n\n" + self._summary() + _DONE if self._is_sse else b""
+            last = b""
+            if self._is_sse:
+                last = self._error_event(error) + self._summary() + (b"" if self._is_anthropic else _DONE)
             await self._send_to_client({"type": "http.response.body", "body": last, "more_body": False})
 
     def _kept_headers(self) -> list[tuple[bytes, bytes]]:

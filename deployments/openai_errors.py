@@ -53,6 +53,10 @@ class ApiError:
         """The body as JSON in ASCII, so that whatever a client wrote comes back harmless."""
         return json.dumps(self.payload()).encode()
 
+    def anthropic_body(self) -> bytes:
+        """The same as an event of Anthropic's streams has it."""
+        return json.dumps({"type": "error", "error": {"type": "api_error", "message": self.message}}).encode()
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Content headers, and Retry-After in whole seconds, rounded up, where waiting can help."""
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body())).encode())]

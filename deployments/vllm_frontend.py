@@ -105,7 +105,8 @@ _WIRE_TYPES: Attributes = (
     (UtilityOutput, ("failure_message", "result")),
 )
 
-# vLLM's Anthropic routes log every exception with its traceback; the others know NotAdmitted for what it is.
+# vLLM's Anthropic routes log every exception with its traceback; the others know NotAdmitted for what it is, and an
+# error in a running stream.
 _LOUD_ON_REFUSAL = ("vllm.entrypoints.anthropic.api_router", "vllm.entrypoints.anthropic.serving")
 
 
@@ -340,9 +341,9 @@ async def build_app(
 
 
 def _is_not_of_a_refused_request(_: logging.LogRecord) -> bool:
-    """Keeps out tracebacks about requests that were refused: an answer, not an error, and under load there are many."""
+    """Keeps out tracebacks about requests that were refused or ended by us: no errors, and under load many."""
     context = current_request()
-    return context is None or context.rejection is None
+    return context is None or (context.rejection is None and context.failure is None)
 
 
 def _serve_args(llm: TempoAsyncLLM, model_name: str, model_path: str, frontend_kwargs: Mapping[str, Any]) -> Any:

@@ -311,6 +311,17 @@ async def test_a_failure_says_why(front, is_streaming):
         assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
 
 
+async def test_a_failure_in_a_stream_of_anthropics_is_told_in_its_words(front, vllm_errors):
+    """vLLM's converter knows no error events: it tells the client what pydantic says of them, with a traceback."""
+    front.engine.failure = RequestFailure("program_cancelled", "the program was cancelled", 409)
+    response = await front.post("/v1/messages", {"messages": MESSAGES, "max_tokens": 3, "stream": True})
+    error, comment = events(response)[-2:]
+    assert error.startswith("event: error\n")
+    assert data(error) == {"type": "error", "error": {"type": "api_error", "message": "the program was cancelled"}}
+    assert json.loads(comment.removeprefix(": tempo "))["is_met"] is False
+    assert [error for error in vllm_errors if "converter" in error] == []
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "status", "words"),
     [

@@ -188,6 +188,24 @@ async def test_an_exception_in_a_running_stream_ends_it_with_an_error_event():
     assert events[-2] == "data: [DONE]"
 
 
+async def test_an_exception_in_a_running_stream_of_anthropics_ends_it_in_its_words():
+    async def answer(vllm, scope, receive, send):
+        async def chunks():
+            context().report_verdict(ADMITTED)
+            yield b'event: message_start\ndata: {"a": 1}\n\n'
+            raise RuntimeError("boom")
+
+        await stream(send, chunks())
+
+    events = (await post(edge(answer)[0], {"stream": True}, path="/v1/messages")).text.split("\n\n")
+    name, said = events[1].split("\n")
+    assert name == "event: error"
+    error = json.loads(said.removeprefix("data: "))
+    assert error == {"type": "error", "error": {"type": "api_error", "message": "internal server error"}}
+    assert events[2].startswith(": tempo ")
+    assert events[3:] == [""]
+
+
 async def test_the_disconnect_of_a_client_reaches_the_application_and_the_count_returns_to_zero():
     async def answer(vllm, scope, receive, send):
         vllm.was_disconnected = (await receive())["type"] == "http.disconnect"
