@@ -14,6 +14,7 @@ Nothing that a client wrote is ever put into a header, but for the names of tier
 
 import asyncio
 import json
+import math
 import re
 import time
 import traceback
@@ -87,6 +88,9 @@ _DONE = b"data: [DONE]\n\n"
 _ERROR_EVENT = b'data: {"error"'
 _ANTHROPIC_ERROR_EVENT = b"event: error\n"
 _SERVICE_TIER = b'"service_tier":'
+# Why a program may not begin although nothing is wrong with the call.
+_NO_ROOM = ("too_many_programs", "store_unavailable")
+_TOLD_EVERY_S = 60.0
 _RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 
 logger = structlog.get_logger(__name__)
@@ -98,6 +102,7 @@ class HttpEdge:
     not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
     programs: asks the router about programs; None: calls belong to none, and there is no /v1/programs.
     before_scrape: gets what /metrics is to tell of the router.
+    keeps_answers: an answer of /v1/responses can be continued by its id, as vLLM stores it.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
 
@@ -110,6 +115,7 @@ class HttpEdge:
         not_alive_because: WhyNot = lambda: None,
         programs: ProgramClient | None = None,
         before_scrape: Callable[[], Awaitable[None]] | None = None,
+        keeps_answers: bool = False,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
@@ -126,6 +132,9 @@ class HttpEdge:
         self._chats = GrowingChats()
         self._programs = programs
         self._before_scrape = before_scrape
+        self._keeps_answers = keeps_answers
+        self._alone = 0
+        self._told_alone_s = -math.inf
         self._own: OwnPaths | None = None
         if programs is not None:
             self._own = OwnPaths(
@@ -193,7 +202,7 @@ class HttpEdge:
             with bound_request(context):
                 await exchange.run(self._app, with_length(scope, len(body)), replay_body(body, receive))
         finally:
-            if program_call is not None and self._programs is not None:
+            if program_call is not None and self._programs is not None and context.program is not None:
                 leave(
                     self._programs, context, is_last=program_call.identity.is_last, response_id=exchange.response_id,
                     is_background=program_call.is_background,
@@ -204,10 +213,20 @@ class HttpEdge:
         try:
             await join(self._programs, call.identity, context, has_own_slo=parsed.is_own, now_epoch_s=self._epoch_s())
         except ProgramError as error:
-            raise RefusedError(openai_errors.program_refused(error)) from error
+            if error.code not in _NO_ROOM or call.identity.is_asked_for:
+                raise RefusedError(openai_errors.program_refused(error)) from error
+            self._note_alone(error)
         except RouterUnavailableError as error:
             verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
             raise RefusedError(openai_errors.rejected(verdict)) from error
+
+    def _note_alone(self, error: ProgramError) -> None:
+        """A call of a program that nobody asked for is served without one: it has lost nothing that it knew of."""
+        self._alone += 1
+        now_s = self._monotonic_s()
+        if now_s - self._told_alone_s >= _TOLD_EVERY_S:
+            logger.warning("calls_without_their_programs", reason=error.code, why=str(error), calls=self._alone)
+            self._alone, self._told_alone_s = 0, now_s
 
     def _understand(
         self, path: str, arrival_s: float, headers: Iterable[tuple[bytes, bytes]], body: bytes
@@ -250,7 +269,7 @@ class HttpEdge:
             raise RefusedError(openai_errors.program_refused(error)) from error
         if identity is None and "prefix" in self._identify_by and path == "/v1/chat/completions":
             identity = grown_chat(tenant, self._chats.name(tenant, messages_of(fields.messages)))
-        if identity is None and path == "/v1/responses" and fields.store is not False:
+        if identity is None and path == "/v1/responses" and self._keeps_answers and fields.store is not False:
             # The first answer of what may become a conversation: the next one will name it, and nothing else.
             identity = first_answer(tenant, self._identify_by)
         return None if identity is None else _ProgramCall(identity, is_true(fields.background))

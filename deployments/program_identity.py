@@ -101,6 +101,11 @@ class Identity:
         """Whether another program begins when this one is over: a session goes on, a named task does not."""
         return self.source not in ("explicit", "named")
 
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the client wants this program: it said so in our words, or gave it a deadline."""
+        return not self.may_restart or self.deadline_s is not None or self.deadline_epoch_s is not None
+
 
 def program_id_of(tenant: str, source: str, name: str) -> str:
     """The id of a program whose name its client chose."""

@@ -27,6 +27,7 @@ import msgspec
 import pydantic
 import vllm
 from fastapi import FastAPI
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -338,6 +339,11 @@ async def build_app(
     for name in _LOUD_ON_REFUSAL:
         logging.getLogger(name).addFilter(_is_not_of_a_refused_request)
     return app
+
+
+def keeps_answers() -> bool:
+    """Whether vLLM stores answers of the responses API, so that `previous_response_id` can continue one."""
+    return bool(envs.VLLM_ENABLE_RESPONSES_API_STORE)
 
 
 def _is_not_of_a_refused_request(_: logging.LogRecord) -> bool:

@@ -32,9 +32,10 @@ class Memory:
 class Desk:
     """A router's desk and one ingress's side of it. epoch_s: the clock of both."""
 
-    def __init__(self, epoch_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, epoch_s: Callable[[], float] = time.time, programs: ProgramsConfig | None = None) -> None:
         self.desk = ProgramDesk(
-            ProgramsConfig(), ProgramStore(Memory()), fence=1, handle=lambda event: None, send=self._to_ingress,
+            programs or ProgramsConfig(), ProgramStore(Memory()), fence=1,
+            handle=lambda event: None, send=self._to_ingress,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None, epoch_s=epoch_s,
         )  # fmt: skip
         self.desk.settled()
@@ -49,11 +50,14 @@ class Desk:
 
 
 @asynccontextmanager
-async def served_by(app: AsgiApp, config: TempoConfig, epoch_s: Callable[[], float] = time.time) -> AsyncIterator[Any]:
+async def served_by(
+    app: AsgiApp, config: TempoConfig, epoch_s: Callable[[], float] = time.time, **edge_options: Any
+) -> AsyncIterator[Any]:
     """(an HTTP client of the edge, the desk behind it)."""
-    desk = Desk(epoch_s)
+    desk = Desk(epoch_s, config.programs)
     edge = HttpEdge(
-        app, config, not_ready_because=lambda: None, programs=ProgramClient(desk.ingress), epoch_s=epoch_s
+        app, config, not_ready_because=lambda: None, programs=ProgramClient(desk.ingress), epoch_s=epoch_s,
+        **edge_options,
     )  # fmt: skip
     writing = asyncio.create_task(desk.desk.writer.run())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://test") as http:

@@ -264,7 +264,8 @@ async def test_answers_that_are_continued_and_sub_agents_stay_in_their_program(h
     calls = (await view(http, ids.pop()))["calls"]
     assert [one["agent"] for one in calls] == ["main", "sub", "two"]
     assert [one["parents"] for one in calls] == [[], [calls[0]["id"]], [calls[1]["id"]]]
-    first = await http.post("/v1/responses", json={"model": MODEL, "input": "x", "max_output_tokens": 3})
+    answered = {"model": MODEL, "input": "x", "max_output_tokens": 3}
+    first = await http.post("/v1/responses", json=answered, headers={"x-session-id": "answers"})
     assert first.status_code == 200, first.text
     again = {"model": MODEL, "input": "y", "max_output_tokens": 3, "previous_response_id": first.json()["id"]}
     # The answer itself is kept only where vLLM is told to; whose program it is, we know without that.

@@ -361,4 +361,5 @@ async def test_a_new_program_that_cannot_be_stored_is_to_be_tried_again():
         ):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
             assert answer.headers["retry-after"] == "1"
-    assert vllm.bodies == []
+        assert vllm.bodies == []
+        assert (await http.post(CHAT, json={}, headers={"x-session-id": "s"})).status_code == 200

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tests.http_edge import CHAT, Vllm, whole
@@ -207,3 +208,44 @@ async def test_sources_are_looked_at_in_their_order(left_out: tuple[str, ...], s
         answered = await http.post(CHAT, json={"metadata": {"thread_id": "m"}}, headers=headers)
     program_id = answered.headers.get("x-tempo-program", "")
     assert program_id.removeprefix("prog-").partition("_")[0] == source
+
+
+# ---- no room for another ----
+
+OTHERS = (
+    {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
+    {"x-claude-code-session-id": "s"},
+    {"x-session-id": "s"},
+)
+
+
+async def test_a_call_that_asked_for_no_program_is_served_without_one_when_there_is_no_room() -> None:
+    """Its client knows of no programs: it could not make sense of the refusal. The log says so once, with a count."""
+    now_s = 100.0
+    config = TempoConfig(programs=ProgramsConfig(max_programs=1))
+    with structlog.testing.capture_logs() as logs:
+        async with served_by(Vllm(answer), config, monotonic_s=lambda: now_s) as (http, desk):
+            assert (await http.post(CHAT, json={}, headers={"x-tempo-program": "the one"})).status_code == 200
+            for headers in OTHERS:
+                answered = await http.post(CHAT, json={}, headers=headers)
+                assert (answered.status_code, "x-tempo-program" in answered.headers) == (200, False)
+            now_s += 60.0
+            await http.post(CHAT, json={}, headers=OTHERS[0])
+            refused = [
+                await http.post(CHAT, json={}, headers={"x-tempo-program": "another"}),
+                await http.post(CHAT, json={}, headers={"x-session-id": "s", "x-tempo-deadline-s": "60"}),
+            ]
+    assert {error_of(one) for one in refused} == {(503, "too_many_programs", None)}
+    assert len(desk.desk.book) == 1
+    told = [(one["reason"], one["calls"]) for one in logs if one["event"] == "calls_without_their_programs"]
+    assert told == [("too_many_programs", 1), ("too_many_programs", 3)]
+
+
+@pytest.mark.parametrize(("keeps_answers", "store", "programs"), [(False, True, 0), (True, True, 1), (True, False, 0)])
+async def test_an_answer_begins_a_program_only_where_a_later_one_can_continue_it(
+    keeps_answers: bool, store: bool, programs: int
+) -> None:
+    async with served_by(Vllm(answer), TempoConfig(), keeps_answers=keeps_answers) as (http, desk):
+        answered = await http.post("/v1/responses", json={"input": "x", "store": store})
+    assert answered.status_code == 200
+    assert len(desk.desk.book) == programs
