@@ -18,13 +18,14 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from deployments import openai_errors
+from deployments.api_keys import ApiKeys
 from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
 from deployments.http_bodies import (
     BodyContent,
@@ -102,6 +103,7 @@ class HttpEdge:
     not_ready_because: why no request can be served now. not_alive_because: why this process should be replaced.
     programs: asks the router about programs; None: calls belong to none, and there is no /v1/programs.
     before_scrape: gets what /metrics is to tell of the router.
+    api_keys: one of them must be shown; none: everybody may ask.
     keeps_answers: an answer of /v1/responses can be continued by its id, as vLLM stores it.
     monotonic_s, epoch_s: clocks, to be held still in tests.
     """
@@ -115,6 +117,7 @@ class HttpEdge:
         not_alive_because: WhyNot = lambda: None,
         programs: ProgramClient | None = None,
         before_scrape: Callable[[], Awaitable[None]] | None = None,
+        api_keys: Sequence[str] = (),
         keeps_answers: bool = False,
         monotonic_s: Callable[[], float] = time.monotonic,
         epoch_s: Callable[[], float] = time.time,
@@ -132,13 +135,18 @@ class HttpEdge:
         self._chats = GrowingChats()
         self._programs = programs
         self._before_scrape = before_scrape
+        self._keys = ApiKeys(api_keys, INFERENCE_PATHS)
         self._keeps_answers = keeps_answers
         self._alone = 0
         self._told_alone_s = -math.inf
         self._own: OwnPaths | None = None
         if programs is not None:
             self._own = OwnPaths(
-                programs, self, model=config.model_name, has_console=config.ingress.console, epoch_s=epoch_s
+                programs,
+                self._from_ourselves,
+                model=config.model_name,
+                has_console=config.ingress.console,
+                epoch_s=epoch_s,
             )
 
     @property
@@ -151,7 +159,9 @@ class HttpEdge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope, as ASGI says."""
         path = _path(scope) if scope["type"] == "http" else ""
-        if path and scope["method"] == "POST":
+        if path and self._keys.refuses(scope["method"], path, scope["headers"]):
+            await send_error(send, openai_errors.no_valid_key())
+        elif path and scope["method"] == "POST":
             await self._post(path, scope, receive, send)
         elif path in _READINESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
@@ -163,6 +173,10 @@ class HttpEdge:
             if path in _METRICS_PATHS and self._before_scrape is not None:
                 await self._before_scrape()
             await self._app(scope, receive, send)
+
+    async def _from_ourselves(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A node of a declared graph: whoever declared it has shown a key."""
+        await self({**scope, "headers": [*scope["headers"], *self._keys.of_ourselves()]}, receive, send)
 
     async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_s = self._monotonic_s()

@@ -82,6 +82,7 @@ class IngressReplica:
             not_ready_because=lambda: self._link.not_ready_because,
             programs=self._programs,
             before_scrape=own_metrics.RouterMetrics(self._programs).ask,
+            api_keys=vllm_frontend.api_keys(config.engine.frontend_kwargs),
             keeps_answers=vllm_frontend.keeps_answers(),
         )
 

@@ -70,6 +70,12 @@ def invalid_slo(error: InvalidSloError) -> ApiError:
     return ApiError(400, str(error), "invalid_request_error", "invalid_slo", param=error.field)
 
 
+def no_valid_key() -> ApiError:
+    """A key is needed, and none that fits was shown."""
+    message = "show an API key of this server (engine.frontend_kwargs.api_key): authorization: Bearer <key>"
+    return ApiError(401, message, "invalid_request_error", "invalid_api_key")
+
+
 def program_refused(error: ProgramError) -> ApiError:
     """What cannot be done with a program, and why."""
     # A router of another version may say what this one has no name for.

@@ -341,6 +341,12 @@ async def build_app(
     return app
 
 
+def api_keys(frontend_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of which a request must show one, as vLLM takes them from its arguments, else from its environment."""
+    given: Sequence[str | None] = _frontend_args(frontend_kwargs).get("api_key") or [envs.VLLM_API_KEY]
+    return tuple(key for key in given if key)
+
+
 def keeps_answers() -> bool:
     """Whether vLLM stores answers of the responses API, so that `previous_response_id` can continue one."""
     return bool(envs.VLLM_ENABLE_RESPONSES_API_STORE)

@@ -447,3 +447,20 @@ async def test_the_name_of_a_lora_adapter_as_model_reaches_the_engine(tmp_path):
     assert [one.lora_name for one in front.engine.loras] == ["tuned-1", "tuned-2"]
     assert (tuned.lora_name, tuned.lora_int_id, tuned.lora_path) == ("tuned-2", 2, "/adapters/2")
     assert plain is None
+
+
+async def test_keys_are_those_that_vllm_asks_for(tmp_path, monkeypatch):
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    from deployments import vllm_frontend
+    from deployments.api_keys import GUARDED_PREFIXES
+
+    assert set(GUARDED_PREFIX) <= set(GUARDED_PREFIXES)
+    assert vllm_frontend.api_keys({}) == ()
+    monkeypatch.setenv("VLLM_API_KEY", "environment")
+    assert vllm_frontend.api_keys({}) == ("environment",)
+    assert vllm_frontend.api_keys({"api_key": ["one", "two"]}) == ("one", "two")
+    async with front_end(tmp_path, {}, {"api_key": ["one", "two"]}) as front:
+        for headers, status in (({}, 401), ({"authorization": "Bearer two"}, 200)):
+            response = await front.post("/v1/completions", {"prompt": "hello", "max_tokens": 3}, **headers)
+            assert response.status_code == status

@@ -249,3 +249,45 @@ async def test_an_answer_begins_a_program_only_where_a_later_one_can_continue_it
         answered = await http.post("/v1/responses", json={"input": "x", "store": store})
     assert answered.status_code == 200
     assert len(desk.desk.book) == programs
+
+
+# ---- API keys ----
+
+
+async def answer_with_key(vllm: Vllm, scope: Any, receive: Any, send: Any) -> None:
+    """As vLLM's own middleware, which is behind the edge."""
+    has_key = (b"authorization", b"Bearer one") in scope["headers"]
+    await whole(send, {"choices": [{"text": "yes"}]} if has_key else {"error": {}}, 200 if has_key else 401)
+
+
+@pytest.mark.parametrize("shown", [{}, {"authorization": "Bearer none"}, {"authorization": "Basic two"}])
+async def test_without_a_key_nothing_is_told_or_begun(shown: dict[str, str]) -> None:
+    async with served_by(Vllm(answer), TempoConfig(), api_keys=("one", "two")) as (http, desk):
+        for method, path in (
+            ("GET", PROGRAMS),
+            ("POST", PROGRAMS),
+            ("POST", f"{PROGRAMS}/p/cancel"),
+            ("GET", "/v1/requests/r/explain"),
+            ("GET", "/console/state"),
+            ("GET", "/console/state/"),
+            ("POST", CHAT),
+            ("POST", "/invocations"),
+            ("GET", "/v1/models"),
+        ):
+            fields = {"deadline_s": 60} if path == PROGRAMS else {}
+            headers = {"x-tempo-program": "p", **shown}
+            refused = await http.request(method, path, json=fields, headers=headers)
+            assert error_of(refused) == (401, "invalid_api_key", None), path
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.options(CHAT)).status_code == 200
+    assert len(desk.desk.book) == 0
+
+
+async def test_with_a_key_all_is_served_and_so_are_the_nodes_of_a_graph() -> None:
+    async with served_by(Vllm(answer_with_key), TempoConfig(), api_keys=("one", "two")) as (http, _):
+        for key in ("one", "two"):
+            headers = {"authorization": f"bearer {key}"}
+            assert (await http.get(PROGRAMS, headers=headers)).status_code == 200
+            fields = {"deadline_s": 60, "graph": {"nodes": [{"id": "a", "prompt": "A"}]}}
+            ran = await http.post(PROGRAMS, json=fields, headers=headers)
+            assert (ran.status_code, ran.json().get("outputs")) == (200, {"a": "yes"})
