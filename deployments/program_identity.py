@@ -315,9 +315,8 @@ def _openai(body: ProgramFields, tenant: str) -> Identity | None:
 
 
 def _trace(sent: Mapping[str, str], tenant: str) -> Identity | None:
-    baggage = dict(
-        part.split(";")[0].strip().split("=", 1) for part in sent.get("baggage", "").split(",") if "=" in part
-    )
+    members = (part.split(";")[0].strip() for part in sent.get("baggage", "").split(","))
+    baggage = dict(member.split("=", 1) for member in members if "=" in member)
     named = next((found for key in _BAGGAGE if (found := _usable(baggage.get(key))) is not None), None)
     if named is None:
         trace = _TRACEPARENT.fullmatch(sent.get("traceparent", "").strip())

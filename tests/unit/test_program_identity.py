@@ -174,6 +174,15 @@ def test_baggage_is_looked_at_before_the_trace_and_a_conversation_before_a_sessi
     assert found(baggage="session.id=s,gen_ai.conversation.id=c").name == "c"
 
 
+def test_baggage_that_is_malformed_is_passed_over():
+    """A tracing library's header must not cost a request."""
+    for baggage in ("foo;a=b", ",;=,=", "foo"):
+        assert identify([(b"baggage", baggage.encode())], ProgramFields(), "", ALL) is None
+    found = identify([(b"baggage", b"foo;a=b, session.id=s1;p=q")], ProgramFields(), "", ALL)
+    assert found is not None
+    assert (found.source, found.name) == ("trace", "s1")
+
+
 def test_our_own_words_win_one_by_one_header_then_body_then_metadata():
     metadata = {"tempo_program": "m", "tempo_stage": "m", "tempo_parents": ["m"]}
     assert found(ProgramFields(metadata=metadata)).label == "m"
