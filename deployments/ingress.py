@@ -26,6 +26,7 @@ from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity, ProgramFields, identify
 from deployments.request_context import RequestContext, bound_request
 from deployments.router_actor import RouterFinder
+from deployments.slo_wire import as_float
 from tempo_router.config import TempoConfig
 from tempo_router.errors import InvalidSloError, RequestFailedError, TempoError
 from tempo_router.request import Slo
@@ -262,7 +263,7 @@ def chosen_targets(request: GenerateRequest, config: TempoConfig) -> tuple[Slo, 
     if request.slo is not None:
         for field in dataclasses.fields(request.slo):
             value = getattr(request.slo, field.name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+            if isinstance(value, int | float) and not (math.isfinite(as_float(value)) and value > 0):
                 raise InvalidSloError(f"slo.{field.name}", value, "must be a number of seconds greater than zero")
         return request.slo, ""
     tier = request.tier or config.default_tier

@@ -21,6 +21,7 @@ from deployments.program_client import ProgramClient
 from deployments.program_identity import program_id_of, resolved_id
 from deployments.program_outline import outline_of, parse_outline
 from deployments.request_context import AdmissionVerdict
+from deployments.slo_wire import as_float
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.known_stages import KnownStage
@@ -240,9 +241,10 @@ def _seconds(fields: Mapping[str, Any], name: str) -> float | None:
     value = fields.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    number = as_float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and number > 0):
         raise ProgramError("invalid_program", f"{name}={str(value)[:64]}: must be a number of seconds above zero", name)
-    return float(value)
+    return number
 
 
 def _operation() -> str:

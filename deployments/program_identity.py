@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deployments.slo_wire import NUMBER, as_float
 from tempo_router.config import IdentitySource, unknown_key_message
 from tempo_router.errors import ProgramError
 
@@ -249,10 +250,11 @@ def _whole(value: object, field: str, most: int) -> int:
 def _positive(value: object, field: str) -> float | None:
     if value is None:
         return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
+    number = math.nan
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        number = float(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = as_float(value)
     if not (math.isfinite(number) and number > 0):
         raise ProgramError("invalid_program", f"{str(value)[:64]!r} is no number of seconds above zero", field)
     return number

@@ -76,7 +76,7 @@ _LIMIT_MS: dict[Target, tuple[float, str]] = {
     "ttlt_ms": (MAX_TTLT_S * 1000, "more than 7 days"),
 }
 # float() also reads "1_000", "nan" and " 5 "; a header should hold what it looks like.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +266,16 @@ def _number(given: _Given, target: Target) -> float:
 def _as_float(given: _Given) -> float:
     value = given.value
     if isinstance(value, str) and not given.field.startswith("slo."):
-        if not _NUMBER.fullmatch(value):
+        if not NUMBER.fullmatch(value):
             raise given.refuse("must be a number")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise given.refuse("must be a number")
+    return as_float(value)
+
+
+def as_float(value: float) -> float:
+    """A number of JSON, whose whole numbers may have any length: infinity for what no float can hold."""
     try:
         return float(value)
     except OverflowError:

@@ -21,6 +21,7 @@ CONFIG = TempoConfig()
     [
         (Deadline(ttlt_s=-5), "slo.ttlt_s"),
         (Deadline(ttlt_s=math.nan), "slo.ttlt_s"),
+        (Deadline(ttlt_s=10**400), "slo.ttlt_s"),
         (Latency(ttft_s=0, tbt_s=0.1), "slo.ttft_s"),
         (Latency(ttft_s=1, tbt_s=math.inf), "slo.tbt_s"),
     ],
