@@ -142,7 +142,7 @@ class ProgramApi:
         status, limit = filters.get("status"), filters.get("limit", "100")
         if status is not None and status not in _STATUSES:
             raise ProgramError("invalid_program", f"must be one of {', '.join(_STATUSES)}", "status")
-        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 1000:
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= 1000:
             raise ProgramError("invalid_program", "must be a whole number from 1 to 1000", "limit")
         op = ListPrograms(
             tenant,

@@ -140,6 +140,13 @@ async def test_extending_by_what_is_no_time_is_refused(served, deadline_s: objec
     assert (await http.get(f"{PROGRAMS}/p")).json() == made
 
 
+@pytest.mark.parametrize("limit", ["0", "1001", "00000000199999", "00000000" + "1" + "0" * 5000, "²", "1_0", "-1"])
+async def test_a_limit_that_is_none_is_refused(served, limit: str) -> None:
+    http, _ = served
+    assert error_of(await http.get(PROGRAMS, params={"limit": limit})) == (400, "invalid_program", "limit")
+    assert (await http.get(PROGRAMS, params={"limit": "000001000"})).status_code == 200
+
+
 # ---- declared graphs that make no sense ----
 
 
