@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import structlog
 
@@ -167,8 +168,8 @@ class HttpEdge:
             await _send_health(send, self._not_alive_because() or self._not_ready_because())
         elif path in _LIVENESS_PATHS and scope["method"] in ("GET", "HEAD"):
             await _send_health(send, self._not_alive_because())
-        elif path and self._own is not None and self._own.answers(path):
-            await self._own.get(path, scope, send)
+        elif path and self._own is not None and self._own.answers(own_path := _encoded_path(scope)):
+            await self._own.get(own_path, scope, send)
         else:
             if path in _METRICS_PATHS and self._before_scrape is not None:
                 await self._before_scrape()
@@ -198,8 +199,8 @@ class HttpEdge:
             return
         if body is None:
             return  # The client left before it had sent everything.
-        if self._own is not None and self._own.answers(path):
-            await self._own.post(path, scope, body, receive, send)
+        if self._own is not None and self._own.answers(own_path := _encoded_path(scope)):
+            await self._own.post(own_path, scope, body, receive, send)
             return
         if path not in INFERENCE_PATHS:
             await self._app(scope, replay_body(body, receive), send)
@@ -571,7 +572,22 @@ def _milliseconds(value_ms: float) -> str:
 
 
 def _path(scope: Scope) -> str:
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return _below_root(str(scope["path"]), str(scope.get("root_path", "")))
+
+
+def _encoded_path(scope: Scope) -> str:
+    """The path as it was sent: a name in it may hold "/" and "%", which are told from the path's own only there."""
+    raw: bytes | None = scope.get("raw_path")
+    path = raw.decode("latin-1") if raw is not None else quote(str(scope["path"]))
+    return _below_root(_spelled(path), _spelled(quote(str(scope.get("root_path", "")))))
+
+
+def _spelled(path: str) -> str:
+    """Whatever a client needlessly encoded, or left out: every path has one spelling."""
+    return "/".join(quote(unquote(part), safe="") for part in path.split("/"))
+
+
+def _below_root(path: str, root: str) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 

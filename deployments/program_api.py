@@ -44,7 +44,7 @@ class ProgramApi:
         self._epoch_s = epoch_s
 
     async def answer(self, method: str, path: str, query: bytes, body: bytes, tenant: str) -> tuple[int, Any]:
-        """(status, JSON value), or (status, ApiError)."""
+        """(status, JSON value), or (status, ApiError). path: still encoded, as names in it may hold "/" and "%"."""
         try:
             return await self._routed(method, path, query, body, tenant)
         except ProgramError as error:

@@ -10,7 +10,7 @@ import httpx
 
 from cluster import wire_pb2 as wire
 from cluster.ingress_programs import IngressPrograms
-from cluster.program_desk import ProgramDesk
+from cluster.program_desk import ExplainRequest, ProgramDesk
 from cluster.program_store import ProgramStore
 from cluster.redis_store import ScriptCall
 from deployments.asgi import AsgiApp
@@ -37,6 +37,7 @@ class Desk:
             programs or ProgramsConfig(), ProgramStore(Memory()), fence=1,
             handle=lambda event: None, send=self._to_ingress,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None, epoch_s=epoch_s,
+            questions={ExplainRequest: lambda question: [{"asked": question.name}]},
         )  # fmt: skip
         self.desk.settled()
         self.ingress = IngressPrograms("ingress", send=self._to_router, wait_s=5.0)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -110,6 +111,52 @@ async def test_an_ingress_that_tells_a_creation_again_is_answered_as_before(serv
     clock.now_s += 100.0
     again = json.loads(await desk.ingress.ask(told[0].kind, told[0].body))
     assert (again["id"], again["status"]) == (made["id"], "cancelled")
+
+
+# ---- names in paths ----
+
+
+@pytest.mark.parametrize("name", ["team/task", "a%41", "50 %", "/", "a//b", "Ünal", "what?", "v1/programs"])
+async def test_a_program_is_reached_by_its_name_whatever_is_in_it(served, name: str) -> None:
+    http, _ = served
+    made = (await http.post(PROGRAMS, json={"name": name, "deadline_s": 60})).json()
+    path = f"{PROGRAMS}/{quote(name, safe='')}"
+    assert (await http.get(path)).json()["id"] == made["id"]
+    extended = await http.post(f"{path}/extend", json={"deadline_s": 90})
+    assert (extended.status_code, extended.json()["id"]) == (200, made["id"])
+    assert (await http.post(f"{path}/finish")).json()["status"] == "finished"
+
+
+@pytest.mark.parametrize("path", ["/v1%2Fprograms", "/v1%2Fprograms/p", "/console%2Fstate%2Fp"])
+async def test_a_path_whose_own_slashes_are_encoded_is_not_ours(served, path: str) -> None:
+    """It would be split in other places than where it was checked."""
+    http, _ = served
+    assert (await http.get(path)).json() == {"choices": [{"text": "yes"}]}  # as the application answers
+
+
+async def test_a_call_is_explained_by_its_name_whatever_is_in_it(served) -> None:
+    http, _ = served
+    assert (await http.get("/v1/requests/a%2Fb/explain")).json()["requests"] == [{"asked": "a/b"}]
+
+
+@pytest.mark.parametrize("has_raw_path", [True, False])
+async def test_a_name_is_found_below_a_root_and_without_the_raw_path(served, has_raw_path: bool) -> None:
+    """ASGI servers may leave it out; then "/" cannot be in a name, but "%" can."""
+    http, _ = served
+    made = (await http.post(PROGRAMS, json={"name": "50 %41", "deadline_s": 60})).json()
+    edge = http._transport.app
+    path = "/api/v1/programs/50 %41"
+    scope = {
+        "type": "http", "method": "GET", "path": path, "root_path": "/api", "headers": [], "query_string": b"",
+    }  # fmt: skip
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = {"raw_path": b"/api/v1/%70rograms/50%20%2541"} if has_raw_path else {}
+    await edge({**scope, **raw}, None, send)
+    assert json.loads(sent[1]["body"])["id"] == made["id"]
 
 
 # ---- deadlines that make no sense ----
