@@ -154,7 +154,7 @@ def _tiers() -> str:
         _section("tiers", TierConfig).replace("## `tiers`", "## tiers")
         + "\nThe default tiers:\n\n"
         + "\n".join(lines)
-        + f"\n\nOpenAI's own values of `service_tier`: {openai}.\n"
+        + f"\n\nOpenAI's and Anthropic's own values of `service_tier`: {openai}.\n"
     )
 
 

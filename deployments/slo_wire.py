@@ -20,7 +20,8 @@ Rules:
    guessed at: a pace and a deadline, two deadlines, a target that the named tier's class does not have.
 4. Half a pace (TTFT without TBT, or the reverse) is completed from the named tier, else from the default tier, else
    from the first tier of class latency.
-5. OpenAI's `auto` and `default` name no tier: they agree with any target.
+5. OpenAI's `auto`, `default` and `scale` (capacity that was bought there) and Anthropic's `standard_only` name no
+   tier: they agree with any target.
 6. A deadline without a tier, or targets without one, belong to no tier: its name is "".
 7. Nothing given: the default tier.
 8. TTFT and TBT need a stream: with a whole answer nobody sees the first token, so naming them is an error. A *tier*
@@ -68,7 +69,7 @@ _TIER_HEADERS = ("x-slo-tier", "x-llm-d-slo-tier")
 _OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
 _TENANT_HEADERS = ("x-tenant-id", "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
 _APP_HEADER = "x-tempo-app"
-_OPENAI_ANY = ("auto", "default")
+_OPENAI_ANY = ("auto", "default", "scale", "standard_only")
 _SLO_HEADERS = (*_TARGET_HEADERS, *_TIER_HEADERS)
 _LIMIT_MS: dict[Target, tuple[float, str]] = {
     "ttft_ms": (MAX_TTFT_S * 1000, "more than 1 hour"),
@@ -208,7 +209,7 @@ def _tier(
 
 
 def _resolved(given: _Given, tiers: Mapping[str, TierConfig]) -> _Given | None:
-    """The same with a name of the configuration, or None for a name of OpenAI's that means "as you like"."""
+    """The same with a name of the configuration, or None for a name of others' that means "as you like"."""
     name = given.value
     if not isinstance(name, str):
         raise given.refuse("must be the name of a tier")

@@ -80,8 +80,15 @@ DEFAULT_TIERS: dict[str, TierConfig] = {
     "background": TierConfig(slo_class="best_effort"),
 }
 DEFAULT_TIER = "chat"
-# OpenAI's own values of `service_tier`, so that its clients work unchanged.
-OPENAI_TIERS = {"auto": DEFAULT_TIER, "default": DEFAULT_TIER, "priority": "interactive", "flex": "background"}
+# OpenAI's own values of `service_tier`, and Anthropic's, so that their clients work unchanged.
+OPENAI_TIERS = {
+    "auto": DEFAULT_TIER,
+    "default": DEFAULT_TIER,
+    "scale": DEFAULT_TIER,
+    "standard_only": DEFAULT_TIER,
+    "priority": "interactive",
+    "flex": "background",
+}
 
 
 PolicyName = Literal[
