@@ -5,6 +5,7 @@
 | queue_full | 429 | from the queue, at least 1 s | the client's rate is what must change |
 | deadline_impossible | 503 | from the queue, if the router knows one | this server cannot do it now; another may |
 | draining, router_unavailable | 503 | 5 s unless the router says otherwise | a restart or a failover is under way |
+| after admission: worker_lost; slo_expired; program_cancelled | 503; 504; 409 | 1 s with 503 | others may answer |
 | programs: unknown; over, or there already; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
 | too_large | 400 | none | no wait makes it fit |
 """
@@ -118,7 +119,8 @@ def internal_error() -> ApiError:
 
 def failed(failure: RequestFailure) -> ApiError:
     """An admitted request that ended without a whole answer."""
-    return ApiError(failure.status, failure.message, "server_error", failure.code)
+    retry_after_s = 1.0 if failure.status == 503 else None
+    return ApiError(failure.status, failure.message, "server_error", failure.code, retry_after_s=retry_after_s)
 
 
 def rejected(verdict: AdmissionVerdict) -> ApiError:

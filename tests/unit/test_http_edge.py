@@ -128,14 +128,16 @@ async def test_prompts_are_counted(prompt, prompts):
     assert vllm.contexts[0].expected_groups == prompts
 
 
-async def test_a_failure_of_a_whole_answer_gets_its_own_status():
+@pytest.mark.parametrize(("code", "status", "retry_after"), [("slo_expired", 504, None), ("worker_lost", 503, "1")])
+async def test_a_failure_of_a_whole_answer_gets_its_own_status(code, status, retry_after):
     async def answer(vllm, scope, receive, send):
         context().report_verdict(ADMITTED)
-        context().report_failure(RequestFailure("slo_expired", "it waited too long", 504))
+        context().report_failure(RequestFailure(code, "it is over", status))
         await whole(send, {"error": {}}, status=500)
 
     response = await post(edge(answer)[0], {})
-    assert (response.status_code, response.json()["error"]["code"]) == (504, "slo_expired")
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.headers.get("retry-after") == retry_after
 
 
 async def test_an_exception_before_any_answer_is_a_500_in_openais_shape():
