@@ -1,6 +1,7 @@
 """How clients state urgency over HTTP, and what we take it to mean. Pure: no clock, no server.
 
-Forms accepted (header names match without regard to case, and `_` counts as `-`, because proxies rewrite them):
+Forms accepted (header names match without regard to case, and `_` counts as `-`, because proxies rewrite them; an
+empty header is none, because they send it for what is not set):
 
 | meaning | body | headers |
 | --- | --- | --- |
@@ -171,8 +172,8 @@ class _Headers:
         return next((given for name in names for given in self._values.get(name, ()) if given.value != ""), None)
 
     def all(self, *names: str) -> list[_Given]:
-        """Every value of these headers, for those of which there may be only one meaning."""
-        return [given for name in names for given in self._values.get(name, ())]
+        """Every value of these headers that is not empty, for those of which there may be only one meaning."""
+        return [given for name in names for given in self._values.get(name, ()) if given.value != ""]
 
 
 def _slo_object(slo: object) -> dict[str, object]:
