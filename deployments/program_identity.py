@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deployments.slo_wire import NUMBER, as_float
+from deployments.slo_wire import NUMBER, as_float, header_text
 from tempo_router.config import IdentitySource, unknown_key_message
 from tempo_router.errors import ProgramError
 
@@ -339,5 +339,5 @@ def _sent(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for raw_name, raw_value in headers:
         name = raw_name.decode("latin-1").lower().replace("_", "-")
-        found.setdefault(name, raw_value.decode("latin-1").strip())
+        found.setdefault(name, header_text(raw_value))
     return found

@@ -151,6 +151,14 @@ def parse_tenant(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return _name(_Headers(headers).first(*_TENANT_HEADERS))
 
 
+def header_text(raw: bytes) -> str:
+    """The value of a header: UTF-8, as clients write it, or else latin-1, as HTTP once had it."""
+    try:
+        return raw.decode().strip()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1").strip()
+
+
 class _Headers:
     """The headers that matter here, by normalised name; names are kept as written for messages."""
 
@@ -160,7 +168,7 @@ class _Headers:
             if raw_name[:2] not in (b"x-", b"X-", b"x_", b"X_"):
                 continue
             written = raw_name.decode("latin-1")
-            value = raw_value.decode("latin-1").strip()
+            value = header_text(raw_value)
             name = written.lower().replace("_", "-")
             if name.startswith(("x-slo-", "x-llm-d-slo-")) and name not in _SLO_HEADERS:
                 problem = unknown_key_message(name[:_SHOWN_CHARS], _SLO_HEADERS)

@@ -48,6 +48,12 @@ def test_a_name_of_the_clients_own_belongs_to_its_tenant():
     assert resolved_id("theirs", ours.program_id) == ours.program_id
 
 
+def test_a_name_is_the_same_program_in_a_header_and_in_the_body():
+    in_body = identify([], ProgramFields(program="é"), "", ALL)
+    for encoding in ("utf-8", "latin-1"):
+        assert identify([(b"x-tempo-program", "é".encode(encoding))], ProgramFields(), "", ALL) == in_body
+
+
 def test_an_id_of_someone_elses_making_is_a_name():
     """The Agents SDK calls its traces so."""
     identity = found(x_tempo_program="trace_" + "0" * 32)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
+from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo, parse_tenant
 from tempo_router.config import DEFAULT_TIERS, TierConfig
 from tempo_router.errors import InvalidSloError
 from tempo_router.request import BestEffort, Deadline, Latency
@@ -185,6 +185,15 @@ def test_tenant_and_application_come_from_headers_first():
     assert (got.tenant, got.app) == ("acme", "agent")
     assert parsed({"x-llm-d-inference-fairness-id": "acme"}).tenant == "acme"
     assert parsed(user="someone").tenant == "someone"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_names_in_headers_are_what_their_client_wrote(encoding):
+    """Most clients write UTF-8, old ones what HTTP once said; httpx writes either."""
+    raw = [(b"x-tenant-id", "Ünal".encode(encoding)), (b"x-tempo-app", "café".encode(encoding))]
+    got = parse_slo(BodyFields(), raw, DEFAULT_TIERS, "chat", NOW_EPOCH_S)
+    assert (got.tenant, got.app) == ("Ünal", "café")
+    assert parse_tenant(raw) == "Ünal"
 
 
 JSON = st.recursive(
