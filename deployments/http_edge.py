@@ -3,7 +3,8 @@
 Pure ASGI. For every POST on an inference path it reads the body (bounded), takes the SLO out of it, binds a
 `RequestContext` for the engine client, and replays the body. On the way back it holds the response's start until the
 router has admitted every prompt, because vLLM starts a stream with 200 before the engine has seen the request: a
-refused request gets its 429 or 503, streamed or not. A token then costs one look at the end of its bytes.
+refused request gets its 429 or 503, streamed or not, and a prompt that cannot be served its 400. A token then costs one
+look at the end of its bytes.
 
 Added to responses: the class and targets applied and what the router expects (`x-tempo-*` headers), and how it ended:
 as headers where the answer is whole, as an SSE comment before `data: [DONE]` (or at the end) of a stream. Clients of
@@ -27,7 +28,7 @@ import structlog
 
 from deployments import openai_errors
 from deployments.api_keys import ApiKeys
-from deployments.asgi import AsgiApp, Message, Receive, Scope, Send, send_error
+from deployments.asgi import JSON, AsgiApp, Message, Receive, Scope, Send, send_body, send_error
 from deployments.http_bodies import (
     BodyContent,
     BodyTooLargeError,
@@ -393,8 +394,13 @@ class _Exchange:
     async def _open_complete(self) -> None:
         """Send a response that came before any verdict, or whole."""
         failure = self._context.failure
-        if failure is not None and self._start is not None and self._start["status"] >= 500:
+        streamed_status = _status_of(self._held[0].get("body", b"")) if self._is_sse else None
+        status = streamed_status or (self._start["status"] if self._start is not None else 0)
+        if failure is not None and status >= 500:
             await self._close_with(openai_errors.failed(failure))
+            return
+        if streamed_status is not None:
+            await self._close_unstreamed(streamed_status)
             return
         if self._parsed.service_tier is not None and not self._is_sse and len(self._held) == 1:
             self._put_echo_into_whole_body(self._parsed.service_tier)
@@ -491,6 +497,18 @@ class _Exchange:
                 last = self._error_event(error) + self._summary() + (b"" if self._is_anthropic else _DONE)
             await self._send_to_client({"type": "http.response.body", "body": last, "more_body": False})
 
+    async def _close_unstreamed(self, status: int) -> None:
+        """Answer with the error that is all a stream holds as if none had been asked for."""
+        async with self._opening:
+            if self._is_flowing or self._is_closed:
+                return
+            self._is_closed = True
+            body = self._held[0]["body"].removeprefix(b"data: ").strip()
+            self._held.clear()
+            await send_body(
+                self._send_to_client, body, [JSON, *self._kept_headers(), *self._applied_headers()], status
+            )  # fmt: skip
+
     def _kept_headers(self) -> list[tuple[bytes, bytes]]:
         """Of the response that is replaced, what a browser needs to be allowed to read the new one."""
         headers = self._start["headers"] if self._start is not None else ()
@@ -542,6 +560,17 @@ class _Exchange:
         context = self._context
         summary = {"class": slo_class(context.slo), "tier": context.tier, **_ended(context)}
         return b": tempo " + json.dumps(summary).encode() + b"\n\n"
+
+
+def _status_of(event: bytes) -> int | None:
+    """Of an error event of vLLM's, the status that the error has where no stream was asked for."""
+    if not event.startswith(_ERROR_EVENT):
+        return None
+    try:
+        code = json.loads(event.removeprefix(b"data: "))["error"]["code"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return code if isinstance(code, int) and 400 <= code <= 599 else None
 
 
 def _retrieve(opener: asyncio.Task[None]) -> None:

@@ -335,6 +335,8 @@ async def test_a_failure_in_a_stream_of_anthropics_is_told_in_its_words(front, v
         ("/v1/chat/completions", {"messages": MESSAGES, "slo": {"tltt_ms": 1}}, 400, "did you mean 'ttlt_ms'"),
         ("/v1/chat/completions", {"messages": MESSAGES, "temperature": -1}, 400, "temperature"),
         ("/v1/completions", {"prompt": "x" * 300}, 400, "256"),
+        ("/v1/completions", {"prompt": [1000000]}, 400, "1000000"),
+        ("/v1/completions", {"prompt": [[]]}, 400, "empty"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0, "stream": True}, 400, "max_tokens"),
         ("/v1/completions", {"prompt": "x", "slo": {"deadline": 5}}, 400, "slo.deadline=5"),
         ("/v1/completions", {"prompt": "x" * 100_000}, 413, "100000 bytes"),

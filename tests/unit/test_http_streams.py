@@ -156,6 +156,41 @@ async def test_a_stream_of_two_prompts_waits_for_both_verdicts():
     assert response.status_code == 429
 
 
+@pytest.mark.parametrize(("code", "status"), [(400, 400), (500, 500), (None, 200), ("x", 200), (200, 200), (True, 200)])
+async def test_a_stream_that_is_but_an_error_has_its_status(code, status):
+    """vLLM looks at the prompts of a completion after it has begun the stream."""
+    error = {"error": {"message": "no such token", "code": code}}
+
+    async def answer(vllm, scope, receive, send):
+        async def chunks():
+            yield b"data: " + json.dumps(error).encode() + b"\n\n"
+            yield b"data: [DONE]\n\n"
+
+        await stream(send, chunks())
+
+    response = await post(edge(answer)[0], {"stream": True, "prompt": [1000000]}, path="/v1/completions")
+    assert response.status_code == status
+    if status == 200:
+        assert response.text.endswith("data: [DONE]\n\n")
+    else:
+        assert (response.headers["content-type"], response.json()) == ("application/json", error)
+        assert response.headers["x-tempo-class"] == "latency"
+
+
+async def test_a_failure_before_a_stream_began_has_its_own_status():
+    async def answer(vllm, scope, receive, send):
+        async def chunks():
+            context().report_verdict(ADMITTED)  # of one prompt; the other never got that far
+            context().report_failure(RequestFailure("worker_lost", "the worker was lost", 503))
+            yield b'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        await stream(send, chunks())
+
+    response = await post(edge(answer)[0], {"stream": True, "prompt": ["a", "b"]}, path="/v1/completions")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+
+
 async def test_a_failure_after_admission_is_named_in_a_stream_and_the_stream_ends_properly():
     async def answer(vllm, scope, receive, send):
         async def chunks():
