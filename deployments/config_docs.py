@@ -58,6 +58,7 @@ _ENVIRONMENT = """\
 | `TEMPO_REDIS_URL` | Redis to use when `redis_url` is null |
 | `TEMPO_DEVICE` | `make setup`: `cpu` or `cuda`; else CUDA where an NVIDIA GPU is |
 | `RAY_ADDRESS` | `tempo serve` deploys to this Ray cluster instead of starting Ray |
+| `RAY_SERVE_HAPROXY_MAXCONN` | connections that HAProxy takes, 4096 unless set; more wait there, unseen |
 | `RAY_SERVE_ENABLE_HA_PROXY` | `tempo serve` sets it to 1; it has to be set before Ray starts |
 | `RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD` | likewise, to 0: less CPU time per token |
 | `RAY_worker_niceness` | likewise, to 0; Ray's own choice of 15 lets every other program go before the streams |

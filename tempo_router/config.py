@@ -266,7 +266,10 @@ class IngressConfig(StrictModel):
     num_cpus: float = Field(0, ge=0, description="CPU cores that Ray reserves for one ingress")
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="larger request bodies get 413")
     max_open_requests: int = Field(
-        20_000, gt=0, description="HTTP requests that one ingress holds open at once; beyond it new ones get 503"
+        4000,
+        gt=0,
+        description="HTTP requests that one ingress holds open at once; more get 503 (the default is what "
+        "HAProxy takes, RAY_SERVE_HAPROXY_MAXCONN, less some for probes)",
     )
     router_wait_s: float = Field(
         30.0, gt=0, description="longest wait for a router before a new request gets 503 (guessed)"

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve._private.constants import RAY_SERVE_HAPROXY_MAXCONN
 
 from deployments import app
 from deployments.ingress import ingress_deployment
@@ -45,3 +46,8 @@ def test_serve_lets_more_into_an_ingress_than_the_edge_admits() -> None:
     """What Serve keeps back waits unseen: no 503, its wait uncounted, and probes behind it."""
     deployment = ingress_deployment(TempoConfig(ingress=IngressConfig(max_open_requests=40)))
     assert deployment.max_ongoing_requests >= 40 + 100
+
+
+def test_haproxy_takes_more_connections_than_an_ingress_holds_by_default() -> None:
+    """Beyond its number HAProxy lets clients wait, for whom the edge's 503 would come too late."""
+    assert IngressConfig().max_open_requests < RAY_SERVE_HAPROXY_MAXCONN
