@@ -13,6 +13,7 @@ from typing import Protocol
 import structlog
 
 from cluster import wire_pb2 as wire
+from cluster.program_desk import QUESTIONS
 from tempo_router.errors import ProgramError, RouterUnavailableError
 
 log = structlog.get_logger()
@@ -78,18 +79,20 @@ class IngressPrograms:
     async def ask(self, kind: str, body: bytes) -> bytes:
         """Have an operation carried out and wait for its result, both JSON.
 
-        Raises ProgramError, or RouterUnavailableError when no router answers in time. What was sent is carried out
-        all the same when a router comes.
+        Raises ProgramError, or RouterUnavailableError when no router answers in time. A change that was sent is
+        carried out all the same when a router comes; a question that nobody waits for any more is forgotten.
         """
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._keep(kind, body, answer)
+        op_id = self._keep(kind, body, answer)
         try:
             async with asyncio.timeout(self._wait_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
-            raise RouterUnavailableError(
-                f"no router answered within {self._wait_s} s; what was asked is carried out once one is back"
-            ) from None
+            effect = "ask again" if kind in QUESTIONS else "what was asked is carried out once one is back"
+            raise RouterUnavailableError(f"no router answered within {self._wait_s} s; {effect}") from None
+        finally:
+            if kind in QUESTIONS:
+                self._asked.pop(op_id, None)
 
     def tell(self, kind: str, body: bytes) -> None:
         """Have an operation carried out that nobody waits for; it is kept until it is stored."""
@@ -111,7 +114,8 @@ class IngressPrograms:
         for program_id in message.programs_over:
             self.graphs.program_over(program_id)
 
-    def _keep(self, kind: str, body: bytes, answer: "asyncio.Future[bytes] | None") -> None:
+    def _keep(self, kind: str, body: bytes, answer: "asyncio.Future[bytes] | None") -> str:
+        """The operation's name."""
         message = wire.ProgramOp(op_id=f"{self.ingress_id}:{next(self._numbers)}", kind=kind, body=body)
         self._asked[message.op_id] = _Asked(message, answer)
         if len(self._asked) > MOST_ASKED:
@@ -119,6 +123,7 @@ class IngressPrograms:
             oldest = self._asked.pop(next(iter(self._asked)))
             log.warning("program_news_dropped", kind=oldest.message.kind)
         self._send(wire.IngressToRouter(program_ops=[message]))
+        return message.op_id
 
     def _answered(self, answer: wire.ProgramAnswer) -> None:
         asked = self._asked.get(answer.op_id)

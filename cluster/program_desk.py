@@ -105,6 +105,11 @@ _KINDS: dict[str, Any] = {
 }  # fmt: skip
 _decoders = {name: msgspec.json.Decoder(kind) for name, kind in _KINDS.items()}
 
+QUESTIONS = frozenset(
+    one.__name__ for one in (ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole)
+)
+"""Kinds that change nothing: once nobody waits for the answer, they need not be asked again."""
+
 Send = Callable[[str, wire.RouterToIngress], None]
 """Send to an ingress; nothing if it is away: what it asked it asks again."""
 
@@ -118,6 +123,8 @@ class ProgramDesk:
     cancel_calls: ends the requests of a program, wherever they are. outlook: what is foretold of a program.
     least_left_s: what it still needs even if all goes well. patterns: learns from programs that ended, if anyone does.
     questions: answers what is asked about more than programs, by the type of what is asked.
+    most_answer_bytes: of one answer. A larger one than a message may be would break its ingress's stream, and again
+    whenever it is asked for once more.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class ProgramDesk:
         least_left_s: Callable[[ProgramId], float] = lambda _: 0.0,
         patterns: PatternHistory | None = None,
         questions: Mapping[type, Callable[[Any], Any]] | None = None,
+        most_answer_bytes: int = 32 * 1024 * 1024,
         epoch_s: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -144,6 +152,7 @@ class ProgramDesk:
         self._least_left_s = least_left_s
         self._patterns = patterns
         self._questions = questions or {}
+        self._most_answer_bytes = most_answer_bytes
         self._pattern_age_s = config.pattern_age_s
         self._epoch_s = epoch_s
         # Programs that moved since the last sweep; and (when its deadline may come to be out of reach, program) of all,
@@ -353,7 +362,7 @@ class ProgramDesk:
                 self._send(owner, _news_of(graph))
         elif not isinstance(op, EndCall):
             self._unanswered[message.op_id] = lambda: self._answer(
-                owner, message, self._view_of(graph), is_stored=False
+                owner, message, self._after_change(graph), is_stored=False
             )
             if self.writer.is_away:
                 self._answer_unstored()
@@ -367,7 +376,7 @@ class ProgramDesk:
             self._unanswered.pop(message.op_id, None)
             answer = wire.ProgramAnswer(op_id=message.op_id, is_stored=True)
             if not isinstance(op, BeginCall | EndCall):
-                answer.result = msgspec.json.encode(self._view_of(graph))
+                answer.result = bytes(self._after_change(graph))
             self._tell(owner, answer)
 
         self.writer.put(None, graph, told)
@@ -446,14 +455,28 @@ class ProgramDesk:
         now_s = self._epoch_s()
         return program_view(graph, now_s, None if graph.is_over else self._outlook(graph, now_s))
 
-    def newest(self, most: int, tenant: str = "") -> list[dict[str, Any]]:
-        """All of the programs in progress that began last, then of those that ended last. tenant: whose; "" for all."""
+    def newest(self, most: int, tenant: str = "") -> list[msgspec.Raw]:
+        """All of the programs in progress that began last, then of those that ended last. tenant: whose; "" for all.
+
+        A large one is without its calls, so that all together are half of the largest answer at most.
+        """
         every = itertools.chain(reversed(list(self.book.live)), self.book.ended)
         wanted = (graph for graph in every if tenant in ("", graph.tenant))
-        return [self.view(graph) for graph in itertools.islice(wanted, most)]
+        return [
+            self._shortened(graph, self._most_answer_bytes // 2 // most) for graph in itertools.islice(wanted, most)
+        ]
 
-    def _view_of(self, graph: ProgramGraph | None) -> dict[str, Any] | None:
-        return None if graph is None else self.view(graph)
+    def _shortened(self, graph: ProgramGraph, most_bytes: int) -> msgspec.Raw:
+        view = self.view(graph)
+        whole = msgspec.json.encode(view)
+        return msgspec.Raw(whole if len(whole) <= most_bytes else msgspec.json.encode({**view, "calls": []}))
+
+    def _after_change(self, graph: ProgramGraph | None) -> msgspec.Raw:
+        """The answer to a change: all of its program, or what lists show if that is too large."""
+        if graph is None:
+            return msgspec.Raw(b"null")
+        whole = msgspec.json.encode(self.view(graph))
+        return msgspec.Raw(whole if len(whole) <= self._most_answer_bytes else msgspec.json.encode(summary(graph)))
 
     def _listed(self, op: ListPrograms) -> dict[str, Any]:
         found = [
@@ -504,8 +527,15 @@ class ProgramDesk:
         self._send(owner, wire.RouterToIngress(program_answers=[answer]))
 
     def _answer(self, owner: str, message: wire.ProgramOp, result: Any, *, is_stored: bool = True) -> None:
-        answer = wire.ProgramAnswer(op_id=message.op_id, result=msgspec.json.encode(result), is_stored=is_stored)
-        self._tell(owner, answer)
+        encoded = msgspec.json.encode(result)
+        if len(encoded) > self._most_answer_bytes:
+            text = (
+                f"the answer takes {len(encoded)} bytes, more than {self._most_answer_bytes} (half of "
+                "transport.max_message_bytes); the list of programs shows them without their calls: ask for that, with "
+                "a smaller limit if it is the list that is too large"
+            )
+            raise ProgramError("too_large", text)
+        self._tell(owner, wire.ProgramAnswer(op_id=message.op_id, result=encoded, is_stored=is_stored))
 
     def _refuse(self, owner: str, message: wire.ProgramOp, error: ProgramError) -> None:
         answer = wire.ProgramAnswer(

@@ -117,6 +117,7 @@ class RouterServer:
             cancel_calls=runner.cancel_program, outlook=runner.outlook, least_left_s=runner.least_left_s,
             patterns=history if isinstance(history, PatternHistory) else None,
             questions={ExplainRequest: self._explain, ViewConsole: self._console},
+            most_answer_bytes=self._config.transport.max_message_bytes // 2,
         )  # fmt: skip
 
     def make_history(self) -> ProgramHistory:

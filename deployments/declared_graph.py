@@ -22,6 +22,7 @@ import msgspec
 
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError
+from tempo_router.program_graph import MAX_ARROWS
 
 MAX_NODES = 1000
 MAX_TEMPLATE_CHARS = 1_000_000
@@ -74,6 +75,9 @@ def parse_graph(value: object) -> DeclaredGraph:
             raise _wrong(f"graph.nodes[{number}].id", f"{node_id!r} is also node {ids[node_id]}")
         ids[node_id] = number
     nodes = [_node(one, f"graph.nodes[{number}]", ids) for number, one in enumerate(declared)]
+    arrows = sum(len(node.after) for node in nodes)
+    if arrows > MAX_ARROWS:
+        raise _wrong("graph.nodes", f"the nodes wait for {arrows} others in all; that may be {MAX_ARROWS}")
     return DeclaredGraph(tuple(_ordered(nodes, ids)))
 
 

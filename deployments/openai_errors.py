@@ -28,6 +28,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "too_many_programs": (503, "server_error"),
     "store_unavailable": (503, "server_error"),
     "node_failed": (502, "server_error"),
+    "too_large": (400, "invalid_request_error"),
 }
 _FAILOVER_RETRY_S = 5.0
 

@@ -22,6 +22,8 @@ Objective = Literal["deadline", "best_effort"]
 
 MAX_STAGE = 1000
 MAX_CALLS = 10_000
+MAX_ARROWS = 100_000
+"""Parents that the calls of one program name in all: with the longest ids they take 13 MB whenever it is shown."""
 _INFERRED_PARENTS = 32
 """Arrows that are drawn when a call did not say what it follows: from so many calls of the stage before it, at most."""
 
@@ -104,6 +106,7 @@ class ProgramGraph:
     _running: dict[str, GraphCall] = field(default_factory=dict)
     _last_of_branch: dict[str, str] = field(default_factory=dict)
     _by_stage: dict[int, list[str]] = field(default_factory=dict)
+    _arrows: int = 0
 
     def __post_init__(self) -> None:
         self.last_s = max(self.last_s, self.created_s)
@@ -133,6 +136,11 @@ class ProgramGraph:
         """Calls by stage, ascending."""
         for stage in sorted(self._by_stage):
             yield stage, [self.calls[call_id] for call_id in self._by_stage[stage]]
+
+    @property
+    def _arrows_left(self) -> int:
+        """How many parents a new call may have: one at least."""
+        return max(1, MAX_ARROWS - self._arrows)
 
     # ---- calls ----
 
@@ -230,6 +238,7 @@ class ProgramGraph:
 
     def _add(self, call: GraphCall) -> None:
         self.calls[call.call_id] = call
+        self._arrows += len(call.parents)
         self._by_stage.setdefault(call.stage, []).append(call.call_id)
         self._last_of_branch[call.branch] = call.call_id
         self.stage = max(self.stage, call.stage)
@@ -263,7 +272,23 @@ class ProgramGraph:
                 message = f"parent {parent!r} is no call of program {self.program_id!r}"
                 raise ProgramError("unknown_call", message, "parent")
         if new.parents:
-            return tuple(dict.fromkeys(new.parents))
+            return self._said_parents(tuple(dict.fromkeys(new.parents)))
+        inferred = self._inferred_parents(new)
+        if len(inferred) <= self._arrows_left:
+            return inferred
+        # One keeps the stage as it would be.
+        return (max(inferred, key=lambda parent: self.calls[parent].stage),)
+
+    def _said_parents(self, parents: tuple[str, ...]) -> tuple[str, ...]:
+        if len(parents) > self._arrows_left:
+            message = (
+                f"{len(parents)} parents: the calls of program {self.program_id!r} name {self._arrows} already, of "
+                f"{MAX_ARROWS} at most; name one of the latest stage, or the stage alone: it places the call as well"
+            )
+            raise ProgramError("invalid_program", message, "parent")
+        return parents
+
+    def _inferred_parents(self, new: NewCall) -> tuple[str, ...]:
         if new.stage is not None:
             before = max((stage for stage in self._by_stage if stage < new.stage), default=-1)
             return tuple(self._by_stage.get(before, ())[-_INFERRED_PARENTS:])

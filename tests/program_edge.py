@@ -30,14 +30,20 @@ class Memory:
 
 
 class Desk:
-    """A router's desk and one ingress's side of it. epoch_s: the clock of both."""
+    """A router's desk and one ingress's side of it. epoch_s: the clock of both. most_answer_bytes: of one answer."""
 
-    def __init__(self, epoch_s: Callable[[], float] = time.time, programs: ProgramsConfig | None = None) -> None:
+    def __init__(
+        self,
+        epoch_s: Callable[[], float] = time.time,
+        programs: ProgramsConfig | None = None,
+        most_answer_bytes: int = 1024 * 1024,
+    ) -> None:
         self.desk = ProgramDesk(
             programs or ProgramsConfig(), ProgramStore(Memory()), fence=1,
             handle=lambda event: None, send=self._to_ingress,
             cancel_calls=lambda program_id: None, outlook=lambda graph, now_s: None, epoch_s=epoch_s,
             questions={ExplainRequest: lambda question: [{"asked": question.name}]},
+            most_answer_bytes=most_answer_bytes,
         )  # fmt: skip
         self.desk.settled()
         self.ingress = IngressPrograms("ingress", send=self._to_router, wait_s=5.0)

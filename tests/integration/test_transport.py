@@ -13,17 +13,22 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster.embedded_redis import start_embedded_redis
 from cluster.learnt_lengths import LENGTHS_SNAPSHOT
+from cluster.program_desk import ViewConsole, ViewProgram
 from cluster.router_server import RouterServer
+from deployments.program_client import ProgramClient
 from tempo_router.actions import Action
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig, TransportConfig
 from tempo_router.errors import (
     InvalidEventError,
     LeaseLostError,
+    ProgramError,
     RequestTooLargeError,
     RouterUnavailableError,
     TempoError,
 )
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
+from tempo_router.program_graph import NewCall
+from tempo_router.program_ops import BeginCall, CancelProgram, CreateProgram
 from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
 from tempo_router.router import RouterCore
 from tests.fleet import (
@@ -473,3 +478,23 @@ async def test_a_request_that_no_message_can_hold_is_refused_and_disturbs_nobody
     await eventually(lambda: "small" in client.ended, "the other ends")
     assert not client.resumed
     await eventually(fleet.is_empty, "nothing is left")
+
+
+async def test_a_program_that_no_message_can_hold_disturbs_nobody(fleet: Fleet) -> None:
+    """Told whole, it would break the ingress's stream to the router, and again each time it is asked for."""
+    transport = CONFIG.transport.model_copy(update={"max_message_bytes": 256 * 1024})
+    fleet.config = CONFIG.model_copy(update={"transport": transport})
+    fleet.router = RouterServer(fleet.config, fleet.store, owner="router-1", host="127.0.0.1")
+    with structlog.testing.capture_logs() as logs:
+        await fleet.start()
+        programs = ProgramClient(fleet.clients[0].link.programs)
+        await programs.ask(CreateProgram("large", "", "app", deadline_s=time.time() + 600))
+        names = [f"{number:0128}" for number in range(60)]
+        for number, name in enumerate([*names, *(f"after {name}" for name in names)]):
+            parents = tuple(names) if number >= len(names) else ()
+            await programs.ask(BeginCall("large", "", NewCall(name, parents=parents, owner="ingress-1")))
+        with pytest.raises(ProgramError, match=r"transport\.max_message_bytes"):
+            await programs.ask(ViewProgram("large", ""))
+        assert (await programs.ask(ViewConsole()))["programs"][0]["call_count"] == 120
+        assert (await programs.ask(CancelProgram("large", "", "op")))["status"] == "cancelled"
+    assert not [line for line in logs if line["event"] == "link_down"]

@@ -46,6 +46,12 @@ def test_the_largest_graph_is_taken_and_a_larger_one_is_not():
     assert len(parse_graph({"nodes": nodes}).nodes) == MAX_NODES
     with pytest.raises(ProgramError, match="10000 nodes; there may be 1 to 1000"):
         parse_graph({"nodes": [{"id": str(number), "prompt": "x"} for number in range(10_000)]})
+    first = [str(number) for number in range(500)]
+    wide = [{"id": f"after-{number}", "prompt": "x", "after": first} for number in range(201)]
+    nodes = [*({"id": name, "prompt": "x"} for name in first), *wide]
+    assert len(parse_graph({"nodes": nodes[:-1]}).nodes) == 700
+    with pytest.raises(ProgramError, match="wait for 100500 others in all; that may be 100000"):
+        parse_graph({"nodes": nodes})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from tempo_router.errors import ProgramError
 from tempo_router.program_book import ProgramBook
-from tempo_router.program_graph import MAX_CALLS, NewCall, ProgramGraph
+from tempo_router.program_graph import MAX_ARROWS, MAX_CALLS, NewCall, ProgramGraph
 from tempo_router.program_ops import BeginCall, CreateProgram
 from tempo_router.request import ProgramId
 
@@ -172,6 +172,23 @@ def test_a_program_has_a_bounded_number_of_calls():
         begin(graph, str(number), stage=0)
     with refused("invalid_program", "calls at most"):
         begin(graph, "one more", stage=0)
+
+
+def test_its_calls_name_a_bounded_number_of_parents_in_all():
+    """One is always allowed, and what is inferred is cut, not refused: else a program at its bound could not go on."""
+    graph = program()
+    before = tuple(str(number) for number in range(1000))
+    for call_id in before:
+        begin(graph, call_id, stage=0)
+    for number in range(MAX_ARROWS // 1000):
+        begin(graph, f"follows {number}", parents=before)
+    with refused("invalid_program", f"1000 parents: .* {MAX_ARROWS} already, of {MAX_ARROWS} at most"):
+        begin(graph, "one more", parents=before)
+    assert begin(graph, "after one", parents=("7",)).parents == ("7",)
+    sibling = begin(graph, "beside it")
+    assert (sibling.parents, sibling.stage) == (("7",), 1)
+    stage = begin(graph, "next", stage=2)
+    assert (len(stage.parents), stage.stage) == (1, 2)
 
 
 def test_what_the_engine_has_answered_counts_when_its_ingress_is_gone_and_may_be_asked_again():

@@ -1,0 +1,135 @@
+"""What a router answers about programs, and what an ingress asks again: a desk and an ingress in one process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from cluster import wire_pb2 as wire
+from cluster.ingress_programs import IngressPrograms
+from cluster.program_desk import ContinueResponse, ExplainRequest, ListPrograms, ViewConsole, ViewProgram
+from deployments.program_client import ProgramClient
+from tempo_router.errors import ProgramError, RouterUnavailableError
+from tempo_router.program_graph import NewCall
+from tempo_router.program_ops import (
+    BeginCall,
+    CancelProgram,
+    CreateProgram,
+    DeliverOutput,
+    ExtendProgram,
+    FinishProgram,
+)
+from tests.fleet import eventually
+from tests.program_edge import Desk
+
+MOST_BYTES = 10_000
+NOW_S, LATE_S = 1000.0, 2000.0
+QUESTIONS = (
+    ViewProgram("p", ""),
+    ListPrograms(""),
+    ContinueResponse("", "resp"),
+    ExplainRequest("r", ""),
+    ViewConsole(),
+)
+CHANGES = (CreateProgram("p", "", deadline_s=LATE_S), CancelProgram("p", "", "op"), DeliverOutput("p", "", "node", "1"))
+
+
+# ---- answers that are too large for a message ----
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    """Two programs: of one all that is known takes more than an answer may, of the other it does not."""
+    desk = Desk(lambda: NOW_S, MOST_BYTES)
+    writing = asyncio.create_task(desk.desk.writer.run())
+    programs = ProgramClient(desk.ingress)
+    for name, calls in (("large", 100), ("small", 2)):
+        await programs.ask(CreateProgram(name, "", "app", deadline_s=LATE_S))
+        for number in range(calls):
+            await programs.ask(BeginCall(name, "", NewCall(f"call-{number}", owner="ingress")))
+    yield desk
+    writing.cancel()
+
+
+async def test_a_program_too_large_to_be_shown_is_an_error_that_says_so(desk: Desk) -> None:
+    programs = ProgramClient(desk.ingress)
+    with pytest.raises(ProgramError, match=rf"takes \d+ bytes, more than {MOST_BYTES} \(half of transport\.") as raised:
+        await programs.ask(ViewProgram("large", ""))
+    assert raised.value.code == "too_large"
+    assert len((await programs.ask(ViewProgram("small", "")))["calls"]) == 2
+    listed = await programs.ask(ListPrograms(""))
+    assert [(one["id"], one["call_count"]) for one in listed["data"]] == [("large", 100), ("small", 2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (ExtendProgram("large", "", LATE_S + 60), "running"),
+        (FinishProgram("large", "", "op"), "finishing"),
+        (CancelProgram("large", "", "op"), "cancelled"),
+    ],
+)
+@pytest.mark.parametrize("is_store_away", [False, True])
+async def test_a_change_of_a_large_program_is_answered_without_its_calls(
+    desk: Desk, change: object, status: str, is_store_away: bool
+) -> None:
+    """It is carried out, so it must not be answered by an error."""
+    desk.desk.writer.is_away = is_store_away
+    told = await ProgramClient(desk.ingress).ask(change)
+    assert (told["id"], told["status"], told["call_count"]) == ("large", status, 100)
+    assert "calls" not in told
+
+
+async def test_what_the_console_shows_fits_into_an_answer(desk: Desk) -> None:
+    small, large = (msgspec.json.decode(one) for one in desk.desk.newest(2))
+    assert (len(small["calls"]), small["call_count"]) == (2, 2)
+    assert (large["calls"], large["call_count"], len(large["stages"])) == ([], 100, 1)
+
+
+# ---- what is asked again of another router ----
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("has_left", [False, True])
+async def test_a_question_that_nobody_waits_for_is_not_asked_again(question: object, has_left: bool) -> None:
+    """Its answer may be what broke the stream."""
+    assert await _asked_again(question, has_left=has_left) == []
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("has_left", [False, True])
+async def test_a_change_is_told_to_the_next_router(change: object, has_left: bool) -> None:
+    assert await _asked_again(change, has_left=has_left) == [type(change).__name__]
+
+
+async def test_a_question_that_somebody_waits_for_is_asked_again() -> None:
+    sent: list[str] = []
+    ingress = IngressPrograms("ingress", send=_noting(sent), wait_s=60.0)
+    asking = asyncio.create_task(ProgramClient(ingress).ask(ViewProgram("p", "")))
+    await eventually(lambda: bool(sent), "it is asked")
+    ingress.repeat()
+    assert sent == ["ViewProgram"] * 2
+    asking.cancel()
+
+
+async def _asked_again(op: object, *, has_left: bool) -> list[str]:
+    """Kinds that a router hears after one was asked of which no router answered."""
+    sent: list[str] = []
+    ingress = IngressPrograms("ingress", send=_noting(sent), wait_s=60.0 if has_left else 0.001)
+    asking = asyncio.create_task(ProgramClient(ingress).ask(op))
+    await eventually(lambda: bool(sent), "it is asked")
+    if has_left:
+        asking.cancel()
+    with pytest.raises(asyncio.CancelledError if has_left else RouterUnavailableError):
+        await asking
+    sent.clear()
+    ingress.repeat()
+    return sent
+
+
+def _noting(sent: list[str]):
+    def send(message: wire.IngressToRouter) -> None:
+        sent.extend(op.kind for op in message.program_ops)
+
+    return send
