@@ -129,9 +129,12 @@ class IngressPrograms:
         asked = self._asked.get(answer.op_id)
         if asked is None:
             return
-        if answer.is_stored:
+        is_awaited = asked.answer is not None and not asked.answer.done()
+        has_result = bool(answer.error_code) or answer.HasField("result")
+        # What it came to may have been lost with a stream; then it was asked again, and only that answer tells.
+        if answer.is_stored and (has_result or not is_awaited):
             del self._asked[answer.op_id]
-        if asked.answer is None or asked.answer.done():
+        if asked.answer is None or not is_awaited:
             return
         if answer.error_code:
             asked.answer.set_exception(ProgramError(answer.error_code, answer.error, answer.field))  # type: ignore[arg-type]

@@ -326,8 +326,7 @@ class ProgramDesk:
         """Whether what came before it may still be told again, by who told it to an earlier router."""
         if isinstance(op, EndCall):
             # Its beginning may wait itself, for the call that it follows.
-            graph = self.book.find(op.program_id)
-            return graph is None or op.call_id not in graph.calls
+            return self.book.holder(op.program_id, op.call_id) is None
         return isinstance(op, FinishProgram | CancelProgram | ExtendProgram)
 
     def _carry_out(self, owner: str, message: wire.ProgramOp, op: Any) -> None:

@@ -184,6 +184,7 @@ class _StoredCall(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int = 0
     output_tokens: int = 0
     alias: str = ""
+    asked_as: str = ""
 
 
 class _StoredOutline(msgspec.Struct, array_like=True):
@@ -365,7 +366,7 @@ def _about(graph: ProgramGraph) -> bytes:
 def _call_value(call: GraphCall) -> bytes:
     stored = _StoredCall(
         call.stage, call.began_s, call.parents, call.label, call.branch, call.owner, call.ended_s,
-        call.prompt_tokens, call.output_tokens, call.alias,
+        call.prompt_tokens, call.output_tokens, call.alias, call.asked_as,
     )  # fmt: skip
     return f"{call.attempt}|{call.status}|".encode() + msgspec.json.encode(stored)
 
@@ -406,5 +407,5 @@ def _calls(fields: dict[bytes, bytes]) -> Iterable[GraphCall]:
         yield GraphCall(
             name.decode().removeprefix(_CALL), int(attempt), one.stage, one.parents, one.began_s, one.label, one.branch,
             one.owner, msgspec.convert(status.decode(), Any), one.ended_s, one.prompt_tokens, one.output_tokens,
-            alias=one.alias,
+            alias=one.alias, asked_as=one.asked_as,
         )  # fmt: skip

@@ -28,6 +28,7 @@ MOST_ENDED = 1000
 """Programs that are remembered after their end."""
 _RESPONSES = 20_000
 _ALIASES = 50_000
+_PLACES = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class ProgramBook:
         self._ended: OrderedDict[ProgramId, ProgramGraph] = OrderedDict()
         self._responses: OrderedDict[tuple[str, str], tuple[ProgramId, str]] = OrderedDict()
         self._aliases: OrderedDict[str, str] = OrderedDict()
+        # Where calls began whose clients named another program: by that name and the call's.
+        self._places: OrderedDict[tuple[str, str], ProgramId] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -75,6 +78,13 @@ class ProgramBook:
         name = ProgramId(program_id)
         return self._live.get(name) or self._ended.get(name)
 
+    def holder(self, program_id: str, call_id: str) -> ProgramGraph | None:
+        """The program in which a call began, by the name that its client gave that; None if it is not known."""
+        graph = self.find(program_id)
+        if graph is None or call_id not in graph.calls:
+            graph = self.find(self._places.get((program_id, call_id), ""))
+        return graph
+
     def of_tenant(self, program_id: str, tenant: str) -> ProgramGraph:
         """Likewise, for who asks. Raises ProgramError: another tenant's program is as good as none."""
         graph = self.find(program_id)
@@ -93,6 +103,9 @@ class ProgramBook:
             self._remember_ended(graph)
         elif graph.program_id not in self._ended:
             self._live[graph.program_id] = graph
+        for call in graph.calls.values():
+            if call.asked_as:
+                _remember(self._places, (call.asked_as, call.call_id), graph.program_id, _PLACES)
         for alias in dict.fromkeys(call.alias for call in graph.calls.values() if call.alias):
             # A session that goes on in another program belongs to that one.
             if not graph.is_over or self._aliases.get(alias) not in self._live:
@@ -210,22 +223,32 @@ class ProgramBook:
             raise
         if is_news:
             call.alias = op.alias
+            if graph.program_id != op.program_id:
+                call.asked_as = op.program_id
+                _remember(self._places, (op.program_id, call.call_id), graph.program_id, _PLACES)
         if changes:
             return graph, changes
         return graph, [Change(graph, "began", call)] if is_news else []
 
     def _generation(self, op: BeginCall) -> str:
-        """The name under which a session goes on: its own, or the next one that is not over."""
+        """The name under which a session goes on: its own, or the next one that is not over.
+
+        A begin that is told again is where it was, though the session may belong to another program meanwhile.
+        """
+        holder = self.holder(op.program_id, op.call.call_id)
+        if holder is not None:
+            return holder.program_id
         program_id = self._aliases.get(op.program_id, op.program_id)
         for number in range(2, MOST_ENDED + 2):
             graph = self.find(program_id)
-            if graph is None or op.call.call_id in graph.calls or not (graph.is_over or graph.closed_by):
+            if graph is None or not (graph.is_over or graph.closed_by):
                 break
             program_id = f"{op.program_id}.{number}"
         return program_id
 
     def _end(self, op: EndCall, now_s: float) -> tuple[ProgramGraph | None, list[Change]]:
-        graph = self.find(op.program_id)
+        # A client that left before its call had begun could not hear in which program it does.
+        graph = self.holder(op.program_id, op.call_id)
         if graph is None:
             return None, []
         if op.response_id:

@@ -54,7 +54,8 @@ class GraphCall:
 
     answered_tokens: what the engine put out in all, when it has ended and the ingress has not said so; None before.
     is_presumed: only the engine says that it was answered, its ingress is gone; its client may try again.
-    alias: another id of its program, by which its agent's session is known.
+    alias: another id of its program, by which its agent's session is known. asked_as: the id by which its client named
+    its program, where that is another: a session goes on in a later one, or in its parent's.
     """
 
     call_id: str
@@ -72,6 +73,7 @@ class GraphCall:
     answered_tokens: int | None = None
     is_presumed: bool = False
     alias: str = ""
+    asked_as: str = ""
 
 
 @dataclass(slots=True)

@@ -497,3 +497,36 @@ def test_a_session_that_went_on_in_another_program_takes_its_sub_agents_there(re
     machine.ask("ingress-0", op)
     assert {graph.program_id: set(graph.calls) for graph in machine.desk.book.live} == {"main.2": {"b", "c"}}
     machine.teardown()
+
+
+def test_a_call_is_ended_by_the_name_that_its_client_gave_its_program_under_another_router(
+    redis: ForgetfulRedis,
+) -> None:
+    """A client that left before it heard where its call began knows no other; and what is told again began there."""
+    Programs.redis = redis
+    machine = Programs()
+
+    def begin(name: str, call_id: str, alias: str = "") -> None:
+        call = NewCall(call_id, owner="ingress-0")
+        op = BeginCall(name, "tenant", call, is_new_allowed=True, may_restart=True, alias=alias)
+        assert machine.ask("ingress-0", op) is not None
+
+    begin("main", "first")
+    machine.ask("ingress-0", EndCall("main", "first", 0, "completed", is_last=True))
+    begin("main", "again", alias="sub")
+    begin("sub", "below")
+    begun_below = machine.sent[-1]
+    machine.ask("ingress-0", EndCall("main.2", "again", 0, "completed", is_last=True))
+    begin("main", "later", alias="sub")
+    machine.replace_router(has_last_word=True)
+
+    def running() -> dict[str, list[str]]:
+        return {graph.program_id: [call.call_id for call in graph.running] for graph in machine.desk.book.live}
+
+    assert running() == {"main.2": ["below"], "main.3": ["later"]}
+    machine.deliver(*begun_below)
+    assert running() == {"main.2": ["below"], "main.3": ["later"]}
+    machine.ask("ingress-0", EndCall("sub", "below", 0, "cancelled"))
+    machine.ask("ingress-0", EndCall("main", "later", 0, "cancelled"))
+    assert running() == {"main.3": []}
+    machine.teardown()

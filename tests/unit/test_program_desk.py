@@ -10,13 +10,16 @@ from cluster import wire_pb2 as wire
 from cluster.ingress_programs import IngressPrograms
 from cluster.program_desk import ContinueResponse, ExplainRequest, ListPrograms, ViewConsole, ViewProgram
 from deployments.program_client import ProgramClient
+from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import (
     BeginCall,
+    CallTicket,
     CancelProgram,
     CreateProgram,
     DeliverOutput,
+    EndCall,
     ExtendProgram,
     FinishProgram,
 )
@@ -111,6 +114,56 @@ async def test_a_question_that_somebody_waits_for_is_asked_again() -> None:
     ingress.repeat()
     assert sent == ["ViewProgram"] * 2
     asking.cancel()
+
+
+# ---- calls whose clients have left ----
+
+
+async def test_a_call_that_begins_when_its_client_has_left_is_ended_in_whichever_program_its_session_goes_on() -> None:
+    """A session that ended goes on in another program; a sub-agent's, at any depth, in its parent's."""
+    desk = Desk(lambda: NOW_S)
+    programs = ProgramClient(desk.ingress)
+    ended = await _begin(programs, "s")
+    programs.end(EndCall(ended.program_id, ended.call_id, 0, "completed", is_last=True))
+    kept = [await _begin(programs, name, parent) for name, parent in (("s", ""), ("sub", "s"), ("below", "sub"))]
+    assert {ticket.program_id for ticket in kept} == {"s.2"}
+
+    carry, held = desk.ingress._send, []
+    desk.ingress._send = held.append
+    leaving = [asyncio.create_task(_begin(programs, name, parent)) for name, parent in (("s", ""), ("below", "sub"))]
+    await eventually(lambda: len(held) == len(leaving), "they are asked for")
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    for message in held:
+        carry(message)
+    [graph] = desk.desk.book.live
+    assert len(graph.calls) == len(kept) + len(leaving)
+    assert [call.call_id for call in graph.running] == [ticket.call_id for ticket in kept]
+
+
+async def test_who_waits_is_answered_although_the_first_answer_was_lost_with_its_stream() -> None:
+    """That all of it is stored is told by itself, perhaps in the next stream."""
+    desk = Desk(lambda: NOW_S)
+    hear, heard = desk.ingress.router_said, []
+    desk.ingress.router_said = heard.append
+    asking = asyncio.create_task(_begin(ProgramClient(desk.ingress), "s"))
+    await eventually(lambda: bool(heard), "it is answered")
+    heard.clear()
+    await desk.desk.writer.flush()
+    desk.ingress.repeat()
+    for message in heard:
+        hear(message)
+    async with asyncio.timeout(5):
+        assert (await asking).program_id == "s"
+    await desk.desk.writer.flush()
+    hear(heard[-1])
+    assert desk.ingress.unstored == 0
+
+
+async def _begin(programs: ProgramClient, session: str, parent: str = "") -> CallTicket:
+    identity = Identity("session", session, parent_id=parent, agent=session)
+    return await programs.begin(identity, tenant="", app="", now_epoch_s=NOW_S)
 
 
 async def _asked_again(op: object, *, has_left: bool) -> list[str]:
