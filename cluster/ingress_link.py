@@ -32,7 +32,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The router's answer to a submission; retry_after_s is None when retrying cannot help."""
+    """The router's answer to a submission; retry_after_s is None when retrying cannot help.
+
+    reject_reason: one of actions.RejectReason, or how it ended before it was answered ("expired", "program_cancelled").
+    """
 
     is_admitted: bool
     expected_wait_s: float = 0.0
@@ -311,14 +314,22 @@ class IngressLink:
                 self._listener.attempt_lost(request.spec.request_id)
         self._targets_said(message)
         for request_id in message.expired:
-            if self.open.pop(RequestId(request_id), None) is not None:
-                self._listener.expired(RequestId(request_id))
+            self._ended_by_router(RequestId(request_id), "expired", self._listener.expired)
         for request_id in message.cancelled:
-            if self.open.pop(RequestId(request_id), None) is not None:
-                self._listener.program_cancelled(RequestId(request_id))
+            self._ended_by_router(RequestId(request_id), "program_cancelled", self._listener.program_cancelled)
         self.programs.router_said(message)
         if message.HasField("workers"):
             self._set_workers(message.workers)
+
+    def _ended_by_router(self, request_id: RequestId, reason: str, tell: Callable[[RequestId], None]) -> None:
+        """What has no verdict yet gets none any more from this router: for its submitter that is a refusal."""
+        request = self.open.pop(request_id, None)
+        if request is None:
+            return
+        if not request.verdict.done():
+            request.verdict.set_result(Verdict(is_admitted=False, reject_reason=reason))
+        elif not _is_refused(request):
+            tell(request_id)
 
     def _targets_said(self, message: wire.RouterToIngress) -> None:
         for news in message.target_news:

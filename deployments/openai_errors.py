@@ -8,13 +8,14 @@
 | after admission: worker_lost; slo_expired; program_cancelled | 503; 504; 409 | 1 s with 503 | others may answer |
 | programs: unknown; over, or there already; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
 | too_large | 400 | none | no wait makes it fit |
+| program_cancelled; expired | 409; 504 | none | the router ended it before it had answered |
 """
 
 import json
 import math
 from dataclasses import dataclass
 
-from deployments.request_context import AdmissionVerdict, RequestFailure
+from deployments.request_context import PROGRAM_CANCELLED, SLO_EXPIRED, AdmissionVerdict, RequestFailure
 from tempo_router.errors import InvalidSloError, ProgramError, ProgramProblem
 
 _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
@@ -24,6 +25,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "unknown_request": (404, "invalid_request_error"),
     "program_exists": (409, "invalid_request_error"),
     "program_ended": (409, "invalid_request_error"),
+    "program_cancelled": (409, "invalid_request_error"),
     "call_ended": (409, "invalid_request_error"),
     "too_many_programs": (503, "server_error"),
     "store_unavailable": (503, "server_error"),
@@ -140,6 +142,10 @@ def rejected(verdict: AdmissionVerdict) -> ApiError:
         case "draining":
             message = "the server is stopping; try again, another instance may answer"
             return _failover(message, "draining", retry_after_s)
+        case "program_cancelled":
+            return failed(PROGRAM_CANCELLED)
+        case "expired":
+            return failed(SLO_EXPIRED)
         case "router_unavailable":
             return _failover("no router could be reached; try again", "router_unavailable", retry_after_s)
         case _:

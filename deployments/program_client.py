@@ -87,12 +87,14 @@ class ProgramClient:
             deadline_s=deadline_s,
         )
         try:
-            return _tickets.decode(await self._link.ask("BeginCall", msgspec.json.encode(op)))
+            ticket = _tickets.decode(await self._link.ask("BeginCall", msgspec.json.encode(op)))
         except ProgramError:
             raise
         except BaseException:
             self.end(EndCall(op.program_id, call.call_id, call.attempt, "cancelled"))
             raise
+        _refuse_if_over(ticket, may_restart=op.may_restart)
+        return ticket
 
     def end(self, op: EndCall) -> None:
         """A call ended; this is carried out even if the router is away now."""
@@ -104,3 +106,13 @@ class ProgramClient:
             await self._link.ask("ContinueResponse", msgspec.json.encode(op))
         )
         return found
+
+
+def _refuse_if_over(ticket: CallTicket, *, may_restart: bool) -> None:
+    """A call that its program knows, though that is over: new calls get an error then, but where a session goes on."""
+    if ticket.over == "cancelled":
+        message = f"call {ticket.call_id!r}: program {ticket.program_id!r} was cancelled, and this call with it"
+        raise ProgramError("program_cancelled", message, "program")
+    if ticket.over == "finished" and not may_restart:
+        message = f"call {ticket.call_id!r}: program {ticket.program_id!r} is finished"
+        raise ProgramError("program_ended", message, "program")

@@ -27,6 +27,8 @@ from cluster.ingress_link import Verdict as LinkVerdict
 from deployments.own_metrics import RequestMetrics
 from deployments.prefix_growth import SharedPrefixes
 from deployments.request_context import (
+    PROGRAM_CANCELLED,
+    SLO_EXPIRED,
     AdmissionRejected,
     AdmissionVerdict,
     RequestContext,
@@ -325,14 +327,13 @@ class RemoteEngine(AsyncMPClient):
         call = self._calls.get(request_id)
         if call is not None:
             self._metrics.refused(call.spec.slo, "expired")
-            message = "the request waited so long that its SLO can no longer be met; the server is overloaded"
-            self._fail(call, RequestFailure("slo_expired", message, 504))
+            self._fail(call, SLO_EXPIRED)
 
     def program_cancelled(self, request_id: RequestId) -> None:
         """Its program was cancelled, with all that ran."""
         call = self._calls.get(request_id)
         if call is not None:
-            self._fail(call, RequestFailure("program_cancelled", "the program of this call was cancelled", 409))
+            self._fail(call, PROGRAM_CANCELLED)
 
     def _fail(self, call: OpenCall, failure: RequestFailure) -> None:
         log.warning("request_failed", request_id=call.spec.request_id, code=failure.code)

@@ -23,7 +23,8 @@ class AdmissionVerdict:
     """The router's answer to one engine request.
 
     expected_wait_s: time until the first token, predicted. success_probability: chance to meet the SLO, 0 to 1.
-    reject_reason: None when admitted; else one of actions.RejectReason or "router_unavailable".
+    reject_reason: None when admitted; else one of actions.RejectReason, "router_unavailable", or how the router ended
+    the request before it had answered: "expired", "program_cancelled".
     retry_after_s: when trying again may help; None: not known, or never (see openai_errors).
     """
 
@@ -56,6 +57,12 @@ class RequestFailure:
     code: str
     message: str
     status: int = 500
+
+
+PROGRAM_CANCELLED = RequestFailure("program_cancelled", "the program of this call was cancelled", 409)
+SLO_EXPIRED = RequestFailure(
+    "slo_expired", "the request waited so long that its SLO can no longer be met; the server is overloaded", 504
+)
 
 
 @dataclass(slots=True, eq=False)

@@ -30,6 +30,7 @@ ProgramProblem = Literal[
     "unknown_request",
     "program_exists",
     "program_ended",
+    "program_cancelled",
     "call_ended",
     "too_many_programs",
     "store_unavailable",
@@ -39,7 +40,8 @@ ProgramProblem = Literal[
 """invalid_program: a field makes no sense. unknown_program, unknown_call, unknown_request: no such thing, or not this
 tenant's.
 program_exists: one of this name is in progress, with another application or deadline.
-program_ended, call_ended: it is over, nothing can be added. too_many_programs: no room for another one now.
+program_ended, call_ended: it is over, nothing can be added. program_cancelled: likewise, of a call that it knows: it
+cannot be served again. too_many_programs: no room for another one now.
 store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared
 graph could not be answered. too_large: the answer does not fit into one message between our processes."""
 

@@ -142,6 +142,7 @@ class ProgramBook:
         return CallTicket(
             graph.program_id, call.call_id, call.attempt, call.stage, graph.app,
             left_s, graph.status == "relegated" or (left_s is not None and left_s <= 0.0),
+            over=graph.status if graph.status in ("finished", "cancelled") else "",
         )  # fmt: skip
 
     def relegate(self, graph: ProgramGraph, now_s: float) -> list[Change]:

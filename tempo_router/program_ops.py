@@ -4,6 +4,7 @@ Dates are seconds since the epoch. `tenant` is who asks; nobody sees or touches 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tempo_router.known_stages import KnownStage
 from tempo_router.program_graph import CallStatus, NewCall, Objective
@@ -113,7 +114,8 @@ class CallTicket:
     """The answer to BeginCall: what the call's request needs.
 
     left_s: seconds until the program's deadline, zero or less once it has passed; None without one.
-    is_relegated: the deadline is out of reach.
+    is_relegated: the deadline is out of reach. over: how the program has ended, if it has: a begin that is told again
+    is answered all the same, but the call cannot be served any more.
     """
 
     program_id: str
@@ -123,3 +125,4 @@ class CallTicket:
     app: str
     left_s: float | None
     is_relegated: bool = False
+    over: Literal["", "finished", "cancelled"] = ""

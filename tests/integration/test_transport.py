@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -29,7 +30,7 @@ from tempo_router.errors import (
 from tempo_router.events import Arrived, Event, Progressed, ReplicaLoad, Settled
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import BeginCall, CancelProgram, CreateProgram
-from tempo_router.request import DispatchId, Latency, ReplicaId, RequestId
+from tempo_router.request import DispatchId, Latency, ProgramId, ReplicaId, RequestId
 from tempo_router.router import RouterCore
 from tests.fleet import (
     WAIT_S,
@@ -498,3 +499,41 @@ async def test_a_program_that_no_message_can_hold_disturbs_nobody(fleet: Fleet) 
         assert (await programs.ask(ViewConsole()))["programs"][0]["call_count"] == 120
         assert (await programs.ask(CancelProgram("large", "", "op")))["status"] == "cancelled"
     assert not [line for line in logs if line["event"] == "link_down"]
+
+
+async def test_a_request_of_a_cancelled_program_is_refused_before_it_has_a_verdict(fleet: Fleet) -> None:
+    await fleet.start()
+    client = fleet.clients[0]
+    programs = ProgramClient(client.link.programs)
+    await programs.ask(CreateProgram("p", "", "app", deadline_s=time.time() + 600))
+    await programs.ask(CancelProgram("p", "", "op"))
+    async with asyncio.timeout(WAIT_S / 2):
+        verdict = await submit(client, replace(call("late"), program_id=ProgramId("p"), call_id="k"))
+    assert (verdict.is_admitted, verdict.reject_reason) == (False, "program_cancelled")
+    assert client.ended == {}
+    await eventually(fleet.is_empty, "nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("news", "reason", "ended"),
+    [
+        (wire.RouterToIngress(cancelled=["r"]), "program_cancelled", "program cancelled"),
+        (wire.RouterToIngress(expired=["r"]), "expired", "expired"),
+    ],
+)
+async def test_what_a_router_ends_is_told_once_by_its_verdict_or_after_it(
+    fleet: Fleet, news: wire.RouterToIngress, reason: str, ended: str
+) -> None:
+    client = await fleet.add_unconnected_client(router_wait_s=WAIT_S)
+    for verdict in (None, False, True):
+        client.ended.clear()
+        submitting = asyncio.create_task(submit(client, call("r")))
+        await eventually(lambda: RequestId("r") in client.link.open, "it is submitted")
+        if verdict is not None:
+            told = wire.Verdict(request_id="r", is_admitted=verdict, reject_reason="" if verdict else "queue_full")
+            client.link.router_said(wire.RouterToIngress(verdicts=[told]))
+        client.link.router_said(news)
+        assert not client.link.open
+        found = await submitting
+        assert found.reject_reason == {None: reason, False: "queue_full", True: None}[verdict]
+        assert client.ended == ({RequestId("r"): ended} if verdict else {})

@@ -97,6 +97,8 @@ async def test_the_header_about_its_program_is_true_whatever_a_call_asks_for(slo
         ("draining", None, 503, "5"),
         ("router_unavailable", 1.0, 503, "1"),
         ("too_large", None, 400, None),
+        ("program_cancelled", None, 409, None),
+        ("expired", None, 504, None),
         ("something\r\nnew", None, 503, "5"),
     ],
 )

@@ -159,6 +159,36 @@ async def test_a_name_is_found_below_a_root_and_without_the_raw_path(served, has
     assert json.loads(sent[1]["body"])["id"] == made["id"]
 
 
+# ---- a call that its program knows, though that is over ----
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "of_new_calls"),
+    [("cancel", "program_cancelled", "program_ended"), ("finish", "program_ended", "program_ended")],
+)
+async def test_a_call_of_a_program_that_is_over_is_not_served_again(served, ending, code, of_new_calls) -> None:
+    """Its router would end it again, and never say so of what it has not admitted."""
+    http, _ = served
+    made = (await http.post(PROGRAMS, json={"deadline_s": 60})).json()["id"]
+
+    async def call(call_id: str) -> httpx.Response:
+        return await http.post(CHAT, json={}, headers={"x-tempo-program": made, "x-tempo-call": call_id})
+
+    assert (await call("known")).status_code == 200
+    assert (await call("known")).status_code == 200
+    assert (await http.post(f"{PROGRAMS}/{made}/{ending}")).status_code == 200
+    assert error_of(await call("known")) == (409, code, "program")
+    assert error_of(await call("new")) == (409, of_new_calls, "program")
+
+
+async def test_a_call_of_a_session_that_ended_is_served_again(served) -> None:
+    """As its new calls are: a session goes on."""
+    http, _ = served
+    headers = {"x-dynamo-session-id": "s", "x-tempo-call": "known"}
+    assert (await http.post(CHAT, json={}, headers={**headers, "x-dynamo-session-final": "true"})).status_code == 200
+    assert (await http.post(CHAT, json={}, headers=headers)).status_code == 200
+
+
 # ---- deadlines that make no sense ----
 
 
