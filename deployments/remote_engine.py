@@ -153,8 +153,10 @@ class RemoteEngine(AsyncMPClient):
         if context is not None:
             context.report_verdict(answer)
         if not answer.is_admitted:
+            outcome = refused_outcome(spec.slo)
+            self._live_link.report_outcome(spec.request_id, outcome)
             self._metrics.refused(spec.slo, str(answer.reject_reason))
-            self._metrics.ended(refused_outcome(spec.slo), completed=False)
+            self._metrics.ended(outcome, completed=False)
             self._forget_refused(spec)
             raise AdmissionRejected(answer)
 

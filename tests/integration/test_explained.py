@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import structlog
 
-from cluster.program_desk import ExplainRequest
+from cluster.program_desk import ExplainRequest, ViewConsole
 from deployments.program_client import ProgramClient
 from tempo_router.config import EngineConfig, SchedulingConfig, TempoConfig
-from tempo_router.metrics import Outcome
-from tempo_router.request import Latency, RequestId
+from tempo_router.metrics import Outcome, refused_outcome
+from tempo_router.request import Deadline, Latency, RequestId
 from tests.fleet import call, eventually, fleet_over_redis, submit
 
 pytestmark = pytest.mark.redis
@@ -67,3 +67,21 @@ async def test_a_miss_is_logged_with_the_record_that_explain_gives(tmp_path: Pat
         assert logged == {name: value for name, value in explained.items() if value is not None}
         assert (logged["id"], logged["class"], logged["missed_by_s"]) == ("late", "latency", 0.25)
         assert [one["what"] for one in logged["decisions"]] == ["arrived", "queued", "dispatched", "ended"]
+
+
+async def test_a_refusal_is_logged_as_a_miss_and_counts_for_the_console(tmp_path: Path) -> None:
+    config = TempoConfig(
+        engine=EngineConfig(kind="simulated", engine_kwargs=SMALL, time_scale=0.02),
+        scheduling=SchedulingConfig(length_model="histogram", settle_s=0.1, tick_s=0.02, hopeless="refuse"),
+    )
+    async with fleet_over_redis(config, tmp_path) as fleet:
+        await fleet.start()
+        client, slo = fleet.clients[0], Deadline(1e-6)
+        with structlog.testing.capture_logs() as logs:
+            assert (await submit(client, call("hopeless", slo=slo))).reject_reason == "deadline_impossible"
+            client.link.report_outcome(RequestId("hopeless"), refused_outcome(slo))
+            await eventually(lambda: any(line["event"] == "slo_missed" for line in logs), "the miss is logged")
+        [logged] = [line for line in logs if line["event"] == "slo_missed"]
+        assert [one["what"] for one in logged["decisions"]] == ["arrived", "rejected", "ended"]
+        shown = (await ProgramClient(client.link.programs).ask(ViewConsole()))["service"]["classes"]["deadline"]
+        assert (shown["requests"], shown["attainment"]) == (1, 0.0)

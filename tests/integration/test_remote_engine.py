@@ -16,8 +16,8 @@ from deployments.own_metrics import RequestMetrics
 from deployments.remote_engine import MAX_FRUITLESS_ATTEMPTS, RemoteEngine
 from deployments.request_context import AdmissionRejected, RequestContext, bound_request
 from tempo_router.errors import RouterUnavailableError
-from tempo_router.metrics import Outcome
-from tempo_router.request import BestEffort, ProgramCall, ProgramId, RequestId, RequestSpec
+from tempo_router.metrics import Outcome, refused_outcome
+from tempo_router.request import BestEffort, Deadline, ProgramCall, ProgramId, RequestId, RequestSpec
 
 pytestmark = pytest.mark.vllm
 
@@ -111,6 +111,24 @@ async def test_a_refused_group_leaves_nothing(
         await engine.add_request_async(request("0_p"))
     assert not engine._group_sizes
     assert engine.open_calls == 0
+
+
+@pytest.mark.parametrize("reason", ["deadline_impossible", "program_cancelled"])
+async def test_a_refused_request_has_missed_its_target_once_here_and_for_the_router(
+    link: PlayedLink, reason: str
+) -> None:
+    """The router's attainment and its log of misses know of no outcome but what they are told."""
+    registry = CollectorRegistry()
+    engine = RemoteEngine(model_name="m", max_model_len=100, default_slo=BestEffort(), metrics=RequestMetrics(registry))
+    engine.attach(link, wire.EngineFacts(max_model_len=100))  # type: ignore[arg-type]
+    link.verdict = Verdict(is_admitted=False, reject_reason=reason)
+    with bound_request(replace(context(), slo=Deadline(0.001))), pytest.raises(AdmissionRejected):
+        await engine.add_request_async(request("r"))
+    assert link.outcomes == {"r": refused_outcome(Deadline(0.001))}
+    missed = {"slo_class": "deadline", "target": "missed"}
+    assert registry.get_sample_value("tempo_requests_total", missed) == 1
+    refused = {"slo_class": "deadline", "reason": reason}
+    assert registry.get_sample_value("tempo_refused_requests_total", refused) == 1
 
 
 async def test_a_request_whose_attempts_all_end_without_a_token_is_given_up(
