@@ -171,6 +171,7 @@ class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
     created_by: str = ""
     asked_s: float | None = None
     outline: tuple[KnownStage, ...] = ()
+    run_by: str = ""
 
 
 class _StoredCall(msgspec.Struct, omit_defaults=True):
@@ -358,7 +359,7 @@ def _about(graph: ProgramGraph) -> bytes:
         About(
             graph.program_id, graph.tenant, graph.app, graph.created_s, graph.deadline_s, graph.objective, graph.name,
             graph.reason, graph.closed_by, graph.last_s, graph.relegated_s, graph.ended_s,
-            graph.created_by, graph.asked_s, graph.outline,
+            graph.created_by, graph.asked_s, graph.outline, graph.run_by,
         )
     )  # fmt: skip
 
@@ -393,6 +394,7 @@ def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:
         ProgramId(about.program_id), about.tenant, about.app, about.created_s, about.deadline_s, about.objective,
         about.name, status, about.reason, about.closed_by, -1, about.last_s, about.relegated_s, about.ended_s,
         {call.call_id: call for call in _calls(fields)}, about.created_by, about.asked_s, about.outline,
+        about.run_by,
     )  # fmt: skip
     graph.last_s = max([graph.last_s, *(call.ended_s or call.began_s for call in graph.calls.values())])
     return graph

@@ -181,7 +181,7 @@ class ProgramBook:
         if known is not None:
             if known.tenant != op.tenant:
                 raise ProgramError("unknown_program", f"there is no program {op.program_id!r}", "program")
-            if op.operation and op.operation == known.created_by:
+            if op.operation and op.operation in (known.created_by, known.run_by):
                 return known, []  # Told again, by an ingress to a new router.
         if op.objective == "deadline" and op.deadline_s is None:
             message = "give deadline_s or deadline, or the objective 'best_effort'"
@@ -191,7 +191,10 @@ class ProgramBook:
         if not _is_same_deadline(known, op):
             _check_deadline(op.deadline_s, now_s)
         _refuse_unless_equal(known, op)
-        return known, [Change(known, "outlined")] if known.tell_outline(op.outline) else []
+        is_news = known.tell_outline(op.outline)
+        if op.is_graph:
+            known.run_by, is_news = op.operation, True
+        return known, [Change(known, "outlined")] if is_news else []
 
     def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
         _check_deadline(op.deadline_s, now_s)
@@ -201,6 +204,7 @@ class ProgramBook:
         graph = ProgramGraph(
             ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name,
             created_by=op.operation, asked_s=_asked_s(op), outline=op.outline,
+            run_by=op.operation if op.is_graph else "",
         )  # fmt: skip
         self._live[graph.program_id] = graph
         return graph, [Change(graph, "whole")]
@@ -304,7 +308,7 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
     if known.is_over or known.closed_by:
         state = known.status if known.is_over else "being finished"
         raise ProgramError("program_ended", f"{what} is {state}; give a new program another name", "name")
-    if op.is_graph and known.calls:
+    if op.is_graph and (known.calls or known.run_by):
         raise ProgramError("invalid_program", f"{what} has begun: its graph runs once", "graph")
     if op.app and op.app != known.app:
         message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"

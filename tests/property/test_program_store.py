@@ -393,6 +393,7 @@ def _fields(graph: ProgramGraph) -> tuple[object, ...]:
         graph.relegated_s,
         graph.ended_s,
         graph.outline,
+        graph.run_by,
         sorted(calls),
     )
 
@@ -529,4 +530,34 @@ def test_a_call_is_ended_by_the_name_that_its_client_gave_its_program_under_anot
     machine.ask("ingress-0", EndCall("sub", "below", 0, "cancelled"))
     machine.ask("ingress-0", EndCall("main", "later", 0, "cancelled"))
     assert running() == {"main.3": []}
+    machine.teardown()
+
+
+@pytest.mark.parametrize("was_made_before", [False, True])
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_graph_runs_once_though_no_node_of_it_has_begun(
+    redis: ForgetfulRedis, was_made_before: bool, is_stored: bool
+) -> None:
+    """Equal graphs are sent at the same moment to two ingresses: the second one is refused, by a later router, too."""
+    Programs.redis = redis
+    machine = Programs()
+    deadline_s, stages = time.time() + 3600.0, (KnownStage(0),)
+
+    def create(ingress: str, operation: str, *, is_graph: bool = True) -> str | None:
+        return machine.ask(
+            ingress,
+            CreateProgram(
+                "p", "tenant", "app", deadline_s, name="p", operation=operation, outline=stages, is_graph=is_graph
+            ),
+        )
+
+    if was_made_before:
+        create("ingress-0", "made", is_graph=False)
+    first = create("ingress-0", "first")
+    assert first is not None
+    assert create("ingress-1", "second") is None
+    machine.replace_router(has_last_word=is_stored)
+    assert create("ingress-1", "third") is None
+    assert create("ingress-0", "first") is not None, "told again it is the same"
+    assert first not in machine.ingresses["ingress-0"].errors
     machine.teardown()
