@@ -486,8 +486,14 @@ class ProgramDesk:
             and op.app in (None, graph.app)
             and op.name in (None, graph.name)
         ]
-        ids = [graph.program_id for graph in found]
-        first = ids.index(ProgramId(op.after)) + 1 if op.after is not None and op.after in ids else 0
+        first = 0
+        if op.after is not None:
+            # Who pages from the beginning again would never come to an end.
+            ids = [graph.program_id for graph in found]
+            if op.after not in ids:
+                text = f"{op.after[:200]!r} is not in this list (any more); begin again, without after"
+                raise ProgramError("invalid_program", text, "after")
+            first = ids.index(ProgramId(op.after)) + 1
         most = min(max(op.limit, 1), MOST_LISTED)
         shown = found[first : first + most]
         return {

@@ -189,6 +189,28 @@ async def test_a_call_of_a_session_that_ended_is_served_again(served) -> None:
     assert (await http.post(CHAT, json={}, headers=headers)).status_code == 200
 
 
+# ---- lists ----
+
+
+async def test_a_list_goes_on_after_a_program_that_is_in_it_and_not_after_another(served) -> None:
+    """Else a client that pages would begin again, for ever."""
+    http, _ = served
+    for name in ("a", "b", "c"):
+        await http.post(PROGRAMS, json={"name": name, "deadline_s": 60})
+    first = (await http.get(PROGRAMS, params={"limit": 2})).json()
+    assert ([one["name"] for one in first["data"]], first["has_more"]) == (["a", "b"], True)
+    rest = (await http.get(PROGRAMS, params={"after": first["last_id"]})).json()
+    assert ([one["name"] for one in rest["data"]], rest["has_more"]) == (["c"], False)
+    assert error_of(await http.get(PROGRAMS, params={"after": "forgotten"})) == (400, "invalid_program", "after")
+
+    running = {"status": "running", "after": first["last_id"]}
+    assert len((await http.get(PROGRAMS, params=running)).json()["data"]) == 1
+    await http.post(f"{PROGRAMS}/b/cancel")
+    refused = await http.get(PROGRAMS, params=running)
+    assert error_of(refused) == (400, "invalid_program", "after")
+    assert repr(first["last_id"]) in refused.json()["error"]["message"]
+
+
 # ---- deadlines that make no sense ----
 
 
