@@ -10,7 +10,10 @@ from typing import Any
 
 import msgspec
 
+from deployments import openai_errors
 from deployments.declared_graph import DeclaredGraph, Node, request_body
+from deployments.logs import log_unforeseen
+from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
@@ -101,6 +104,15 @@ class GraphRun:
         self._events.put_nowait({"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed})
 
     async def _answer(self, node: Node) -> None:
+        """Whatever comes of it becomes an event: without one the graph would wait for this node for ever."""
+        try:
+            event = await self._asked(node)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the node has failed
+            log_unforeseen("node_failed", error, program_id=self._program_id, node=node.node_id)
+            event = _failed(node, openai_errors.internal_error())
+        self._events.put_nowait(event)
+
+    async def _asked(self, node: Node) -> Event:
         path, body = request_body(node, self.outputs, self._model)
         headers = {
             "content-type": "application/json",
@@ -113,7 +125,7 @@ class GraphRun:
         }
         said = {name: value for name, value in headers.items() if value}
         status, content = await self._ask(path, said, msgspec.json.encode(body))
-        self._events.put_nowait(_ended(node, status, content))
+        return _ended(node, status, content)
 
 
 def _ended(node: Node, status: int, content: bytes) -> Event:
@@ -134,6 +146,11 @@ def _ended(node: Node, status: int, content: bytes) -> Event:
         }
     error = answer.get("error") if isinstance(answer, dict) else None
     return {"event": "node.failed", "node": node.node_id, "status": status, "error": error}
+
+
+def _failed(node: Node, error: ApiError) -> Event:
+    """A node that got no answer at all, as if it had got this one."""
+    return {"event": "node.failed", "node": node.node_id, "status": error.status, **error.payload()}
 
 
 def failure_of(event: Event) -> ProgramError:

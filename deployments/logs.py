@@ -3,10 +3,13 @@
 import logging
 import os
 import sys
+import traceback
 
 import structlog
 
 LEVEL_VARIABLE = "TEMPO_LOG_LEVEL"
+
+log = structlog.get_logger()
 
 
 def configure_logging() -> None:
@@ -25,3 +28,9 @@ def configure_logging() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
     )
+
+
+def log_unforeseen(event: str, error: Exception, **fields: object) -> None:
+    """Log what nobody foresaw and where; neither its message nor the frames' variables: both may hold prompts."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    log.error(event, **fields, error=type(error).__name__, trace=trace)

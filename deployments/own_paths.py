@@ -11,6 +11,7 @@ import msgspec
 from deployments import console, openai_errors, program_api
 from deployments.asgi import JSON, AsgiApp, Message, Receive, Scope, Send, send_body, send_error
 from deployments.graph_api import GraphApi
+from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
@@ -88,18 +89,22 @@ class OwnPaths:
             await send_error(send, openai_errors.rejected(verdict))
 
     async def _ask_ourselves(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
-        """One request as if it had come from outside; a node of a declared graph is one."""
-        status, chunks = 500, []
+        """One request as if it had come from outside; a node of a declared graph is one.
+
+        Raises what the application raises, unless it has answered.
+        """
+        status, chunks, is_whole = 500, [], False
 
         async def receive() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             elif message["type"] == "http.response.body":
                 chunks.append(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
 
         scope: Scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
@@ -108,7 +113,13 @@ class OwnPaths:
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()]
             + [(b"content-length", str(len(body)).encode())],
         }  # fmt: skip
-        await self._front_door(scope, _then_silent(receive), send)
+        try:
+            await self._front_door(scope, _then_silent(receive), send)
+        except Exception as error:
+            if not is_whole:
+                raise
+            # vLLM answers 500 and hands the exception on, for the server to log: here we are the server.
+            log_unforeseen("request_failed", error, path=path)
         return status, b"".join(chunks)
 
     async def _answer_program(self, path: str, scope: Scope, body: bytes, send: Send) -> None:

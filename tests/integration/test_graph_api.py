@@ -20,7 +20,7 @@ pytestmark = pytest.mark.redis
 
 
 class Model:
-    """Answers a prompt with itself; one that says "hang" never."""
+    """Answers a prompt with itself; one that says "hang" never, and one that says "break" as vLLM where it breaks."""
 
     def __init__(self) -> None:
         self.hanging = 0
@@ -33,9 +33,16 @@ class Model:
                 await asyncio.Event().wait()
             finally:
                 self.hanging -= 1
-        body = json.dumps({"choices": [{"text": prompt}], "usage": {"completion_tokens": 1}}).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": body})
+        answer = {"choices": [{"text": prompt}], "usage": {"completion_tokens": 1}}
+        if prompt == "break":
+            await self._send(send, 500, {"error": {"message": "it broke", "code": 500}})
+            raise IndexError("handed on for the server to log")
+        await self._send(send, 200, answer)
+
+    async def _send(self, send: Any, status: int, answer: Any) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
 
 @pytest.fixture
@@ -77,6 +84,20 @@ async def test_a_client_that_leaves_cancels_its_graph(served, is_streaming: bool
         # Asked over HTTP, as a client does.
         while await status_of(http, "left") != "cancelled":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_a_node_whose_request_raises_fails_with_what_was_answered(served) -> None:
+    """vLLM answers 500 and hands the exception on, which nobody but the graph is there to take."""
+    http, _ = served
+    fields = {"graph": {"nodes": [{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "break", "after": ["a"]}]}}
+    async with asyncio.timeout(10):
+        happened = [event async for event in events(http, fields)]
+        whole = await http.post("/v1/programs", json={"deadline_s": 60, **fields})
+    assert [event["event"] for event in happened[-2:]] == ["node.failed", "program.cancelled"]
+    told = {"event": "node.failed", "node": "b", "status": 500, "error": {"message": "it broke", "code": 500}}
+    assert happened[-2] == told
+    assert (whole.status_code, whole.json()["error"]["code"]) == (502, "node_failed")
+    assert "it broke" in whole.json()["error"]["message"]
 
 
 async def test_cancelling_a_program_ends_its_graph(served) -> None:
