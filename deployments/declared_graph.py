@@ -27,10 +27,15 @@ from tempo_router.program_graph import MAX_ARROWS
 MAX_NODES = 1000
 MAX_TEMPLATE_CHARS = 1_000_000
 MAX_OUTPUT_BYTES = 256 * 1024
+MAX_LABEL_CHARS = 200
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 _REFERENCE = re.compile(r"\{\{\s*([^{}]{1,80}?)\s*\}\}")
 _KEYS = ("id", "after", "prompt", "messages", "max_tokens", "sampling", "tool", "label")
-_RESERVED = ("model", "stream", "n", "prompt", "messages", "max_tokens", "max_completion_tokens", "program", "slo")
+_RESERVED = (
+    "model", "stream", "stream_options", "n", "prompt", "messages", "max_tokens", "max_completion_tokens", "slo",
+    "program", "user", "metadata", "conversation", "previous_response_id", "background",
+)  # fmt: skip
+"""The last line says to whom and to what a call belongs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +178,7 @@ def _node(one: dict[str, Any], where: str, ids: Mapping[str, int]) -> Node:
         max_tokens=_count(one, where),
         sampling=_sampling(one, where),
         tool=tool,
-        label=_text(one, "label", where) or (f"tool: {tool}" if tool else one["id"]),
+        label=_label(one, where) or (f"tool: {tool}" if tool else one["id"]),
     )
 
 
@@ -229,6 +234,13 @@ def _text(one: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEMPLATE_CHARS:
         raise _wrong(f"{where}.{name}", f"must be text of at most {MAX_TEMPLATE_CHARS} characters")
     return value
+
+
+def _label(one: Mapping[str, Any], where: str) -> str:
+    label = _text(one, "label", where)
+    if len(label) > MAX_LABEL_CHARS or not label.isprintable() or (label and not label.strip()):
+        raise _wrong(f"{where}.label", f"must be at most {MAX_LABEL_CHARS} printable characters")
+    return label
 
 
 def _ordered(nodes: list[Node], ids: Mapping[str, int]) -> list[Node]:

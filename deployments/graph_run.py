@@ -5,6 +5,7 @@ The run lives with the request that declared it; when that leaves, the program i
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,10 +20,13 @@ from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
 from tempo_router.program_ops import EndCall
 
-Ask = Callable[[str, dict[str, str], bytes], Awaitable[tuple[int, bytes]]]
-"""Sends a request to this ingress: (path, headers, body) -> (status, body)."""
+Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+"""Sends a request to this ingress: (path, body as JSON) -> (status, body)."""
 
 Event = dict[str, Any]
+
+_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
+"""It would be taken for the number of a stage, not for what the step is called."""
 
 
 class GraphRun:
@@ -114,17 +118,13 @@ class GraphRun:
 
     async def _asked(self, node: Node) -> Event:
         path, body = request_body(node, self.outputs, self._model)
-        headers = {
-            "content-type": "application/json",
-            "x-tempo-program": self._program_id,
-            "x-tempo-call": node.node_id,
-            # A number would be taken for a stage.
-            "x-tempo-stage": "" if node.label.isdigit() else node.label,
-            "x-tempo-parent": ",".join(node.after),
-            "x-tenant-id": self._tenant,
-        }
-        said = {name: value for name, value in headers.items() if value}
-        status, content = await self._ask(path, said, msgspec.json.encode(body))
+        # In the body: headers hold no more than Latin letters.
+        body["program"] = {"id": self._program_id, "call": node.node_id, "parents": list(node.after)}
+        if not _NUMBER.fullmatch(node.label.strip()):
+            body["program"]["stage"] = node.label
+        if self._tenant:
+            body["user"] = self._tenant
+        status, content = await self._ask(path, msgspec.json.encode(body))
         return _ended(node, status, content)
 
 

@@ -88,7 +88,7 @@ class OwnPaths:
             verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
             await send_error(send, openai_errors.rejected(verdict))
 
-    async def _ask_ourselves(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+    async def _ask_ourselves(self, path: str, body: bytes) -> tuple[int, bytes]:
         """One request as if it had come from outside; a node of a declared graph is one.
 
         Raises what the application raises, unless it has answered.
@@ -110,8 +110,7 @@ class OwnPaths:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": None,
             "server": None,
-            "headers": [(name.encode(), value.encode()) for name, value in headers.items()]
-            + [(b"content-length", str(len(body)).encode())],
+            "headers": [JSON, (b"content-length", str(len(body)).encode())],
         }  # fmt: skip
         try:
             await self._front_door(scope, _then_silent(receive), send)

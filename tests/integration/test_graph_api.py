@@ -100,6 +100,28 @@ async def test_a_node_whose_request_raises_fails_with_what_was_answered(served) 
     assert "it broke" in whole.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("tenant", "node_id", "label", "shown"),
+    [
+        ("é", "a", "Überblick", "Überblick"),
+        ("Ünal", "-5", "", ""),
+        ("用户", "a", "中文", "中文"),
+        ("", "7", "+5", ""),
+        ("plain", "a", "x" * 200, "x" * 200),
+    ],
+)
+async def test_a_graph_runs_whatever_its_tenant_and_its_labels_are_called(
+    served, tenant: str, node_id: str, label: str, shown: str
+) -> None:
+    """A number is no label: it would be the number of a stage."""
+    http, _ = served
+    nodes = [{"id": node_id, "prompt": "A", "label": label}, {"id": "after", "prompt": f"{{{{{node_id}}}}}"}]
+    answer = await http.post("/v1/programs", json={"deadline_s": 60, "user": tenant, "graph": {"nodes": nodes}})
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["calls"]
+    assert (first["label"], first["stage"], second["stage"], second["parents"]) == (shown, 0, 1, [node_id])
+
+
 async def test_cancelling_a_program_ends_its_graph(served) -> None:
     http, _ = served
     happened = []

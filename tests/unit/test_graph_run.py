@@ -22,7 +22,7 @@ async def events_of(run: GraphRun) -> list[Event]:
 
 
 async def test_a_node_that_cannot_be_asked_for_fails_and_tells_nothing_of_its_prompt():
-    async def ask(path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
         raise RecursionError(body.decode())
 
     (event,) = await events_of(run_of([{"id": "a", "prompt": "secret"}], ask))
