@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
+import structlog
 
 from deployments.declared_graph import DeclaredGraph, parse_graph, parse_output
 from deployments.graph_run import Ask, Event, GraphRun, failure_of
@@ -15,10 +16,12 @@ from deployments.handle_api import NewProgram
 from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
 from deployments.program_identity import resolved_id
-from tempo_router.errors import ProgramError
+from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import DeliverOutput
 
 SendEvent = Callable[[bytes], Awaitable[None]]
+
+log = structlog.get_logger()
 
 
 class GraphApi:
@@ -105,11 +108,21 @@ class GraphApi:
                 # The client may be gone, and this task with it: the program must not go on for nobody.
                 ending = asyncio.ensure_future(self._cancel(program_id, reason, tenant))
                 await asyncio.shield(ending)
-        over = self._programs.finish if is_whole else self._programs.view
-        yield {
-            "event": "program.finished" if is_whole else "program.cancelled",
-            "program": await over(program_id, tenant),
-        }
+        over = self._finish if is_whole else self._programs.view
+        program = await over(program_id, tenant)
+        if not is_whole and program["status"] != "cancelled":
+            message = f"program {program_id!r} is {program['status']}: the rest of its graph cannot run"
+            raise ProgramError("program_ended", message, "graph")
+        yield {"event": "program.finished" if is_whole else "program.cancelled", "program": program}
+
+    async def _finish(self, program_id: str, tenant: str) -> Any:
+        try:
+            return await self._programs.finish(program_id, tenant)
+        except ProgramError as error:
+            if error.code != "program_ended":
+                raise
+            # Its client has closed it already; the graph was done all the same.
+            return await self._programs.view(program_id, tenant)
 
     async def _cancel(self, program_id: str, reason: str, tenant: str) -> None:
         try:
@@ -117,3 +130,5 @@ class GraphApi:
         except ProgramError as error:
             if error.code != "program_ended":
                 raise
+        except RouterUnavailableError:
+            log.warning("graph_not_cancelled_yet", program_id=program_id, reason=reason)  # The next router is told.

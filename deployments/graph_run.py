@@ -17,7 +17,8 @@ from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
-from tempo_router.errors import ProgramError
+from deployments.request_context import AdmissionVerdict
+from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import EndCall
 
 Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
@@ -92,20 +93,26 @@ class GraphRun:
         for node in self._graph.ready(self.outputs, self._begun):
             self._begun.add(node.node_id)
             if node.tool:
-                await self._begin_tool(node)
+                self._events.put_nowait(await self._tool(node))
             else:
                 task = asyncio.create_task(self._answer(node), name=f"node {node.node_id}")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _begin_tool(self, node: Node) -> None:
+    async def _tool(self, node: Node) -> Event:
+        """A tool begins, as far as its program still may go on."""
         identity = Identity(
             "explicit", self._program_id, call_id=node.node_id, label=node.label, parents=node.after, is_tool=True
         )
-        await self._programs.begin(identity, tenant=self._tenant, app="", now_epoch_s=0.0)
+        try:
+            await self._programs.begin(identity, tenant=self._tenant, app="", now_epoch_s=0.0)
+        except ProgramError as error:
+            return _failed(node, openai_errors.program_refused(error))
+        except RouterUnavailableError:
+            return _failed(node, openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
         self._tools.add(node.node_id)
         needed = {name: self.outputs[name] for name in node.after}
-        self._events.put_nowait({"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed})
+        return {"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed}
 
     async def _answer(self, node: Node) -> None:
         """Whatever comes of it becomes an event: without one the graph would wait for this node for ever."""

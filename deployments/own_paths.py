@@ -80,13 +80,8 @@ class OwnPaths:
                 value = await _unless_gone(self.graphs.whole(new), receive)
                 if value is not None:
                     await send_body(send, program_api.as_bytes(value), [JSON])
-        except InvalidSloError as error:
-            await send_error(send, openai_errors.invalid_slo(error))
-        except ProgramError as error:
-            await send_error(send, openai_errors.program_refused(error))
-        except RouterUnavailableError:
-            verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
-            await send_error(send, openai_errors.rejected(verdict))
+        except (InvalidSloError, ProgramError, RouterUnavailableError) as error:
+            await send_error(send, _refusal(error))
 
     async def _ask_ourselves(self, path: str, body: bytes) -> tuple[int, bytes]:
         """One request as if it had come from outside; a node of a declared graph is one.
@@ -167,31 +162,56 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def _stream_events(events: AsyncIterator[Mapping[str, Any]], receive: Receive, send: Send) -> None:
-    """Server-sent events until they end; if the client leaves, they are closed, which cancels what makes them."""
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    one_at_a_time = asyncio.Lock()
+    """Server-sent events until they end; if the client leaves, they are closed, which cancels what makes them.
 
-    async def write(body: bytes) -> None:
-        async with one_at_a_time:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+    What goes wrong on the way becomes the last event, since the status has been sent.
+    """
+    async with aclosing(events) as open_events:  # type: ignore[type-var]  # generators can be closed
+        # Before anything else may happen: from its first event on, closing a graph cancels it.
+        first = await anext(open_events)
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        one_at_a_time = asyncio.Lock()
 
-    async def pass_on() -> bool:
-        async with aclosing(events) as open_events:  # type: ignore[type-var]  # generators can be closed
-            async for event in open_events:
-                await write(
-                    b"event: " + str(event["event"]).encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
-                )
-        return True
+        async def write(body: bytes) -> None:
+            async with one_at_a_time:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    beating = asyncio.create_task(_beat(write))
-    try:
-        is_over = await _unless_gone(pass_on(), receive)
-    finally:
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        async def pass_on() -> bool:
+            await write(_as_sent(first))
+            try:
+                async for event in open_events:
+                    await write(_as_sent(event))
+            except Exception as error:  # noqa: BLE001 - the client must not wait for what will never come
+                await write(_as_sent({"event": "error", **_refusal(error).payload()}))
+            return True
+
+        beating = asyncio.create_task(_beat(write))
+        try:
+            is_over = await _unless_gone(pass_on(), receive)
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
     if is_over:
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+
+def _as_sent(event: Mapping[str, Any]) -> bytes:
+    return b"event: " + str(event["event"]).encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+
+
+def _refusal(error: Exception) -> ApiError:
+    """What a client is told of an error."""
+    match error:
+        case InvalidSloError():
+            return openai_errors.invalid_slo(error)
+        case ProgramError():
+            return openai_errors.program_refused(error)
+        case RouterUnavailableError():
+            return openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
+        case _:
+            log_unforeseen("graph_failed", error)
+            return openai_errors.internal_error()
 
 
 async def _beat(write: Callable[[bytes], Awaitable[None]]) -> None:

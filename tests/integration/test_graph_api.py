@@ -57,10 +57,15 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Model
 
 
 async def events(http: httpx.AsyncClient, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """Every stream ends with [DONE], whatever happens."""
+    line = ""
     async with http.stream("POST", "/v1/programs", json={"deadline_s": 60, "stream": True, **fields}) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 yield json.loads(line[6:])
+            if line == "data: [DONE]":
+                return
+    raise AssertionError(f"the stream ended without [DONE], with {line!r}")
 
 
 async def status_of(http: httpx.AsyncClient, name: str) -> str:
@@ -131,6 +136,36 @@ async def test_cancelling_a_program_ends_its_graph(served) -> None:
         if event["event"] == "tool.waiting":
             assert (await http.post("/v1/programs/p/cancel")).status_code == 200
     assert happened == ["program.created", "node.finished", "tool.waiting", "program.cancelled"]
+
+
+TWO_TOOLS = {"nodes": [{"id": "t1", "tool": "x"}, {"id": "t2", "tool": "x", "after": ["t1"]}]}
+
+
+async def test_a_graph_whose_program_is_finished_too_early_says_so(served) -> None:
+    http, _ = served
+    happened = []
+    async with asyncio.timeout(10):
+        async for event in events(http, {"name": "p", "graph": TWO_TOOLS}):
+            happened.append(event)
+            if event["event"] == "tool.waiting":
+                assert (await http.post("/v1/programs/p/finish")).status_code == 200
+                assert (await http.post("/v1/programs/p/nodes/t1/output", json={"output": 1})).status_code == 200
+    told = ["program.created", "tool.waiting", "node.finished", "node.failed", "error"]
+    assert [event["event"] for event in happened] == told
+    assert (happened[-2]["node"], happened[-2]["status"]) == ("t2", 409)
+    assert happened[-1]["error"]["code"] == "program_ended"
+    assert await status_of(http, "p") == "finished"
+
+
+async def test_a_graph_whose_program_is_finished_while_its_last_node_runs_is_whole(served) -> None:
+    http, _ = served
+    async with asyncio.timeout(10):
+        async for event in events(http, {"name": "p", "graph": {"nodes": [{"id": "t", "tool": "x"}]}}):
+            last = event
+            if event["event"] == "tool.waiting":
+                assert (await http.post("/v1/programs/p/finish")).status_code == 200
+                assert (await http.post("/v1/programs/p/nodes/t/output", json={"output": 1})).status_code == 200
+    assert (last["event"], last["program"]["status"]) == ("program.finished", "finished")
 
 
 async def test_a_graph_out_of_time_says_so_and_says_when_it_has_time_again(served) -> None:

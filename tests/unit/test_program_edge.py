@@ -10,6 +10,7 @@ import pytest
 import structlog
 
 from tempo_router.config import ProgramsConfig, TempoConfig
+from tempo_router.errors import RouterUnavailableError
 from tests.http_edge import CHAT, Vllm, whole
 from tests.program_edge import Desk, served_by
 
@@ -397,3 +398,61 @@ async def test_with_a_key_all_is_served_and_so_are_the_nodes_of_a_graph() -> Non
             fields = {"deadline_s": 60, "graph": {"nodes": [{"id": "a", "prompt": "A"}]}}
             ran = await http.post(PROGRAMS, json=fields, headers=headers)
             assert (ran.status_code, ran.json().get("outputs")) == (200, {"a": "yes"})
+
+
+# ---- declared graphs that cannot go on ----
+
+
+def events_in(answer: httpx.Response) -> list[dict[str, Any]]:
+    """All of a stream that has ended as it should."""
+    assert answer.status_code == 200
+    *events, done = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert done == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+MODEL, TOOL = {"id": "a", "prompt": "A"}, {"id": "a", "tool": "x"}
+
+
+@pytest.mark.parametrize(
+    ("away", "node", "told"),
+    [
+        (("FinishProgram",), MODEL, ["node.finished", "error"]),
+        (("BeginCall",), TOOL, ["node.failed", "program.cancelled"]),
+        (("BeginCall", "CancelProgram", "ViewProgram"), TOOL, ["node.failed", "error"]),
+    ],
+)
+async def test_a_graph_whose_router_goes_away_says_so(
+    served, monkeypatch, away: tuple[str, ...], node: dict[str, str], told: list[str]
+) -> None:
+    """Streamed, it is told by the last events; the status was sent long before."""
+    http, desk = served
+    ask = desk.ingress.ask
+
+    async def unless_away(kind: str, body: bytes) -> bytes:
+        if kind in away:
+            raise RouterUnavailableError("no router answered")
+        return await ask(kind, body)
+
+    monkeypatch.setattr(desk.ingress, "ask", unless_away)
+    fields = {"deadline_s": 60, "stream": True, "graph": {"nodes": [node]}}
+    events = events_in(await http.post(PROGRAMS, json=fields))
+    assert [event["event"] for event in events] == ["program.created", *told]
+    errors = [event["error"]["code"] for event in events if event["event"] in ("error", "node.failed")]
+    assert set(errors) == {"router_unavailable"}
+
+
+async def test_what_nobody_foresaw_ends_a_stream_of_a_graph_too(served, monkeypatch) -> None:
+    http, desk = served
+    ask = desk.ingress.ask
+
+    async def broken(kind: str, body: bytes) -> bytes:
+        if kind == "FinishProgram":
+            raise OSError("with something secret")
+        return await ask(kind, body)
+
+    monkeypatch.setattr(desk.ingress, "ask", broken)
+    fields = {"deadline_s": 60, "stream": True, "graph": {"nodes": [MODEL]}}
+    events = events_in(await http.post(PROGRAMS, json=fields))
+    assert (events[-1]["event"], events[-1]["error"]["code"]) == ("error", "internal_error")
+    assert "secret" not in json.dumps(events)
