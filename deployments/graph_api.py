@@ -4,18 +4,22 @@ A client that leaves cancels its program. The output of a tool may be posted to 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 import structlog
 
+from deployments import openai_errors
 from deployments.declared_graph import DeclaredGraph, parse_graph, parse_output
 from deployments.graph_run import Ask, Event, GraphRun, failure_of
 from deployments.handle_api import NewProgram
+from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
 from deployments.program_identity import resolved_id
+from deployments.request_context import RequestFailure
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import DeliverOutput
 
@@ -64,7 +68,7 @@ class GraphApi:
         await self._client.ask(op)
         return {"object": "tool.output", "node": node}
 
-    async def run(self, new: NewProgram) -> AsyncIterator[Event]:
+    async def run(self, new: NewProgram) -> AsyncGenerator[Event]:
         """Make the program and run its graph. Raises ProgramError before the first event for what makes no sense.
 
         Ends with the event "program", the whole of it. Leaving early cancels the program.
@@ -77,29 +81,34 @@ class GraphApi:
         return self._events(program_id, graph, new.tenant, made)
 
     async def whole(self, new: NewProgram) -> Any:
-        """Run a graph and wait for its end: the program, and `outputs` by node. Raises ProgramError if a node fails."""
+        """Run a graph and wait for its end: the program, and `outputs` by node.
+
+        Raises ProgramError if a node fails, and if somebody else ends the program.
+        """
         outputs: dict[str, Any] = {}
         last: Event = {}
         async for event in await self.run(new):
             last = event
             if event["event"] == "node.finished":
                 outputs[event["node"]] = event["output"]
-            if event["event"] == "node.failed":
-                raise failure_of(event)
+        if last["event"] == "program.cancelled":
+            error = last["error"]
+            raise ProgramError(error["code"], error["message"], error["param"] or "")
         return {**last["program"], "outputs": outputs}
 
     async def _events(
         self, program_id: str, graph: DeclaredGraph, tenant: str, made: Mapping[str, Any]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         run = GraphRun(program_id, graph, model=self._model, tenant=tenant, ask=self._ask, programs=self._client)
         self._runs[program_id] = run
         failed: Event | None = None
-        is_whole = False
+        is_whole = is_ours = False
         try:
             yield {"event": "program.created", "program": dict(made)}
-            async for event in run.events():
-                failed = event if event["event"] == "node.failed" else failed
-                yield event
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    failed = event if event["event"] == "node.failed" else failed
+                    yield event
             is_whole = len(run.outputs) == len(graph.nodes)
         finally:
             del self._runs[program_id]
@@ -107,13 +116,16 @@ class GraphApi:
                 reason = f"node {failed['node']} failed" if failed is not None else "its client left"
                 # The client may be gone, and this task with it: the program must not go on for nobody.
                 ending = asyncio.ensure_future(self._cancel(program_id, reason, tenant))
-                await asyncio.shield(ending)
-        over = self._finish if is_whole else self._programs.view
-        program = await over(program_id, tenant)
-        if not is_whole and program["status"] != "cancelled":
+                is_ours = await asyncio.shield(ending)
+        program = await (self._finish if is_whole else self._programs.view)(program_id, tenant)
+        if program["status"] == "cancelled":
+            error = failure_of(failed) if is_ours and failed is not None else _cancelled(program)
+            yield {"event": "program.cancelled", "program": program, **refused(error).payload()}
+        elif is_whole:
+            yield {"event": "program.finished", "program": program}
+        else:
             message = f"program {program_id!r} is {program['status']}: the rest of its graph cannot run"
             raise ProgramError("program_ended", message, "graph")
-        yield {"event": "program.finished" if is_whole else "program.cancelled", "program": program}
 
     async def _finish(self, program_id: str, tenant: str) -> Any:
         try:
@@ -124,11 +136,25 @@ class GraphApi:
             # Its client has closed it already; the graph was done all the same.
             return await self._programs.view(program_id, tenant)
 
-    async def _cancel(self, program_id: str, reason: str, tenant: str) -> None:
+    async def _cancel(self, program_id: str, reason: str, tenant: str) -> bool:
+        """Give the program up. Returns whether it is this that ended it."""
         try:
             await self._programs.cancel(program_id, reason, tenant)
         except ProgramError as error:
             if error.code != "program_ended":
                 raise
+            return False
         except RouterUnavailableError:
             log.warning("graph_not_cancelled_yet", program_id=program_id, reason=reason)  # The next router is told.
+        return True
+
+
+def refused(error: ProgramError) -> ApiError:
+    """What the client of a graph is told of an error; of a cancelled program the same as the clients of its calls."""
+    if error.code == "program_cancelled":
+        return openai_errors.failed(RequestFailure(error.code, str(error), 409))
+    return openai_errors.program_refused(error)
+
+
+def _cancelled(program: Mapping[str, Any]) -> ProgramError:
+    return ProgramError("program_cancelled", f"program {program['id']!r} was cancelled: {program['reason']}")

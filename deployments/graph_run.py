@@ -6,7 +6,7 @@ The run lives with the request that declared it; when that leaves, the program i
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -49,7 +49,7 @@ class GraphRun:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """What happens, as it happens: tools that wait, nodes that ended, a deadline that came to be out of reach.
 
         Ends after the last node, or a failed one.

@@ -1,7 +1,7 @@
 """What an ingress answers itself: programs, declared graphs, explanations, the console. ASGI around their logic."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import unquote
@@ -10,7 +10,7 @@ import msgspec
 
 from deployments import console, openai_errors, program_api
 from deployments.asgi import JSON, AsgiApp, Message, Receive, Scope, Send, send_body, send_error
-from deployments.graph_api import GraphApi
+from deployments.graph_api import GraphApi, refused
 from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
@@ -161,12 +161,12 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _stream_events(events: AsyncIterator[Mapping[str, Any]], receive: Receive, send: Send) -> None:
+async def _stream_events(events: AsyncGenerator[Mapping[str, Any]], receive: Receive, send: Send) -> None:
     """Server-sent events until they end; if the client leaves, they are closed, which cancels what makes them.
 
     What goes wrong on the way becomes the last event, since the status has been sent.
     """
-    async with aclosing(events) as open_events:  # type: ignore[type-var]  # generators can be closed
+    async with aclosing(events) as open_events:
         # Before anything else may happen: from its first event on, closing a graph cancels it.
         first = await anext(open_events)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -206,7 +206,7 @@ def _refusal(error: Exception) -> ApiError:
         case InvalidSloError():
             return openai_errors.invalid_slo(error)
         case ProgramError():
-            return openai_errors.program_refused(error)
+            return refused(error)
         case RouterUnavailableError():
             return openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
         case _:

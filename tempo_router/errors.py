@@ -40,8 +40,8 @@ ProgramProblem = Literal[
 """invalid_program: a field makes no sense. unknown_program, unknown_call, unknown_request: no such thing, or not this
 tenant's.
 program_exists: one of this name is in progress, with another application or deadline.
-program_ended, call_ended: it is over, nothing can be added. program_cancelled: likewise, of a call that it knows: it
-cannot be served again. too_many_programs: no room for another one now.
+program_ended, call_ended: it is over, nothing can be added. program_cancelled: somebody gave up what was asked for.
+too_many_programs: no room for another one now.
 store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared
 graph could not be answered. too_large: the answer does not fit into one message between our processes."""
 

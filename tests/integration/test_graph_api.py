@@ -103,6 +103,7 @@ async def test_a_node_whose_request_raises_fails_with_what_was_answered(served) 
     assert happened[-2] == told
     assert (whole.status_code, whole.json()["error"]["code"]) == (502, "node_failed")
     assert "it broke" in whole.json()["error"]["message"]
+    assert happened[-1]["error"] == whole.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -127,15 +128,37 @@ async def test_a_graph_runs_whatever_its_tenant_and_its_labels_are_called(
     assert (first["label"], first["stage"], second["stage"], second["parents"]) == (shown, 0, 1, [node_id])
 
 
+async def cancel(http: httpx.AsyncClient) -> None:
+    assert (await http.post("/v1/programs/p/cancel", json={"reason": "enough"})).status_code == 200
+
+
 async def test_cancelling_a_program_ends_its_graph(served) -> None:
     http, _ = served
-    happened = []
+    happened, last = [], {}
     fields = {"name": "p", "graph": {"nodes": [{"id": "a", "prompt": "A"}, {"id": "t", "tool": "x", "after": ["a"]}]}}
     async for event in events(http, fields):
+        last = event
         happened.append(event["event"])
         if event["event"] == "tool.waiting":
-            assert (await http.post("/v1/programs/p/cancel")).status_code == 200
+            await cancel(http)
     assert happened == ["program.created", "node.finished", "tool.waiting", "program.cancelled"]
+    assert (last["program"]["reason"], last["error"]["code"]) == ("enough", "program_cancelled")
+
+
+@pytest.mark.parametrize("node", [{"prompt": "hang"}, {"tool": "x"}], ids=["a call", "a tool"])
+async def test_who_waits_for_a_graph_hears_that_its_program_was_cancelled(served, node: dict[str, str]) -> None:
+    """As the clients of the program's calls do; its own failure would be a 502."""
+    http, _ = served
+    fields = {"deadline_s": 60, "name": "p", "graph": {"nodes": [{"id": "a", **node}]}}
+    asking = asyncio.create_task(http.post("/v1/programs", json=fields))
+    async with asyncio.timeout(10):
+        # Asked over HTTP, as a client does.
+        while (await http.get("/v1/programs/p")).json().get("running_calls") != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        await cancel(http)
+        answer = await asking
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "program_cancelled")
+    assert "enough" in answer.json()["error"]["message"]
 
 
 TWO_TOOLS = {"nodes": [{"id": "t1", "tool": "x"}, {"id": "t2", "tool": "x", "after": ["t1"]}]}

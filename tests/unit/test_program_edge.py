@@ -6,11 +6,14 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import msgspec
 import pytest
 import structlog
 
+from cluster import wire_pb2 as wire
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tempo_router.errors import RouterUnavailableError
+from tempo_router.program_ops import CancelProgram
 from tests.http_edge import CHAT, Vllm, whole
 from tests.program_edge import Desk, served_by
 
@@ -456,3 +459,32 @@ async def test_what_nobody_foresaw_ends_a_stream_of_a_graph_too(served, monkeypa
     events = events_in(await http.post(PROGRAMS, json=fields))
     assert (events[-1]["event"], events[-1]["error"]["code"]) == ("error", "internal_error")
     assert "secret" not in json.dumps(events)
+
+
+@pytest.mark.parametrize("node", [MODEL, TOOL], ids=["a call", "a tool"])
+@pytest.mark.parametrize("is_last", [False, True])
+async def test_a_program_cancelled_between_the_nodes_of_its_graph_is_told_as_such(
+    served, monkeypatch, node: dict[str, str], is_last: bool
+) -> None:
+    """Nothing of it runs, so the ingress hears of it when it begins the next node, or when it has ended the last."""
+    http, desk = served
+    tell = desk.ingress.tell
+
+    def then_cancelled(kind: str, body: bytes) -> None:
+        tell(kind, body)
+        if kind == "EndCall":
+            graph = next(iter(desk.desk.book.live))
+            op = CancelProgram(graph.program_id, "", "somebody", "enough")
+            desk.desk.asked("nobody", wire.ProgramOp(op_id="1", kind="CancelProgram", body=msgspec.json.encode(op)))
+
+    monkeypatch.setattr(desk.ingress, "tell", then_cancelled)
+    monkeypatch.setattr(desk.ingress.graphs, "program_over", lambda program_id: None)
+    nodes = [{"id": "first", "prompt": "A"}, {**node, "after": ["first"]}]
+    fields = {"deadline_s": 60, "graph": {"nodes": nodes[: 1 if is_last else 2]}}
+    whole = await http.post(PROGRAMS, json=fields)
+    assert error_of(whole) == (409, "program_cancelled", None)
+    assert "enough" in whole.json()["error"]["message"]
+    events = events_in(await http.post(PROGRAMS, json={**fields, "stream": True}))
+    told = ["program.created", "node.finished", *([] if is_last else ["node.failed"]), "program.cancelled"]
+    assert [event["event"] for event in events] == told
+    assert events[-1]["error"]["code"] == "program_cancelled"
