@@ -14,6 +14,7 @@ all else as JSON. Everything is checked before anything runs.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +27,16 @@ from tempo_router.program_graph import MAX_ARROWS
 
 MAX_NODES = 1000
 MAX_TEMPLATE_CHARS = 1_000_000
+MAX_FILLED_CHARS = 8_000_000
+"""Of one node's templates with the outputs in them: a short template may name a long output any number of times."""
 MAX_OUTPUT_BYTES = 256 * 1024
 MAX_LABEL_CHARS = 200
+MAX_DEPTH = 100
+"""Of messages, sampling and outputs: whatever reads or writes them later recurs, and may stand deep already."""
+_MAX_TOKENS = 10_000_000
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
-_REFERENCE = re.compile(r"\{\{\s*([^{}]{1,80}?)\s*\}\}")
+# Its length is bounded, and spaces are stripped later: a client's template is searched in time that grows as it does.
+_REFERENCE = re.compile(r"\{\{([^{}]{1,100})\}\}")
 _KEYS = ("id", "after", "prompt", "messages", "max_tokens", "sampling", "tool", "label")
 _RESERVED = (
     "model", "stream", "stream_options", "n", "prompt", "messages", "max_tokens", "max_completion_tokens", "slo",
@@ -88,18 +95,25 @@ def parse_graph(value: object) -> DeclaredGraph:
 
 def filled(template: str, outputs: Mapping[str, Any]) -> str:
     """A template with the outputs that it names. They are put in as they are: what they hold is not looked at again."""
-    return _REFERENCE.sub(lambda found: as_text(outputs[found.group(1)]), template)
+    return _REFERENCE.sub(lambda found: as_text(outputs[found.group(1).strip()]), template)
 
 
 def request_body(node: Node, outputs: Mapping[str, Any], model: str) -> tuple[str, dict[str, Any]]:
-    """(path, body) of the OpenAI request that answers a node."""
+    """(path, body) of the OpenAI request that answers a node. Raises ProgramError if it becomes too large."""
+    templates = [node.prompt, *(text for message in node.messages for text in _texts(message))]
+    named = Counter(name for template in templates for name in _names(template))
+    texts = {name: as_text(outputs[name]) for name in named}
+    chars = sum(map(len, templates)) + sum(len(texts[name]) * times for name, times in named.items())
+    if chars > MAX_FILLED_CHARS:
+        problem = f"has {chars} characters with the outputs that it names; there may be {MAX_FILLED_CHARS}"
+        raise _wrong(f"graph.nodes.{node.node_id}", problem)
     body: dict[str, Any] = {"model": model, **node.sampling}
     if node.max_tokens is not None:
         body["max_tokens"] = node.max_tokens
     if node.messages:
-        body["messages"] = [_filled_deep(message, outputs) for message in node.messages]
+        body["messages"] = [_filled_deep(message, texts) for message in node.messages]
         return "/v1/chat/completions", body
-    body["prompt"] = filled(node.prompt, outputs)
+    body["prompt"] = filled(node.prompt, texts)
     return "/v1/completions", body
 
 
@@ -118,6 +132,7 @@ def parse_output(body: bytes) -> Any:
         raise _wrong("output", f"is not JSON: {error}") from error
     if not isinstance(value, dict) or set(value) - {"user"} != {"output"}:
         raise _wrong("output", "the body must be an object with the key 'output'")
+    _check_depth(value["output"], "output")
     return value["output"]
 
 
@@ -193,9 +208,9 @@ def _after(one: Mapping[str, Any], where: str, ids: Mapping[str, int]) -> list[s
 
 
 def _references(prompt: str, messages: Iterable[object], where: str, ids: Mapping[str, int]) -> list[str]:
-    named = _REFERENCE.findall(prompt)
+    named = _names(prompt)
     for message in messages:
-        named += [name for text in _texts(message) for name in _REFERENCE.findall(text)]
+        named += [name for text in _texts(message) for name in _names(text)]
     for name in named:
         if name not in ids:
             field_name = "prompt" if prompt else "messages"
@@ -209,6 +224,7 @@ def _messages(one: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise _wrong(f"{where}.messages", "must be a list of chat messages")
+    _check_depth(messages, f"{where}.messages")
     return tuple(messages)
 
 
@@ -219,13 +235,14 @@ def _sampling(one: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in sampling:
         if name in _RESERVED:
             raise _wrong(f"{where}.sampling.{name}", "is set by the graph")
+    _check_depth(sampling, f"{where}.sampling")
     return sampling
 
 
 def _count(one: Mapping[str, Any], where: str) -> int | None:
     count = one.get("max_tokens")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise _wrong(f"{where}.max_tokens", "must be a whole number above zero")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MAX_TOKENS):
+        raise _wrong(f"{where}.max_tokens", f"must be a whole number above zero and at most {_MAX_TOKENS}")
     return count
 
 
@@ -260,6 +277,22 @@ def _ordered(nodes: list[Node], ids: Mapping[str, int]) -> list[Node]:
         stuck = next(node.node_id for node in nodes if missing[node.node_id])
         raise _wrong(f"graph.nodes[{ids[stuck]}].after", f"node {stuck!r} waits, by way of others, for itself")
     return [nodes[ids[name]] for name in order]
+
+
+def _names(template: str) -> list[str]:
+    return [name.strip() for name in _REFERENCE.findall(template)]
+
+
+def _check_depth(value: object, where: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [each for one in level if isinstance(one, dict | list) for each in _inside(one)]
+    if level:
+        raise _wrong(where, f"is nested more than {MAX_DEPTH} deep")
+
+
+def _inside(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _texts(value: object) -> Iterable[str]:

@@ -118,6 +118,8 @@ class GraphRun:
         """Whatever comes of it becomes an event: without one the graph would wait for this node for ever."""
         try:
             event = await self._asked(node)
+        except ProgramError as error:
+            event = _failed(node, openai_errors.program_refused(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, the node has failed
             log_unforeseen("node_failed", error, program_id=self._program_id, node=node.node_id)
             event = _failed(node, openai_errors.internal_error())

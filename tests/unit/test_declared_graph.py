@@ -1,12 +1,23 @@
 """What may be declared, what is refused and where, and how prompts are filled in."""
 
 import datetime as dt
+import json
 import math
+import time
 from typing import Any
 
 import pytest
 
-from deployments.declared_graph import MAX_NODES, filled, json_value, parse_graph, parse_output, request_body
+from deployments.declared_graph import (
+    MAX_DEPTH,
+    MAX_FILLED_CHARS,
+    MAX_NODES,
+    filled,
+    json_value,
+    parse_graph,
+    parse_output,
+    request_body,
+)
 from tempo_router.errors import ProgramError
 
 DIAMOND = {
@@ -37,6 +48,52 @@ def test_prompts_are_filled_with_outputs_as_they_are():
     assert (path, body["messages"][0]["content"][0]["text"]) == ("/v1/chat/completions", "R: {{left}}")
     assert filled("{{left}}", outputs) == '[1,{"a":null}]'
     assert request_body(by_id["plan"], {}, "m")[1]["max_tokens"] == 5
+
+
+def test_a_template_is_searched_in_time_that_grows_as_it_does():
+    """Spaces were each tried as the end of what stands before a name: a minute for these, hours for a million."""
+    began_s = time.process_time()
+    parse_graph({"nodes": [{"id": "a", "prompt": "{{" + " " * 20_000}]})
+    assert time.process_time() - began_s < 5
+
+
+def nested(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_what_is_nested_as_deep_as_it_may_be_is_taken():
+    message, schema = {"role": "user", "content": nested(MAX_DEPTH - 3)}, nested(MAX_DEPTH - 2)
+    graph = parse_graph({"nodes": [{"id": "a", "messages": [message], "sampling": {"schema": schema}}]})
+    assert request_body(graph.nodes[0], {}, "m")[1]["messages"] == [message]
+    assert parse_output(json.dumps({"output": nested(MAX_DEPTH - 1)}).encode()) == nested(MAX_DEPTH - 1)
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH, 900])
+def test_what_is_nested_deeper_is_refused(levels: int):
+    """Whatever reads it later would raise, at a depth that nobody knows."""
+    deep = nested(levels)
+    for fields, field in (
+        ({"messages": [{"role": "user", "content": deep}]}, "messages"),
+        ({"prompt": "x", "sampling": {"schema": deep}}, "sampling"),
+    ):
+        with pytest.raises(ProgramError, match="nested more than 100 deep") as refused:
+            parse_graph({"nodes": [{"id": "a", **fields}]})
+        assert refused.value.field == f"graph.nodes[0].{field}"
+    with pytest.raises(ProgramError, match="nested more than 100 deep"):
+        parse_output(json.dumps({"output": deep}).encode())
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_a_short_template_does_not_become_a_prompt_without_end(kind: str):
+    template = "{{t}}" * 100
+    asked = template if kind == "prompt" else [{"role": "user", "content": template}]
+    node = parse_graph({"nodes": [{"id": "t", "tool": "x"}, {"id": "a", kind: asked}]}).nodes[1]
+    assert len(json.dumps(request_body(node, {"t": "x" * 1000}, "m")[1])) > 100_000
+    with pytest.raises(ProgramError, match=f"has 10000[0-9]{{3}} characters .* there may be {MAX_FILLED_CHARS}"):
+        request_body(node, {"t": "x" * 100_000}, "m")
 
 
 def test_the_largest_graph_is_taken_and_a_larger_one_is_not():
@@ -70,6 +127,7 @@ def test_the_largest_graph_is_taken_and_a_larger_one_is_not():
         ([{"id": "a", "prompt": "x", "tool": "t"}], "graph.nodes[0]", "exactly one"),
         ([{"id": "a", "tool": "t", "max_tokens": 5}], "graph.nodes[0]", "neither"),
         ([{"id": "a", "prompt": "x", "max_tokens": 0}], "graph.nodes[0].max_tokens", "above zero"),
+        ([{"id": "a", "prompt": "x", "max_tokens": 10**400}], "graph.nodes[0].max_tokens", "at most"),
         ([{"id": "a", "prompt": "x", "promt": "y"}], "graph.nodes[0].promt", "did you mean"),
         ([{"id": "a", "prompt": "x", "sampling": {"stream": True}}], "graph.nodes[0].sampling.stream", "set by"),
         ([{"id": "a", "prompt": "x", "sampling": {"user": "bob"}}], "graph.nodes[0].sampling.user", "set by"),

@@ -29,3 +29,16 @@ async def test_a_node_that_cannot_be_asked_for_fails_and_tells_nothing_of_its_pr
     assert (event["event"], event["node"], event["status"]) == ("node.failed", "a", 500)
     assert event["error"]["code"] == "internal_error"
     assert "secret" not in json.dumps(event)
+
+
+async def test_a_node_whose_prompt_becomes_too_large_fails_and_is_not_asked_for():
+    asked = []
+
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
+        asked.append(path)
+        return 200, json.dumps({"choices": [{"text": "x" * 100_000}]}).encode()
+
+    events = await events_of(run_of([{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "{{a}}" * 100}], ask))
+    assert [event["event"] for event in events] == ["node.finished", "node.failed"]
+    assert (events[1]["status"], events[1]["error"]["param"]) == (400, "graph.nodes.b")
+    assert asked == ["/v1/completions"]
