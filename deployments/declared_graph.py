@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.program_desk import TOOL
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError
 from tempo_router.program_graph import MAX_ARROWS
@@ -176,7 +177,7 @@ def _node(one: dict[str, Any], where: str, ids: Mapping[str, int]) -> Node:
     for key in one:
         if key not in _KEYS:
             raise _wrong(f"{where}.{str(key)[:64]}", unknown_key_message(str(key)[:64], _KEYS))
-    tool, prompt, messages = _text(one, "tool", where), _text(one, "prompt", where), _messages(one, where)
+    tool, prompt, messages = _short(one, "tool", where), _text(one, "prompt", where), _messages(one, where)
     if sum(map(bool, (tool, prompt, messages))) != 1:
         raise _wrong(where, "needs exactly one of prompt, messages and tool")
     if tool and ("max_tokens" in one or "sampling" in one):
@@ -193,7 +194,7 @@ def _node(one: dict[str, Any], where: str, ids: Mapping[str, int]) -> Node:
         max_tokens=_count(one, where),
         sampling=_sampling(one, where),
         tool=tool,
-        label=_label(one, where) or (f"tool: {tool}" if tool else one["id"]),
+        label=_label(one, tool, where),
     )
 
 
@@ -253,11 +254,22 @@ def _text(one: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _label(one: Mapping[str, Any], where: str) -> str:
-    label = _text(one, "label", where)
-    if len(label) > MAX_LABEL_CHARS or not label.isprintable() or (label and not label.strip()):
-        raise _wrong(f"{where}.label", f"must be at most {MAX_LABEL_CHARS} printable characters")
-    return label
+def _short(one: Mapping[str, Any], name: str, where: str) -> str:
+    """What others show: on one line."""
+    value = _text(one, name, where)
+    if len(value) > MAX_LABEL_CHARS or not value.isprintable() or (value and not value.strip()):
+        raise _wrong(f"{where}.{name}", f"must be at most {MAX_LABEL_CHARS} printable characters")
+    return value
+
+
+def _label(one: Mapping[str, Any], tool: str, where: str) -> str:
+    """What the step is called. The router knows tools by how theirs begin."""
+    label = _short(one, "label", where)
+    if tool:
+        return f"{TOOL}{label or tool}"
+    if label.strip().startswith(TOOL):
+        raise _wrong(f"{where}.label", f"{label[:64]!r} is that of a tool: only theirs begin with {TOOL!r}")
+    return label or str(one["id"])
 
 
 def _ordered(nodes: list[Node], ids: Mapping[str, int]) -> list[Node]:

@@ -128,6 +128,20 @@ async def test_a_graph_runs_whatever_its_tenant_and_its_labels_are_called(
     assert (first["label"], first["stage"], second["stage"], second["parents"]) == (shown, 0, 1, [node_id])
 
 
+async def test_a_tool_with_a_label_gets_its_output(served) -> None:
+    http, _ = served
+    nodes = [{"id": "t", "tool": "web search", "label": "look it up"}]
+    async with asyncio.timeout(10):
+        async for event in events(http, {"name": "p", "graph": {"nodes": nodes}}):
+            last = event
+            if event["event"] == "tool.waiting":
+                assert event["tool"] == "web search"
+                delivered = await http.post("/v1/programs/p/nodes/t/output", json={"output": 1})
+                assert delivered.status_code == 200, delivered.text
+    assert last["event"] == "program.finished"
+    assert [one["label"] for one in last["program"]["calls"]] == ["tool: look it up"]
+
+
 async def cancel(http: httpx.AsyncClient) -> None:
     assert (await http.post("/v1/programs/p/cancel", json={"reason": "enough"})).status_code == 200
 

@@ -134,6 +134,8 @@ def test_the_largest_graph_is_taken_and_a_larger_one_is_not():
         ([{"id": "a", "prompt": "x", "sampling": {"metadata": {}}}], "graph.nodes[0].sampling.metadata", "set by"),
         ([{"id": "a", "prompt": "x", "label": "a\nb"}], "graph.nodes[0].label", "printable"),
         ([{"id": "a", "prompt": "x", "label": "x" * 201}], "graph.nodes[0].label", "at most 200"),
+        ([{"id": "a", "prompt": "x", "label": "tool: x"}], "graph.nodes[0].label", "is that of a tool"),
+        ([{"id": "a", "tool": "x" * 201}], "graph.nodes[0].tool", "at most 200"),
         ([{"id": "a", "prompt": "x", "label": " "}], "graph.nodes[0].label", "printable"),
         ([{"id": "a", "messages": []}], "graph.nodes[0].messages", "list of chat"),
         ([{"id": "a", "prompt": 5}], "graph.nodes[0].prompt", "must be text"),
