@@ -123,8 +123,11 @@ def as_text(output: Any) -> str:
     return output if isinstance(output, str) else msgspec.json.encode(output).decode()
 
 
-def parse_output(body: bytes) -> Any:
-    """The output of a tool from a request's body: {"output": any JSON}. Raises ProgramError."""
+def parse_output(body: bytes) -> tuple[Any, str]:
+    """(output of a tool, its tenant as far as the body says) from {"output": any JSON, "user": ...}.
+
+    Raises ProgramError.
+    """
     if len(body) > MAX_OUTPUT_BYTES:
         raise _wrong("output", f"is larger than {MAX_OUTPUT_BYTES} bytes")
     try:
@@ -134,7 +137,10 @@ def parse_output(body: bytes) -> Any:
     if not isinstance(value, dict) or set(value) - {"user"} != {"output"}:
         raise _wrong("output", "the body must be an object with the key 'output'")
     _check_depth(value["output"], "output")
-    return value["output"]
+    user = value.get("user") or ""
+    if not isinstance(user, str):
+        raise _wrong("user", "must be text")
+    return value["output"], user
 
 
 def json_value(value: Any, where: str) -> Any:

@@ -62,8 +62,9 @@ class GraphApi:
     # ---- from clients ----
 
     async def deliver(self, given: str, node: str, body: bytes, tenant: str) -> Any:
-        """The output of a tool. Raises ProgramError."""
-        output = parse_output(body)
+        """The output of a tool. tenant: "" if only the body may say. Raises ProgramError."""
+        output, user = parse_output(body)
+        tenant = tenant or user
         op = DeliverOutput(resolved_id(tenant, given), tenant, node, msgspec.json.encode(output).decode())
         await self._client.ask(op)
         return {"object": "tool.output", "node": node}

@@ -142,6 +142,24 @@ async def test_a_tool_with_a_label_gets_its_output(served) -> None:
     assert [one["label"] for one in last["program"]["calls"]] == ["tool: look it up"]
 
 
+@pytest.mark.parametrize("in_header", [False, True])
+async def test_a_tool_of_a_tenant_gets_its_output_from_that_tenant_alone(served, in_header: bool) -> None:
+    """The body may say who posts it, as with every other path of programs; the header wins."""
+    http, _ = served
+    path = "/v1/programs/p/nodes/t/output"
+    headers, said = ({"x-tenant-id": "Ada"}, {"user": "Bob"}) if in_header else ({}, {"user": "Ada"})
+    async with asyncio.timeout(10):
+        async for event in events(http, {"name": "p", "user": "Ada", "graph": {"nodes": [{"id": "t", "tool": "x"}]}}):
+            last = event
+            if event["event"] == "tool.waiting":
+                assert (await http.post(path, json={"output": 1, "user": "Bob"})).status_code == 404
+                delivered = await http.post(path, json={"output": 2, **said}, headers=headers)
+                assert delivered.status_code == 200, delivered.text
+            if event["event"] == "node.finished":
+                assert event["output"] == 2
+    assert last["event"] == "program.finished"
+
+
 async def cancel(http: httpx.AsyncClient) -> None:
     assert (await http.post("/v1/programs/p/cancel", json={"reason": "enough"})).status_code == 200
 

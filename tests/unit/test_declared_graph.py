@@ -68,7 +68,7 @@ def test_what_is_nested_as_deep_as_it_may_be_is_taken():
     message, schema = {"role": "user", "content": nested(MAX_DEPTH - 3)}, nested(MAX_DEPTH - 2)
     graph = parse_graph({"nodes": [{"id": "a", "messages": [message], "sampling": {"schema": schema}}]})
     assert request_body(graph.nodes[0], {}, "m")[1]["messages"] == [message]
-    assert parse_output(json.dumps({"output": nested(MAX_DEPTH - 1)}).encode()) == nested(MAX_DEPTH - 1)
+    assert parse_output(json.dumps({"output": nested(MAX_DEPTH - 1)}).encode()) == (nested(MAX_DEPTH - 1), "")
 
 
 @pytest.mark.parametrize("levels", [MAX_DEPTH, 900])
@@ -156,9 +156,14 @@ def test_an_output_that_is_none_is_refused(body):
     assert refused.value.field == "output"
 
 
+def test_a_tenant_of_an_output_that_is_no_text_is_refused():
+    with pytest.raises(ProgramError, match="must be text", check=lambda error: error.field == "user"):
+        parse_output(b'{"output": 1, "user": ["me"]}')
+
+
 def test_any_json_is_an_output():
-    assert parse_output(b'{"output": {"a": [1, null]}}') == {"a": [1, None]}
-    assert parse_output(b'{"output": null, "user": "me"}') is None
+    assert parse_output(b'{"output": {"a": [1, null]}}') == ({"a": [1, None]}, "")
+    assert parse_output(b'{"output": null, "user": "me"}') == (None, "me")
 
 
 def test_what_python_gives_becomes_what_json_holds():
