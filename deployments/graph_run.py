@@ -144,17 +144,24 @@ def _ended(node: Node, status: int, content: bytes) -> Event:
         answer = None
     if status == 200 and isinstance(answer, dict) and answer.get("choices"):
         choice = answer["choices"][0]
-        text = choice["message"].get("content") if "message" in choice else choice.get("text")
         usage = answer.get("usage") or {}
         return {
             "event": "node.finished",
             "node": node.node_id,
-            "output": text or "",
+            "output": _output(choice),
             "finish_reason": choice.get("finish_reason"),
             "output_tokens": usage.get("completion_tokens", 0),
         }
     error = answer.get("error") if isinstance(answer, dict) else None
     return {"event": "node.failed", "node": node.node_id, "status": status, "error": error}
+
+
+def _output(choice: dict[str, Any]) -> Any:
+    """The text of an answer; of one that calls tools all that it says, since there may be no text at all."""
+    message = choice.get("message") or {"content": choice.get("text")}
+    if message.get("tool_calls"):
+        return {"content": message.get("content"), "tool_calls": message["tool_calls"]}
+    return message.get("content") or ""
 
 
 def _failed(node: Node, error: ApiError) -> Event:

@@ -4,6 +4,8 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
+
 from cluster.ingress_programs import IngressPrograms
 from deployments.declared_graph import parse_graph
 from deployments.graph_run import Ask, Event, GraphRun
@@ -42,3 +44,36 @@ async def test_a_node_whose_prompt_becomes_too_large_fails_and_is_not_asked_for(
     assert [event["event"] for event in events] == ["node.finished", "node.failed"]
     assert (events[1]["status"], events[1]["error"]["param"]) == (400, "graph.nodes.b")
     assert asked == ["/v1/completions"]
+
+
+async def test_a_node_that_calls_tools_gives_the_calls_to_those_that_name_it():
+    """Its text is null: the next one would be asked as if nothing had been said."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}]
+    message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": calls}
+    bodies = []
+
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
+        bodies.append(json.loads(body))
+        return 200, json.dumps({"choices": [{"message": message, "finish_reason": "tool_calls"}]}).encode()
+
+    nodes = [{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "{{a}}"}]
+    first, _ = await events_of(run_of(nodes, ask))
+    assert first["output"] == {"content": None, "tool_calls": calls}
+    assert json.loads(bodies[1]["prompt"]) == first["output"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "output"),
+    [
+        ({"message": {"content": "said", "tool_calls": []}}, "said"),
+        ({"message": {"content": None, "tool_calls": []}, "finish_reason": "length"}, ""),
+        ({"text": "said"}, "said"),
+        ({"text": ""}, ""),
+    ],
+)
+async def test_the_output_of_any_other_node_is_its_text(choice: dict[str, Any], output: str):
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    (event,) = await events_of(run_of([{"id": "a", "prompt": "A"}], ask))
+    assert (event["event"], event["output"]) == ("node.finished", output)
