@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from deployments import openai_errors
-from deployments.declared_graph import DeclaredGraph, parse_graph, parse_output
+from deployments.declared_graph import parse_graph, parse_output
 from deployments.graph_run import Ask, Event, GraphRun, failure_of
 from deployments.handle_api import NewProgram
 from deployments.openai_errors import ApiError
@@ -72,36 +72,38 @@ class GraphApi:
     async def run(self, new: NewProgram) -> AsyncGenerator[Event]:
         """Make the program and run its graph. Raises ProgramError before the first event for what makes no sense.
 
-        Ends with the event "program", the whole of it. Leaving early cancels the program.
+        The last event is "program.finished" or "program.cancelled", with the whole of it. Closing it early cancels the
+        program, once it has given its first event.
         """
         graph = parse_graph(new.graph)
         made = await self._programs.create(new, graph)
         program_id = str(made["id"])
         if program_id in self._runs:
             raise ProgramError("invalid_program", f"program {program_id!r} has begun: its graph runs once", "graph")
-        return self._events(program_id, graph, new.tenant, made)
+        run = GraphRun(program_id, graph, model=self._model, tenant=new.tenant, ask=self._ask, programs=self._client)
+        self._runs[program_id] = run
+        return self._events(program_id, run, new.tenant, made)
 
-    async def whole(self, new: NewProgram) -> Any:
-        """Run a graph and wait for its end: the program, and `outputs` by node.
+    async def whole(self, events: AsyncGenerator[Event]) -> Any:
+        """Wait for the end of a graph that runs: the program, and `outputs` by node.
 
         Raises ProgramError if a node fails, and if somebody else ends the program.
         """
         outputs: dict[str, Any] = {}
         last: Event = {}
-        async for event in await self.run(new):
-            last = event
-            if event["event"] == "node.finished":
-                outputs[event["node"]] = event["output"]
+        async with aclosing(events):
+            async for event in events:
+                last = event
+                if event["event"] == "node.finished":
+                    outputs[event["node"]] = event["output"]
         if last["event"] == "program.cancelled":
             error = last["error"]
             raise ProgramError(error["code"], error["message"], error["param"] or "")
         return {**last["program"], "outputs": outputs}
 
     async def _events(
-        self, program_id: str, graph: DeclaredGraph, tenant: str, made: Mapping[str, Any]
+        self, program_id: str, run: GraphRun, tenant: str, made: Mapping[str, Any]
     ) -> AsyncGenerator[Event]:
-        run = GraphRun(program_id, graph, model=self._model, tenant=tenant, ask=self._ask, programs=self._client)
-        self._runs[program_id] = run
         failed: Event | None = None
         is_whole = is_ours = False
         try:
@@ -110,7 +112,7 @@ class GraphApi:
                 async for event in events:
                     failed = event if event["event"] == "node.failed" else failed
                     yield event
-            is_whole = len(run.outputs) == len(graph.nodes)
+            is_whole = run.is_whole
         finally:
             del self._runs[program_id]
             if not is_whole:

@@ -49,6 +49,11 @@ class GraphRun:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every node has ended."""
+        return len(self.outputs) == len(self._graph.nodes)
+
     async def events(self) -> AsyncGenerator[Event]:
         """What happens, as it happens: tools that wait, nodes that ended, a deadline that came to be out of reach.
 
@@ -56,7 +61,7 @@ class GraphRun:
         """
         try:
             await self._begin_ready()
-            while len(self.outputs) < len(self._graph.nodes):
+            while not self.is_whole:
                 event = await self._events.get()
                 if event["event"] == "node.finished":
                     self.outputs[event["node"]] = event["output"]

@@ -77,7 +77,8 @@ class OwnPaths:
             elif is_streaming:
                 await _stream_events(await self.graphs.run(new), receive, send)
             else:
-                value = await _unless_gone(self.graphs.whole(new), receive)
+                # Whoever leaves while the program is made must not leave it behind: it is cancelled once it is there.
+                value = await _unless_gone(self.graphs.whole(await self.graphs.run(new)), receive)
                 if value is not None:
                     await send_body(send, program_api.as_bytes(value), [JSON])
         except (InvalidSloError, ProgramError, RouterUnavailableError) as error:

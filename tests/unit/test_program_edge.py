@@ -1,5 +1,6 @@
 """Programs over HTTP, from the request to the desk: names that exist, deadlines, graphs, whose call is whose."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -488,3 +489,30 @@ async def test_a_program_cancelled_between_the_nodes_of_its_graph_is_told_as_suc
     told = ["program.created", "node.finished", *([] if is_last else ["node.failed"]), "program.cancelled"]
     assert [event["event"] for event in events] == told
     assert events[-1]["error"]["code"] == "program_cancelled"
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_client_that_leaves_while_its_graph_is_made_cancels_it(served, is_streaming: bool) -> None:
+    http, desk = served
+    body = json.dumps({"deadline_s": 60, "stream": is_streaming, "graph": {"nodes": [TOOL]}}).encode()
+    messages = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        assert message.get("more_body", True), "it is answered"
+
+    async with asyncio.timeout(10):
+        await http._transport.app({"type": "http", "method": "POST", "path": PROGRAMS, "headers": []}, receive, send)
+    (program,) = [*desk.desk.book.live, *desk.desk.book.ended]
+    assert (program.status, program.reason) == ("cancelled", "its client left")
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_graph_that_is_asked_for_twice_at_once_runs_once(served, is_streaming: bool) -> None:
+    http, _ = served
+    fields = {"name": "p", "deadline_s": 60, "stream": is_streaming, "graph": {"nodes": [MODEL]}}
+    first, second = await asyncio.gather(*(http.post(PROGRAMS, json=fields) for _ in range(2)))
+    assert first.status_code == 200
+    assert error_of(second) == (400, "invalid_program", "graph")
