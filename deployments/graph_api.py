@@ -140,15 +140,14 @@ class GraphApi:
             return await self._programs.view(program_id, tenant)
 
     async def _cancel(self, program_id: str, reason: str, tenant: str) -> bool:
-        """Give the program up. Returns whether it is this that ended it."""
+        """Give the program up, as far as it can be. Returns False if it was over before."""
         try:
             await self._programs.cancel(program_id, reason, tenant)
-        except ProgramError as error:
-            if error.code != "program_ended":
-                raise
-            return False
-        except RouterUnavailableError:
-            log.warning("graph_not_cancelled_yet", program_id=program_id, reason=reason)  # The next router is told.
+        except (ProgramError, RouterUnavailableError) as error:
+            if isinstance(error, ProgramError) and error.code == "program_ended":
+                return False
+            # Without a router the next one is told.
+            log.warning("graph_not_cancelled", program_id=program_id, reason=reason, problem=str(error))
         return True
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from cluster import wire_pb2 as wire
 from tempo_router.config import ProgramsConfig, TempoConfig
-from tempo_router.errors import RouterUnavailableError
+from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import CancelProgram
 from tests.http_edge import CHAT, Vllm, whole
 from tests.program_edge import Desk, served_by
@@ -491,22 +491,46 @@ async def test_a_program_cancelled_between_the_nodes_of_its_graph_is_told_as_suc
     assert events[-1]["error"]["code"] == "program_cancelled"
 
 
-@pytest.mark.parametrize("is_streaming", [True, False])
-async def test_a_client_that_leaves_while_its_graph_is_made_cancels_it(served, is_streaming: bool) -> None:
-    http, desk = served
-    body = json.dumps({"deadline_s": 60, "stream": is_streaming, "graph": {"nodes": [TOOL]}}).encode()
-    messages = iter([{"type": "http.request", "body": body}])
+async def ask_and_leave(http: Any, fields: dict[str, Any]) -> list[str]:
+    """Ask for a program, read no event, and be gone when the body has been read. What was sent, by type."""
+    messages = iter([{"type": "http.request", "body": json.dumps(fields).encode()}])
+    sent = []
 
     async def receive() -> dict[str, Any]:
         return next(messages, {"type": "http.disconnect"})
 
     async def send(message: Any) -> None:
-        assert message.get("more_body", True), "it is answered"
+        sent.append(message["type"])
+        if message.get("more_body"):
+            await asyncio.Event().wait()
 
     async with asyncio.timeout(10):
         await http._transport.app({"type": "http", "method": "POST", "path": PROGRAMS, "headers": []}, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_client_that_leaves_while_its_graph_is_made_cancels_it(served, is_streaming: bool) -> None:
+    http, desk = served
+    await ask_and_leave(http, {"deadline_s": 60, "stream": is_streaming, "graph": {"nodes": [TOOL]}})
     (program,) = [*desk.desk.book.live, *desk.desk.book.ended]
     assert (program.status, program.reason) == ("cancelled", "its client left")
+
+
+@pytest.mark.parametrize("error", [ProgramError("unknown_program", "forgotten"), RouterUnavailableError("away")])
+async def test_a_graph_that_cannot_be_cancelled_does_not_answer_who_has_left(served, monkeypatch, error) -> None:
+    """An error after the start of a stream would be a second start."""
+    http, desk = served
+    ask = desk.ingress.ask
+
+    async def refused(kind: str, body: bytes) -> bytes:
+        if kind == "CancelProgram":
+            raise error
+        return await ask(kind, body)
+
+    monkeypatch.setattr(desk.ingress, "ask", refused)
+    sent = await ask_and_leave(http, {"deadline_s": 60, "stream": True, "graph": {"nodes": [TOOL]}})
+    assert sent.count("http.response.start") == 1
 
 
 @pytest.mark.parametrize("is_streaming", [True, False])
