@@ -22,7 +22,7 @@ class LiveCall:
 
     to_compute: context that its next token needs; computed: what of it is in the KV cache.
     blocks: KV blocks that it holds; while it decodes, those of the step when it began to.
-    segments: [first, last) decode steps, by number, in which it ran before it was held or evicted.
+    segments: [first, last) decode steps, by number, in which it ran before it was held or evicted; no more than tokens.
     row: where the planner's table keeps its numbers.
     times_taken: how often it lost its blocks to a prompt that asked for them.
     """

@@ -162,6 +162,10 @@ class StepPlanner:
         self._hurried.discard(call.call_id)
         self._table.remove(call)
         self._is_dirty = True
+        if not self._live:
+            # An engine without calls plans no more steps: nothing is kept of the last one.
+            self._evicted.clear()
+            self._resumed.clear()
 
     def retune(self, call_id: DispatchId, standing: Standing) -> None:
         """How a call stands has changed. If it is whether it goes last, the next step knows, else the next look."""
@@ -221,10 +225,17 @@ class StepPlanner:
         """Calls that lost their KV cache for the step that was planned last, in order."""
         return self._evicted
 
+    @property
+    def resumed(self) -> Sequence[LiveCall]:
+        """Calls that were held and decode again in the step that was planned last, in order."""
+        return self._resumed
+
     # ---- a step ----
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step; None when nothing can run."""
+        self._evicted.clear()
+        self._resumed.clear()
         if not self._live:
             return None
         if now_s < self._now_s:
@@ -232,7 +243,6 @@ class StepPlanner:
             self._arrange_at_s = self._full_until_s = now_s
             self._paces.look_again()
         self._now_s = now_s
-        self._evicted.clear()
         self._arrange(now_s)
         rule = self._policy.batch
         if rule.kind == "prefill_first":
@@ -568,7 +578,8 @@ class StepPlanner:
         started = call.spec.context_tokens + call.produced
         self._crossings[(started - call.joined) % self._kv.block_size] -= 1
         call.produced = call.new_tokens
-        call.segments.append((call.joined, self._clock.steps))
+        if self._clock.steps > call.joined:
+            call.segments.append((call.joined, self._clock.steps))
         call.is_decoding = False
         call.blocks = self._kv.blocks_for(context)
         self._context_tokens -= context
@@ -586,11 +597,6 @@ class StepPlanner:
         del self._held[call.call_id]
         self._join(call)
         self._resumed.append(call)
-
-    def take_resumed(self) -> list[LiveCall]:
-        """Calls that were held and decode again, since the last question."""
-        resumed, self._resumed = self._resumed, []
-        return resumed
 
     def _resume_all(self) -> None:
         for call in list(self._held.values()):
@@ -635,6 +641,11 @@ class StepPlanner:
         assert sum(self._crossings) == len(self._decoding), "block crossings do not add up"
         hurried = {name for name, call in self._live.items() if not goes_last(call)}
         assert self._hurried == hurried, f"in a hurry are {hurried}, the planner knows {self._hurried}"
+        resumed = [call.ticket for call in self._resumed]
+        assert len(set(resumed)) == len(resumed), "a call was resumed twice: what is told is not of one step"
+        assert self._live or not (self._evicted or self._resumed), "calls are kept, and none is live"
+        for call in self._live.values():
+            assert len(call.segments) <= call.new_tokens, f"call {call.call_id} keeps more segments than it has tokens"
         self._table.audit(list(self._live.values()), self._clock.steps)
         self._paces.audit(self._decoding.values())
         self._kv.audit()

@@ -229,6 +229,7 @@ class Drive:
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         if isinstance(scheduler, TempoScheduler):
             assert len(scheduler.planner) == 0
+            scheduler.audit()
             kept = ("_calls", "_requests", "_begun", "_skipped", "_strangers", "_not_ready")
             left = {name: getattr(scheduler, name) for name in kept if getattr(scheduler, name)}
             assert left == {}

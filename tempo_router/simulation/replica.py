@@ -101,7 +101,7 @@ class SimulatedReplica:
     def begin_step(self, now_s: float) -> float | None:
         """Start the next step; its duration in seconds, or None if there is nothing to compute."""
         plan = self.planner.plan(now_s)
-        for call in self.planner.take_resumed():
+        for call in self.planner.resumed:
             self._expect_end(self._answers[call.call_id])
         if plan is None:
             return None

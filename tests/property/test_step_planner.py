@@ -281,7 +281,6 @@ class PlannerMachine(RuleBasedStateMachine):
         for planner, own in zip(self.planners, (plan, self._twin), strict=True):
             completed = planner.stepped(own)
             planner._steps.observe(report)
-            planner.take_resumed()
             assert [call.call_id for call in completed] == whole
         self.now_s += duration_s
         self.nothing_is_miscounted()

@@ -85,6 +85,37 @@ def test_a_victim_of_the_plan_is_named_until_the_next_plan(planner):
     assert list(planner.evicted) == []
 
 
+def test_calls_that_go_on_are_named_until_the_next_plan(planner):
+    """Whoever does not ask must not find every call that was ever held."""
+    streams = [add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=10)) for number in range(5)]
+    now_s, named = 0.0, []
+    for turn in range(40):
+        # The least dense of five calls is held; each is so in turn.
+        for number, call in enumerate(streams):
+            planner.retune(call.call_id, Standing(0.01 if number == turn % 5 else 1.0, is_admitted=True))
+        now_s += 0.5
+        step(planner, now_s)
+        named.append(list(planner.resumed))
+        planner.audit()
+    assert sum(map(len, named)) > 20, "nobody was held"
+    assert max(map(len, named)) == 1
+    for call in streams:
+        planner.remove(call)
+
+    assert list(planner.resumed) == list(planner.evicted) == []
+
+
+def test_a_call_that_goes_on_and_gives_way_before_a_step_was_computed_keeps_no_trace_of_it(planner):
+    """Else a call that stands at the edge for long would remember every time."""
+    call = add(planner, 1, request("r", prompt_tokens=10))
+    step(planner, 0.0)
+    for number in range(5):
+        planner._hold(call)
+        planner._resume(call)
+        planner._resumed.clear()
+        assert call.segments == [], f"after {number + 1} times"
+
+
 def test_a_moved_deadline_changes_the_order_of_the_next_step(planner):
     # The cap lets one prompt into each step.
     planner.step_cap_s = 1e-6
