@@ -16,14 +16,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import structlog
+
+from tempo_router.errors import EngineStartError
 from tempo_router.step_time import Coefficients
 from workers.call_facts import News
-from workers.engine import Engine, EngineCall
+from workers.engine import Engine, EngineCall, EngineFacts
+
+log = structlog.get_logger()
 
 _POLL_S = 0.01
 _LIMIT_S = 120.0
+_ABORTED_WITHIN_S = 30.0
+"""A step that is under way ends before an engine aborts what is in it."""
 _ANSWER_TOKENS = 24
 _LONG_CAP_S = 30.0
 """During the sweep prompts may fill a step: short caps are what its results are for."""
@@ -79,27 +86,79 @@ Encode = Callable[[str, int, int], tuple[bytes, ...]]
 """(request id, prompt tokens, answer tokens) -> a request in the engine's codec; no two prompts begin alike."""
 
 
-async def measure(engine: Engine, encode: Encode) -> None:
-    """Run the sweep; returns when the engine is empty again. Nobody else may use it meanwhile. Raises TimeoutError."""
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """How far a sweep came: points that were measured, of those that were planned; none where no request fits."""
+
+    points: int
+    planned: int
+
+
+class _Point(NamedTuple):
+    """Requests that run together, and what each of them is."""
+
+    requests: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+async def measure(engine: Engine, encode: Encode, death: Callable[[], str | None] = lambda: None) -> Swept:
+    """Run the sweep; returns when the engine is empty again. Nobody else may use it meanwhile.
+
+    A slow engine does not come to the end of it: what it measured until then counts, if one prompt of every length is
+    among it. However it ends, nothing of it is left in the engine. death: why the engine died, if it did.
+    Raises TimeoutError if less was measured, and EngineStartError if the engine died.
+    """
+    points = _sweep(engine.facts)
+    measured = 0
     engine.tell(News((), _LONG_CAP_S))
-    numbers = itertools.count()
-    async with asyncio.timeout(_LIMIT_S):
-        for count, prompt_tokens in _sweep(engine):
-            for _ in range(count):
-                name = f"calibration-{next(numbers)}"
-                payload = encode(name, prompt_tokens, _ANSWER_TOKENS)
-                engine.submit(EngineCall(name, "calibration", 0, payload, prompt_tokens, _ANSWER_TOKENS))
-            # An engine tells of its steps, not of being empty.
-            while engine.live_requests():  # noqa: ASYNC110
-                await asyncio.sleep(_POLL_S)
-    engine.tell(News((), None))
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            numbers = itertools.count()
+            for point in points:
+                _submit(engine, encode, point, numbers)
+                await _until_empty(engine, death)
+                measured += 1
+    except TimeoutError:
+        log.debug("calibration_stopped", points=measured, limit_s=_LIMIT_S)
+    finally:
+        # After its death an engine may not be called.
+        if death() is None:
+            engine.abort(engine.live_requests())
+            engine.tell(News((), None))
+    async with asyncio.timeout(_ABORTED_WITHIN_S):
+        await _until_empty(engine, death)
+    least = sum(point.requests == 1 for point in points)
+    if measured < least:
+        raise TimeoutError(f"{measured} of {len(points)} points were measured in {_LIMIT_S} s, {least} are needed")
+    return Swept(measured, len(points))
 
 
-def _sweep(engine: Engine) -> Iterator[tuple[int, int]]:
-    """(requests together, prompt tokens of each), within what the engine holds."""
-    facts = engine.facts
-    longest = min(facts.max_model_len, facts.kv_tokens) - _ANSWER_TOKENS
-    for count in sorted({1, max(1, facts.max_running // 4), facts.max_running}):
-        for prompt_tokens in (8, 64, facts.max_step_tokens // 2, 2 * facts.max_step_tokens):
-            fitting = min(prompt_tokens, longest)
-            yield min(count, max(1, facts.kv_tokens // (fitting + _ANSWER_TOKENS))), fitting
+def _submit(engine: Engine, encode: Encode, point: _Point, numbers: Iterator[int]) -> None:
+    for _ in range(point.requests):
+        name = f"calibration-{next(numbers)}"
+        payload = encode(name, point.prompt_tokens, point.answer_tokens)
+        engine.submit(EngineCall(name, "calibration", 0, payload, point.prompt_tokens, point.answer_tokens))
+
+
+async def _until_empty(engine: Engine, death: Callable[[], str | None]) -> None:
+    # An engine tells of its steps, not of being empty.
+    while engine.live_requests():
+        reason = death()
+        if reason is not None:
+            raise EngineStartError(f"the engine died while its steps were measured: {reason}")
+        await asyncio.sleep(_POLL_S)
+
+
+def _sweep(facts: EngineFacts) -> list[_Point]:
+    """What fits into the engine: each prompt alone, then together, the fewest tokens first, as time may be short."""
+    room = min(facts.max_model_len, facts.kv_tokens)
+    points = set()
+    for requests in (1, max(1, facts.max_running // 4), facts.max_running):
+        for wanted in (8, 64, facts.max_step_tokens // 2, 2 * facts.max_step_tokens):
+            prompt_tokens = max(1, min(wanted, room - _ANSWER_TOKENS))
+            answer_tokens = min(_ANSWER_TOKENS, room - prompt_tokens)
+            if answer_tokens > 0:
+                together = min(requests, facts.kv_tokens // (prompt_tokens + answer_tokens))
+                points.add(_Point(together, prompt_tokens, answer_tokens))
+    return sorted(points, key=lambda point: (point.requests > 1, point.requests * point.prompt_tokens, point))

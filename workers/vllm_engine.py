@@ -84,8 +84,14 @@ class VllmEngine:
         self._clients: list[str] = [""]  # by index; index 0 is nobody
         self._utilities: dict[int, asyncio.Future[tuple[bytes, ...]]] = {}
         self._next_call_id = 1
+        self._death: str | None = None
         self._load: ReplicaLoad | None = None
         self._encoder = MsgpackEncoder()  # output thread only
+
+    @property
+    def death(self) -> str | None:
+        """Why it died; None while it has not."""
+        return self._death
 
     @property
     def calibration(self) -> Calibration:
@@ -305,6 +311,7 @@ class VllmEngine:
                 answer.set_exception(TempoError(reason))
 
     def _die(self, reason: str) -> None:
+        self._death = reason
         self._fail_utilities(f"the engine died: {reason}")
         self._on_death(reason)
 
@@ -347,17 +354,23 @@ async def start_vllm_engine(
 
 
 async def _calibrate(engine: VllmEngine, file: CalibrationFile) -> None:
-    """Measure and keep. An engine that cannot be measured still serves: it learns from its requests."""
+    """Measure and keep. An engine that cannot be measured still serves: it learns from its requests.
+
+    Raises EngineStartError if it died of it.
+    """
     began_s = time.monotonic()
     try:
-        await measure(engine, _made_up_request)
-        file.save(engine.calibration)
+        swept = await measure(engine, _made_up_request, lambda: engine.death)
+        found = engine.calibration
+        if swept.points:
+            file.save(found)
     except (TimeoutError, OSError) as error:
         log.warning("calibration_failed", problem=repr(error), effect="step times are learnt from requests alone")
         return
-    found = engine.calibration
     log.info(
         "calibrated",
+        points=swept.points,
+        planned_points=swept.planned,
         seconds=round(time.monotonic() - began_s, 1),
         steps=found.steps,
         relative_error=round(found.relative_error, 3),

@@ -1,18 +1,23 @@
 """What is kept of an engine's step times, and the sweep that measures them."""
 
+import asyncio
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import msgspec
 import pytest
 
 from tempo_router.config import EngineConfig
+from tempo_router.errors import EngineStartError
 from tempo_router.events import StepReport
 from tempo_router.step_time import Coefficients, StepTimeModel
-from workers.calibration import Calibration, CalibrationFile, measure
+from workers import calibration
+from workers.calibration import Calibration, CalibrationFile, Swept, measure
 from workers.call_facts import News
-from workers.engine import EngineStep
+from workers.engine import Engine, EngineCall, EngineFacts, EngineStep
 from workers.simulated_engine import SimulatedEngine, start_simulated_engine
 
 FOUND = Calibration(Coefficients(0.002, 2e-5, 0.0, 0.0, 1e-6, 8e-5, 1e-7, 0.0), 1.3, 0.12, 400)
@@ -78,6 +83,100 @@ async def test_the_sweep_goes_from_one_short_prompt_to_full_steps_and_leaves_not
     assert [news.step_cap_s for news in told] == [30.0, None]
     assert Counter(report.prefill_tokens > 0 for report in reports)[True] > 10
     assert_they_tell(FOUND.coefficients, reports)
+
+
+class ScriptedEngine:
+    """Finishes what it is given in the first `points` rounds, then nothing more: it is slow, or dies."""
+
+    def __init__(self, points: int, dies: bool = False, **facts: int) -> None:
+        known = {"max_model_len": 4096, "kv_tokens": 16384, "max_running": 8, "max_step_tokens": 256, **facts}
+        self.facts = EngineFacts("fake", "0", "m", kv_blocks=1024, block_size=16, supported_tasks=(), **known)
+        self.points = points
+        self.dies = dies
+        self.death: str | None = None
+        self.calls: list[EngineCall] = []
+        self.told: list[News] = []
+        self._live: list[str] = []
+
+    def tell(self, news: News) -> None:
+        assert self.death is None, "an engine that died was called"
+        self.told.append(news)
+
+    def submit(self, call: EngineCall) -> None:
+        assert call.prompt_tokens >= 1, f"{call.prompt_tokens} prompt tokens would end the engine"
+        assert call.max_output_tokens >= 1
+        assert call.prompt_tokens + call.max_output_tokens <= self.facts.max_model_len
+        self.calls.append(call)
+        self._live.append(call.request_id)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        assert self.death is None, "an engine that died was called"
+        self._live = [one for one in self._live if one not in request_ids]
+
+    def live_requests(self) -> tuple[str, ...]:
+        if self.points > 0:
+            self.points -= 1
+            self._live.clear()
+        elif self.dies:
+            self.death = "out of memory"
+        return tuple(self._live)
+
+    async def measured(self) -> Swept:
+        return await measure(cast(Engine, self), lambda *call: (), lambda: self.death)
+
+    def is_as_before(self) -> bool:
+        return not self._live and [news.step_cap_s for news in self.told] == [30.0, None]
+
+
+async def test_of_a_slow_engine_is_kept_what_was_measured_until_then(monkeypatch):
+    monkeypatch.setattr(calibration, "_LIMIT_S", 0.05)
+    engine = ScriptedEngine(points=5)
+    swept = await engine.measured()
+
+    assert (swept.points, swept.planned) == (5, 12)
+    assert {call.prompt_tokens for call in engine.calls} == {8, 64, 128, 512}
+    assert engine.is_as_before()
+
+
+async def test_too_little_to_keep_leaves_nothing_in_the_engine_either(monkeypatch):
+    monkeypatch.setattr(calibration, "_LIMIT_S", 0.05)
+    engine = ScriptedEngine(points=3)
+    with pytest.raises(TimeoutError, match="3 of 12 points"):
+        await engine.measured()
+    assert engine.is_as_before()
+
+
+async def test_a_sweep_that_is_cancelled_leaves_nothing_in_the_engine():
+    engine = ScriptedEngine(points=3)
+    sweep = asyncio.create_task(engine.measured())
+    await asyncio.sleep(0)
+    sweep.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sweep
+    assert engine.calls
+    assert engine.is_as_before()
+
+
+async def test_the_death_of_an_engine_ends_its_sweep_at_once():
+    engine = ScriptedEngine(points=3, dies=True)
+    with pytest.raises(EngineStartError, match="out of memory"):
+        await engine.measured()
+    assert [news.step_cap_s for news in engine.told] == [30.0]
+
+
+@pytest.mark.parametrize("max_model_len", [2, 16, 24, 25, 40])
+async def test_an_engine_for_the_shortest_contexts_is_measured_with_what_fits(max_model_len):
+    engine = ScriptedEngine(points=99, max_model_len=max_model_len, max_running=2)
+    swept = await engine.measured()
+
+    assert swept.points == swept.planned > 0
+    assert engine.is_as_before()
+
+
+async def test_where_no_request_fits_nothing_is_measured():
+    engine = ScriptedEngine(points=99, max_model_len=1)
+    assert await engine.measured() == Swept(0, 0)
+    assert engine.calls == []
 
 
 def assert_they_tell(true: Coefficients, reports: list[StepReport]) -> None:
