@@ -39,8 +39,14 @@ _WARM_UP = 16
 _OUTLIER_RATIO = 5.0
 _MAX_REJECTED_IN_A_ROW = 8
 """So many slow steps in a row are no stall: the machine is slower now. The next _WARM_UP steps are believed."""
+_FAR_ABOVE = 10.0
+_MAX_FAR_ABOVE = 32
+_FAR_ABOVE_SHARE = 0.2
+"""So many steps that were estimated at more than ten times what they took, and are so large a share of their kind: the
+fit began with figures of another machine, or in another unit. It would not unlearn them: next to an estimate a thousand
+times too large all measurements are alike, and weigh nothing against where the fit stands."""
 _UPPER_SHARE = 0.9
-_LEAST_RATIO, _MOST_RATIO = 0.5, 20.0
+_LEAST_RATIO, _USUAL_RATIO, _MOST_RATIO = 0.5, 1.5, 20.0
 _MIN_DECODES = 8.0
 _UNSURE_ABOVE = 0.30
 _UNSURE_AFTER_S = 60.0
@@ -70,6 +76,15 @@ class Coefficients(NamedTuple):
     context_s: float
     attention_s: float
 
+    def step_s(self, prefill_tokens: float, decodes: float, context_tokens: float, attention_tokens: float) -> float:
+        """Duration of such a step; the arguments are those of a `StepReport`."""
+        return (
+            self.tokens_s(prefill_tokens + decodes)
+            + self.decode_s * decodes
+            + self.context_s * context_tokens
+            + self.attention_s * attention_tokens
+        )
+
     @property
     def step_token_s(self) -> float:
         """A token beyond the last knot, where the step is compute-bound."""
@@ -96,6 +111,19 @@ class Coefficients(NamedTuple):
 
 _PRIOR = Coefficients(6e-3, 1e-5, 4e-6, 4e-6, 4e-6, 1e-5, 1e-7, 2e-9)
 """Between a laptop's toy model and a data-centre GPU. Guessed; the first steps outweigh it."""
+
+_MOST_OVER_PRIOR = Coefficients(500.0, 2e4, 2e4, 2e4, 2e4, 2e4, 2e4, 2e4)
+"""A step with nothing in it takes 3 s at most, a token 0.2 s: a model of 8 billion on two cores comes near that."""
+
+
+def implausible(coefficients: Coefficients) -> list[str]:
+    """Which of them no machine has, with their values; empty for what a fit may begin with."""
+    return [
+        f"{name}={value!r}"
+        for name, value, prior, most in zip(Coefficients._fields, coefficients, _PRIOR, _MOST_OVER_PRIOR, strict=True)
+        if not 0.0 <= value <= most * prior
+    ]
+
 
 _FEATURES = len(_PRIOR)
 _RIDGES = tuple(_RIDGE / (value * scale) ** 2 for value, scale in zip(_PRIOR, _SCALES, strict=True))
@@ -142,9 +170,10 @@ class Pace:
 class _Memory:
     """Decayed sums of one kind of steps: X'X and X'y of the relative least squares."""
 
-    __slots__ = ("rows", "xx", "xy")
+    __slots__ = ("far_above", "rows", "xx", "xy")
 
     def __init__(self) -> None:
+        self.far_above = 0.0
         self.rows: list[tuple[float, ...]] = []
         self.xx = [[0.0] * _FEATURES for _ in range(_FEATURES)]
         self.xy = [0.0] * _FEATURES
@@ -183,7 +212,7 @@ class StepTimeModel:
     prior, upper_ratio: what a machine of the same kind had found.
     """
 
-    def __init__(self, prior: Coefficients = _PRIOR, upper_ratio: float = 1.5) -> None:
+    def __init__(self, prior: Coefficients = _PRIOR, upper_ratio: float = _USUAL_RATIO) -> None:
         self._coefficients = Coefficients(*prior)
         self._decoding = _Memory()
         self._prefilling = _Memory()
@@ -250,13 +279,7 @@ class StepTimeModel:
         self, prefill_tokens: float, decodes: float, context_tokens: float, attention_tokens: float = 0.0
     ) -> float:
         """Expected duration of such a step; the arguments are those of a `StepReport`."""
-        c = self._coefficients
-        return (
-            c.tokens_s(prefill_tokens + decodes)
-            + c.decode_s * decodes
-            + c.context_s * context_tokens
-            + c.attention_s * attention_tokens
-        )
+        return self._coefficients.step_s(prefill_tokens, decodes, context_tokens, attention_tokens)
 
     def budget_tokens(self, cap_s: float, decodes: int, context_tokens: int, past: float = 0.0) -> int:
         """The most prefill tokens beside these decodes with which the step is expected to stay within cap_s.
@@ -339,7 +362,9 @@ class StepTimeModel:
         self._follow_error(min(1.0, abs(duration_s - estimated_s) / duration_s), duration_s)
         self._follow_residuals(duration_s, estimated_s)
         self._remember(step, estimated_s)
-        if self._since_fit == _REFIT_EVERY or self._observed in (2, 4, 8):
+        if self._was_far_above(step, estimated_s):
+            self._begin_anew()
+        elif self._since_fit == _REFIT_EVERY or self._observed in (2, 4, 8):
             self._refit()
         self._pace = None
 
@@ -348,6 +373,25 @@ class StepTimeModel:
         self._lenient = _WARM_UP
         self._decoding.fade(0.01)
         self._prefilling.fade(0.01)
+
+    def _was_far_above(self, step: StepReport, estimated_s: float) -> bool:
+        """Estimates have been of no use for long, and the prior would have been nearer to the truth."""
+        memory = self._memory_of(step)
+        if estimated_s > _FAR_ABOVE * step.duration_s:
+            prior_s = _PRIOR.step_s(step.prefill_tokens, step.decodes, step.context_tokens, step.attention_tokens)
+            memory.far_above += 2 * prior_s < estimated_s
+        elif memory.far_above:
+            memory.far_above = max(0.0, memory.far_above - _FAR_ABOVE_SHARE)
+        return memory.far_above >= _MAX_FAR_ABOVE
+
+    def _begin_anew(self) -> None:
+        """Forget what was measured, and the figures that the fit began with."""
+        self._coefficients = _PRIOR
+        self._decoding, self._prefilling = _Memory(), _Memory()
+        self._since_fit = 0
+        self._lenient = _WARM_UP
+        self._bias = 0.0
+        self._upper_ratio = _USUAL_RATIO
 
     def _is_outlier(self, duration_s: float, estimated_s: float) -> bool:
         return not self._lenient and duration_s > _OUTLIER_RATIO * max(self._upper_ratio, 1.0) * estimated_s
@@ -387,8 +431,11 @@ class StepTimeModel:
             step.attention_tokens * scale / 1e6,
             step.duration_s * scale,
         )
-        (self._prefilling if step.prefill_tokens else self._decoding).rows.append(row)
+        self._memory_of(step).rows.append(row)
         self._since_fit += 1
+
+    def _memory_of(self, step: StepReport) -> _Memory:
+        return self._prefilling if step.prefill_tokens else self._decoding
 
     def _refit(self) -> None:
         """Non-negative least squares by coordinate descent, from the last solution and weakly drawn to it."""

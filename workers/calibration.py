@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from tempo_router.errors import EngineStartError
-from tempo_router.step_time import Coefficients
+from tempo_router.step_time import Coefficients, implausible
 from workers.call_facts import News
 from workers.engine import Engine, EngineCall, EngineFacts
 
@@ -55,15 +55,15 @@ class CalibrationFile:
         self._about = {"model": model, "device": device, "arguments": json.loads(json.dumps(arguments, default=str))}
 
     def load(self) -> Calibration | None:
-        """What is kept; None if there is nothing, or nothing that can be read: then it is measured anew."""
+        """What is kept; None if there is nothing, or nothing that can be believed: then it is measured anew."""
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            coefficients = Coefficients(**values["coefficients"])
-            upper_ratio = float(values["upper_ratio"])
-            if not all(math.isfinite(value) and value >= 0 for value in (*coefficients, upper_ratio)):
-                return None
-            return Calibration(coefficients, upper_ratio, float(values["relative_error"]), int(values["steps"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            content = self.path.read_text(encoding="utf-8")
+        except OSError:
+            return None
+        try:
+            return _calibration_from(json.loads(content))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
+            log.warning("calibration_unusable", path=str(self.path), problem=repr(problem), effect="measured anew")
             return None
 
     def save(self, calibration: Calibration) -> None:
@@ -80,6 +80,22 @@ class CalibrationFile:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         Path(name).replace(self.path)
+
+
+def _calibration_from(values: Any) -> Calibration:
+    """Raises one of many errors for what no fit gives: ValueError, KeyError, TypeError, OverflowError."""
+    coefficients = Coefficients(**{name: float(value) for name, value in dict(values["coefficients"]).items()})
+    found = Calibration(
+        coefficients, float(values["upper_ratio"]), float(values["relative_error"]), int(values["steps"])
+    )
+    doubtful = implausible(coefficients)
+    if not 0.0 <= found.upper_ratio < math.inf:
+        doubtful.append(f"upper_ratio={found.upper_ratio!r}")
+    if not 0.0 <= found.relative_error <= 1.0:
+        doubtful.append(f"relative_error={found.relative_error!r}")
+    if doubtful:
+        raise ValueError(f"no machine has {', '.join(doubtful)}")
+    return found
 
 
 Encode = Callable[[str, int, int], tuple[bytes, ...]]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import cast
 
 import msgspec
 import pytest
+import structlog
 
 from tempo_router.config import EngineConfig
 from tempo_router.errors import EngineStartError
@@ -33,7 +35,10 @@ def test_what_was_measured_is_there_at_the_next_start(tmp_path):
     assert file(tmp_path, max_num_seqs=9).load() is None, "other arguments, other steps"
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"coefficients": {"fixed_s": 1}}', "no json"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "null", '{"coefficients": {"fixed_s": 1}}', '{"coefficients": 1}', "no json", "[" * 100_000],
+)
 def test_what_cannot_be_read_is_measured_anew(tmp_path, content):
     kept = file(tmp_path)
     kept.path.parent.mkdir(exist_ok=True)
@@ -41,14 +46,38 @@ def test_what_cannot_be_read_is_measured_anew(tmp_path, content):
     assert kept.load() is None
 
 
-@pytest.mark.parametrize("changed", [{"coefficients": {"token_s": -1.0}}, {"upper_ratio": -1.0}])
-def test_numbers_that_no_fit_gives_are_not_believed(tmp_path, changed):
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"coefficients": {"token_s": -1.0}}, "token_s=-1.0"),
+        ({"coefficients": {"token_s": math.nan}}, "token_s=nan"),
+        ({"coefficients": {"token_s": 1e308}}, "token_s=1e+308"),
+        ({"coefficients": {"fixed_s": 1e9}}, "fixed_s=1000000000.0"),
+        ({"coefficients": {"fixed_s": 6.0, "attention_s": 1.0}}, "fixed_s=6.0, attention_s=1.0"),
+        ({"coefficients": {"token_s": [1.0]}}, "list"),
+        ({"upper_ratio": -1.0}, "upper_ratio=-1.0"),
+        ({"upper_ratio": 10**400}, "too large"),
+        ({"relative_error": math.nan}, "relative_error=nan"),
+        ({"steps": math.inf}, "infinity"),
+    ],
+)
+def test_numbers_that_no_fit_gives_are_not_believed(tmp_path, changed, named):
     kept = file(tmp_path)
     kept.save(FOUND)
     values = json.loads(kept.path.read_text())
     coefficients = {**values["coefficients"], **changed.get("coefficients", {})}
     kept.path.write_text(json.dumps({**values, **changed, "coefficients": coefficients}))
-    assert kept.load() is None
+    with structlog.testing.capture_logs() as logs:
+        assert kept.load() is None
+    assert [entry["event"] for entry in logs] == ["calibration_unusable"]
+    assert named in logs[0]["problem"]
+
+
+def test_the_slowest_and_the_fastest_machine_are_believed(tmp_path):
+    kept = file(tmp_path)
+    for coefficients in (Coefficients(2.0, 0.15, 0, 0, 0, 0.05, 1e-4, 1e-5), Coefficients(0, 0, 0, 0, 0, 0, 0, 0)):
+        kept.save(replace(FOUND, coefficients=coefficients))
+        assert kept.load() == replace(FOUND, coefficients=coefficients)
 
 
 def test_what_was_kept_without_its_quantile_is_measured_anew(tmp_path):

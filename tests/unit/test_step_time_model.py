@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -169,6 +170,41 @@ def test_another_speed_is_learned_within_some_hundred_steps(factor):
     errors = [error(model, gpu_step(rng, A100, 64, 0.3, factor)) for _ in range(100)]
     assert sum(errors) / len(errors) < 0.1
     assert not model.is_unsure
+
+
+@pytest.mark.parametrize("factor", [1e-3, 30.0, 1e3, 1e6])
+def test_figures_of_another_machine_to_begin_with_are_unlearned(factor):
+    """As in a file where milliseconds stand for seconds."""
+    model, rng = (
+        StepTimeModel(Coefficients(*(factor * value for value in watched(A100).coefficients))),
+        random.Random(13),
+    )
+    for _ in range(400):
+        model.observe(gpu_step(rng, A100, 64, 0.3))
+    errors = [error(model, gpu_step(rng, A100, 64, 0.3)) for _ in range(100)]
+    assert sum(errors) / len(errors) < 0.1
+    assert 0.8 < model.upper_ratio < 1.6
+
+
+@pytest.mark.parametrize("name", Coefficients._fields)
+def test_one_figure_of_another_machine_is_unlearned(name):
+    """Also where only prompts show it, and these are few."""
+    right = watched(A100).coefficients
+    wrong = right._replace(**{name: 1000 * max(getattr(right, name), 1e-8)})
+    model, rng = StepTimeModel(wrong), random.Random(14)
+    for _ in range(1500):
+        model.observe(gpu_step(rng, A100, 64, 0.1))
+    errors = [error(model, gpu_step(rng, A100, 64, 0.3)) for _ in range(100)]
+    assert sum(errors) / len(errors) < 0.15
+
+
+def test_some_steps_far_below_the_estimate_are_no_reason_to_forget_the_others():
+    model, rng = watched(A100), random.Random(15)
+    known = model.step_s(0, 64, 64_000)
+    for number in range(2000):
+        one = gpu_step(rng, A100, 64, 0.3)
+        model.observe(replace(one, duration_s=one.duration_s / 50) if number % 20 == 0 else one)
+        assert model.step_s(0, 64, 64_000) == pytest.approx(known, rel=0.35)
 
 
 def test_a_minute_far_off_makes_it_unsure_and_recovery_sure_again():
