@@ -6,8 +6,9 @@ of decoding calls are counted by the number of steps, and the order is looked at
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -83,6 +84,7 @@ class StepPlanner:
         self._is_placed = False
         self._resumed: list[LiveCall] = []
         self._evicted: list[LiveCall] = []
+        self._order: list[LiveCall] | None = None
         self._is_dirty = True
         self._arrange_at_s = 0.0
         self._now_s = 0.0
@@ -166,6 +168,7 @@ class StepPlanner:
             # An engine without calls plans no more steps: nothing is kept of the last one.
             self._evicted.clear()
             self._resumed.clear()
+            self._order = None
 
     def retune(self, call_id: DispatchId, standing: Standing) -> None:
         """How a call stands has changed. If it is whether it goes last, the next step knows, else the next look."""
@@ -236,6 +239,7 @@ class StepPlanner:
         """The next step; None when nothing can run."""
         self._evicted.clear()
         self._resumed.clear()
+        self._order = None
         if not self._live:
             return None
         if now_s < self._now_s:
@@ -249,7 +253,7 @@ class StepPlanner:
             prefills = self._whole_prompts(rule.step_tokens)
             if prefills:
                 return StepPlan(tuple(prefills), 0, 0)
-        self._make_room_for_decodes(now_s)
+        self._make_room_for_decodes()
         if rule.kind == "prefill_first":
             budget = 0
         elif rule.kind == "chunked":
@@ -492,12 +496,10 @@ class StepPlanner:
         """
         if not self._policy.preempts or not call.standing.is_admitted or self._now_s < self._full_until_s:
             return False
-        ordered = self._sorted(self._live.values(), self._now_s)
         in_step = {other.call_id for other, _ in planned}
-        behind = [
-            other for other in ordered[ordered.index(call) + 1 :] if other.blocks and other.call_id not in in_step
-        ]
-        victims = self._victims(call, needed - self._room(), behind)
+        behind = takewhile(lambda other: other is not call, reversed(self._order_with(call)))
+        can_lose = (other for other in behind if other.blocks and other.call_id not in in_step)
+        victims = self._victims(call, needed - self._room(), can_lose)
         if not victims:
             self._full_until_s = self._now_s + self._policy.frame_s
             return False
@@ -507,11 +509,33 @@ class StepPlanner:
                 self._evict(victim)
         return True
 
-    def _victims(self, call: LiveCall, lacking: int, behind: Sequence[LiveCall]) -> list[LiveCall]:
-        """Who gives way, last first, so that `lacking` more blocks are free; nobody if that cannot or shall not be."""
+    def _order_with(self, asker: LiveCall | None = None) -> list[LiveCall]:
+        """All live calls in the order of this plan's moment, as far as it matters: who lost its cache may stand wrong.
+
+        It is sorted once in a plan: meanwhile keys change only of calls that lose their cache or come into the step,
+        which can lose nothing more. So it is sorted again only if one that lost its cache asks; but at every question
+        where a policy arranges all calls as a set, since then any key may change.
+        """
+        if self._order is None or self._by_columns is None or (asker is not None and asker in self._evicted):
+            self._order = self.ordered()
+        return self._order
+
+    def _holders_last_first(self) -> Iterator[LiveCall]:
+        """Who has blocks, if each gives way that is told."""
+        if self._by_columns is not None:
+            yield from (call for call in reversed(self._order_with()) if call.blocks)
+            return
+        while True:
+            yield self._sorted((call for call in self._live.values() if call.blocks), self._now_s)[-1]
+
+    def _victims(self, call: LiveCall, lacking: int, behind: Iterable[LiveCall]) -> list[LiveCall]:
+        """Who gives way so that `lacking` more blocks are free; nobody if that cannot or shall not be.
+
+        behind: who can, the last first.
+        """
         spares = self._policy.spares
         victims: list[LiveCall] = []
-        for other in reversed(behind):
+        for other in behind:
             if spares and not may_lose(other, other.times_taken):
                 continue
             victims.append(other)
@@ -524,17 +548,17 @@ class StepPlanner:
             return []
         return victims
 
-    def _make_room_for_decodes(self, now_s: float) -> None:
+    def _make_room_for_decodes(self) -> None:
         """Every decoding call gets its next block; the last in the order gives way."""
+        holders = self._holders_last_first()
         while self._crossings[-self._clock.steps % self._kv.block_size] > self._kv.free:
-            holders = [call for call in self._live.values() if call.blocks]
-            self._evict(self._sorted(holders, now_s)[-1])
+            self._evict(next(holders))
 
     def _unblock(self) -> list[tuple[LiveCall, int]]:
         """Nothing runs: resume what is held; or go on with a prompt that has its blocks; or start one that fits."""
         if self._held:
             self._resume_all()
-            self._make_room_for_decodes(self._now_s)
+            self._make_room_for_decodes()
             if self._decoding:
                 return []
         holders = self._sorted((call for call in self._prefilling.values() if call.blocks), self._now_s)

@@ -2,11 +2,14 @@
 
 import pytest
 
+from tempo_router.columns import Columns, Floats
 from tempo_router.config import SchedulingConfig
 from tempo_router.events import StepReport
 from tempo_router.kv_blocks import KvBlocks
 from tempo_router.live_call import LiveCall, StepPlan
 from tempo_router.policies import build_policy
+from tempo_router.policies.base import Context
+from tempo_router.policies.tempo import Tempo
 from tempo_router.prediction import LengthHistograms
 from tempo_router.request import DispatchId, Latency, RequestSpec
 from tempo_router.standing import Standing
@@ -83,6 +86,40 @@ def test_a_victim_of_the_plan_is_named_until_the_next_plan(planner):
     assert list(planner.evicted) == [last]
     step(planner, 0.6)
     assert list(planner.evicted) == []
+
+
+@pytest.mark.parametrize("calls", [8, 64])
+def test_a_plan_looks_once_at_the_order_however_many_give_way(calls, monkeypatch):
+    """Equal calls come to their next block in the same step; there is room for few of them."""
+    looks: list[int] = []
+    arrange = Tempo.arrange_columns
+
+    def counted(policy: Tempo, columns: Columns, context: Context) -> Floats:
+        looks.append(len(columns.generated))
+        return arrange(policy, columns, context)
+
+    monkeypatch.setattr(Tempo, "arrange_columns", counted)
+    planner = StepPlanner(
+        build_policy(SchedulingConfig(policy="tempo")),
+        slots=calls,
+        max_step_tokens=2048,
+        kv=KvBlocks(calls + 2, BLOCK),
+        steps=StepTimeModel(),
+    )
+    planner.step_cap_s = 1.0
+    for number in range(calls):
+        add(planner, number, request(f"r{number}", slo=TOOL, prompt_tokens=BLOCK - 2), density=1.0 + 0.1 * number)
+    step(planner, 0.0)
+    step(planner, 0.01)
+    order = planner.ordered()
+    looks.clear()
+    step(planner, 0.02)
+
+    gone = list(planner.evicted)
+    assert len(gone) >= calls // 2 - 1
+    assert gone == order[::-1][: len(gone)], "the last gave way, the last of all first"
+    assert len(looks) == 1
+    planner.audit()
 
 
 def test_calls_that_go_on_are_named_until_the_next_plan(planner):
