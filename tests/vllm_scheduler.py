@@ -23,7 +23,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -52,7 +52,11 @@ def base_config(model: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """slots: sequences of one step. places: in the batch, held ones included. max_loras: 0 for an engine without."""
+    """slots: sequences of one step. places: in the batch, held ones included. max_loras: 0 for an engine without.
+
+    window: of a second kind of layers, with a sliding window; 0 for a model without. watermark: share of the blocks
+    that prompts leave free while anything runs.
+    """
 
     slots: int = 8
     places: int = 12
@@ -61,6 +65,8 @@ class Shape:
     prefix_cache: bool = True
     is_async: bool = False
     max_loras: int = 0
+    window: int = 0
+    watermark: float = 0.0
 
 
 def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: dict[str, Any] | None = None) -> Any:
@@ -70,6 +76,7 @@ def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: d
     config.scheduler_config.max_num_seqs = shape.places if kind == "tempo" else shape.slots
     config.scheduler_config.max_num_batched_tokens = shape.max_step_tokens
     config.scheduler_config.async_scheduling = shape.is_async
+    config.scheduler_config.watermark = shape.watermark
     config.cache_config = copy.copy(config.cache_config)
     config.cache_config.num_gpu_blocks = shape.blocks
     config.cache_config.enable_prefix_caching = shape.prefix_cache
@@ -77,10 +84,7 @@ def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: d
     config.additional_config = {
         tempo_scheduler.KEY: {"slots": shape.slots, "scheduling": {"policy": "tempo", **(scheduling or {})}}
     }
-    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    kv_cache = KVCacheConfig(
-        num_blocks=shape.blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-    )
+    kv_cache = KVCacheConfig(num_blocks=shape.blocks, kv_cache_tensors=[], kv_cache_groups=_layers(shape))
     owner = TempoScheduler if kind == "tempo" else AsyncScheduler if shape.is_async else Scheduler
     return owner(
         vllm_config=config,
@@ -89,6 +93,14 @@ def make_scheduler(model: Path, shape: Shape, kind: str = "tempo", scheduling: d
         block_size=BLOCK_SIZE,
         log_stats=False,
     )
+
+
+def _layers(shape: Shape) -> list[KVCacheGroupSpec]:
+    sizes = {"block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    layers = [KVCacheGroupSpec(["full"], FullAttentionSpec(**sizes))]
+    if shape.window:
+        layers.append(KVCacheGroupSpec(["sliding"], SlidingWindowSpec(**sizes, sliding_window=shape.window)))
+    return layers
 
 
 def token_of(number: int, index: int) -> int:

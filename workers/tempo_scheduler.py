@@ -30,6 +30,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
@@ -75,9 +76,13 @@ _ATTRIBUTES: Attributes = (
         AsyncScheduler,
         (
             "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
-            "kv_cache_manager", "block_size", "lora_config", "vllm_config", "cache_config", "_pause_state",
+            "kv_cache_manager", "kv_cache_config", "block_size", "max_model_len", "lora_config", "vllm_config",
+            "cache_config", "_pause_state",
         ),
     ),
+    (KVCacheConfig, ("kv_cache_groups",)),
+    (KVCacheGroupSpec, ("kv_cache_spec",)),
+    (KVCacheSpec, ("block_size", "page_size_bytes", "max_memory_usage_bytes")),
     (
         Request,
         (
@@ -176,7 +181,14 @@ class TempoScheduler(AsyncScheduler):
             self.skipped_waiting: PlannedQueue[Any] = Funnel(self.waiting)
         self._most_tokens: int = self.max_num_scheduled_tokens
         self.steps = _known_steps(chosen)
-        self._kv = EngineBlocks(self.cache_config.num_gpu_blocks - 1, self.block_size, self._cached_tokens)
+        least_each, self._most_each = self._blocks_each()
+        self._kv = EngineBlocks(
+            self.cache_config.num_gpu_blocks - 1,
+            self.block_size,
+            self._cached_tokens,
+            least_each=least_each,
+            most_each=self._most_each,
+        )
         self.planner = StepPlanner(
             build_policy(scheduling),
             slots=min(chosen.get("slots", self.max_num_running_reqs), self.max_num_running_reqs),
@@ -199,6 +211,17 @@ class TempoScheduler(AsyncScheduler):
         self._worst_until_s = -1.0
         self._early: dict[str, CallUpdate] = {}
         self._is_stuck = False
+
+    def _blocks_each(self) -> tuple[float, float]:
+        """Blocks of the pool that `block_size` tokens take: of the longest request, and of a short one.
+
+        Every group of layers takes its own; one with a sliding window no more than its window needs, and a Mamba layer
+        as much for any length.
+        """
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        longest = sum(-(-spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes) for spec in specs)
+        most = sum(max(1.0, self.block_size / spec.block_size) for spec in specs) if len(specs) > 1 else 1.0
+        return min(most, longest * self.block_size / self.max_model_len), most
 
     # ---- what comes in ----
 
@@ -321,13 +344,22 @@ class TempoScheduler(AsyncScheduler):
 
     def _plan(self) -> StepPlan | None:
         planner = self.planner
-        self._kv.measure(self.kv_cache_manager.block_pool.get_num_free_blocks() - self._promised())
+        self._measure_blocks()
         plan = planner.plan(self.clock())
         if planner.evicted:
             self._preempt(planner.evicted)
         if self._is_stuck:
-            self._make_way()
+            self._make_way(plan)
         return plan
+
+    def _measure_blocks(self) -> None:
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        # Kept from prompts while anything runs; older versions have no watermark.
+        spare = getattr(self.kv_cache_manager, "watermark_blocks", 0) if self.running else 0
+        crossing = 0
+        if spare:
+            crossing = sum(call.context_tokens % self.block_size == 0 for call in self.planner.decoding)
+        self._kv.measure(free, promised=self._promised(), spare=spare, for_decodes=crossing)
 
     def _promised(self) -> int:
         """Blocks that begun prompts will still take."""
@@ -354,15 +386,26 @@ class TempoScheduler(AsyncScheduler):
             super()._preempt_request(request, self.clock())
             request.next_decode_eligible_step = 0
 
-    def _make_way(self) -> None:
-        """Nothing ran in the last step: who is held gives up its place, the last of them first."""
+    def _make_way(self, plan: StepPlan | None) -> None:
+        """Nothing ran in the last step: who is held gives up its place, the last of them first.
+
+        If nobody is held, blocks are short of what was reckoned, and a begun prompt gives up its own for the first of
+        the plan.
+        """
         planner = self.planner
-        held = [call for call in planner.ordered() if not call.is_decoding and call.blocks]
+        ordered = planner.ordered()
         planned = {call.call_id for call in planner.held_calls}
-        last = next((call for call in reversed(held) if call.call_id in planned), None)
+        last = next((call for call in reversed(ordered) if call.call_id in planned), None)
+        if last is None and plan is not None and plan.prefills:
+            first = plan.prefills[0][0]
+            last = next((call for call in reversed(ordered) if call is not first and self._has_begun(call)), None)
         if last is not None:
             planner.lost(last)
             self._preempt([last])
+
+    def _has_begun(self, call: LiveCall) -> bool:
+        """Some of its prompt is computed."""
+        return call.call_id in self._begun and self._requests[call.call_id].status == RequestStatus.RUNNING
 
     def _arrange(self, plan: StepPlan | None) -> list[Any]:
         """Set holds, order and budget. Returns the waiting requests that may come in, in order."""
@@ -373,7 +416,7 @@ class TempoScheduler(AsyncScheduler):
         self._hold(plan, chunks)
         if chunks or self._skipped:
             self._put_prompts_last(chunks)
-        elif self.kv_cache_manager.block_pool.get_num_free_blocks() < len(self.running):
+        elif self.kv_cache_manager.block_pool.get_num_free_blocks() < self._most_each * len(self.running):
             self._put_worst_last()
         budget = plan.decodes + plan.prefill_tokens
         if strangers:
@@ -391,6 +434,9 @@ class TempoScheduler(AsyncScheduler):
         offered, chunks = [], []
         evicted = {call.call_id for call in self.planner.evicted} if self.planner.evicted else ()
         for call, tokens in plan.prefills:
+            if not call.blocks:
+                # It made way after the plan.
+                continue
             self._begun[call.call_id] = call
             request = self._requests[call.call_id]
             if request.status != RequestStatus.RUNNING:

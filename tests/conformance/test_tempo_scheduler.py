@@ -148,6 +148,49 @@ def test_blocks_are_taken_from_the_end_of_the_order_and_not_given_back_in_the_sa
     run.check_nothing_is_left()
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("watermark", "window", "prompt"), [(0.0, 2048, 600), (0.0, 64, 600), (0.3, 0, 950)])
+def test_a_prompt_that_is_half_computed_gives_way_where_a_prompt_takes_more_blocks_than_its_tokens_fill(
+    model, watermark, window, prompt, is_async
+):
+    """Two kinds of layers that take their own, and blocks that vLLM keeps from prompts."""
+    shape = Shape(blocks=100, prefix_cache=False, watermark=watermark, window=window, is_async=is_async)
+    run = drive(model, shape)
+    run.submit("r0", list(range(600)), 20, facts(0, run.now_s, BACKGROUND, prompt=600))
+    run.step()
+    run.submit("r1", list(range(1000, 1000 + prompt)), 20, facts(1, run.now_s, CHAT, prompt=prompt))
+    assert set(run.step()) == {"r1"}
+    assert run.preempted == ["r0"]
+    run.drain(limit=100)
+    assert all(run.answers[name] == run.expected(name, 20) for name in ("r0", "r1"))
+    run.check_nothing_is_left()
+
+
+def test_decodes_may_take_the_blocks_that_are_kept_from_prompts(model):
+    """Whoever decodes would else lose its cache to a share that nobody may use."""
+    run = drive(model, Shape(blocks=31, prefix_cache=False, watermark=0.5))
+    for number in range(2):
+        run.submit(f"r{number}", list(range(70)), 100, facts(number, run.now_s, TOOL))
+    run.drain(limit=150)
+    assert run.scheduler.planner.evictions == 0
+    assert run.preempted == []
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_engine_with_fewer_blocks_than_were_reckoned_does_not_spin(model, is_async):
+    """Nobody decodes and nobody is held: the prompt that sits out is in the way of the one that it makes room for."""
+    run = drive(model, Shape(blocks=60, prefix_cache=False, is_async=is_async))
+    measure = run.scheduler._kv.measure
+    run.scheduler._kv.measure = lambda free, **counts: measure(free + 50, **counts)
+    run.submit("r0", list(range(600)), 20, facts(0, run.now_s, BACKGROUND))
+    run.step()
+    run.submit("r1", list(range(1000, 1800)), 20, facts(1, run.now_s, CHAT))
+    run.drain(limit=100)
+    assert all(run.answers[name] == run.expected(name, 20) for name in ("r0", "r1"))
+    run.check_nothing_is_left()
+
+
 def test_a_cached_prefix_leaves_the_budget_to_others(model):
     run = drive(model, Shape(max_step_tokens=64))
     prompt = list(range(160))
