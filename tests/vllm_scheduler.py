@@ -103,6 +103,21 @@ def _layers(shape: Shape) -> list[KVCacheGroupSpec]:
     return layers
 
 
+class AnyToken:
+    """A grammar that is compiled, and has nothing against any token."""
+
+    def accept_tokens(self, _request_id: str, _tokens: list[int]) -> bool:
+        return True
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+def compile_grammar(request: Any) -> None:
+    """As if the thread that compiles it were done."""
+    request.structured_output_request.grammar = AnyToken()
+
+
 def token_of(number: int, index: int) -> int:
     """Token `index` of the answer of request `number`: any byte, never the end."""
     return (number * 31 + index * 7) % 256
@@ -142,11 +157,14 @@ class Drive:
         max_tokens: int,
         facts: CallFacts | None = None,
         *,
+        says: Any = None,
         adapter: int = 0,
         **sampling: Any,
     ) -> Any:
-        """adapter: number of a LoRA adapter, which nobody loads here; 0 for none."""
-        extra = {tempo_scheduler.KEY: values_from_facts(facts, self.now_s)} if facts is not None else None
+        """says: in place of facts, as a client wrote it. adapter: number of a LoRA adapter that nobody loads, or 0."""
+        if facts is not None:
+            says = values_from_facts(facts, self.now_s)
+        extra = {tempo_scheduler.KEY: says} if says is not None else None
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra, **sampling)
         params.update_from_generation_config({}, EOS)
         request = Request(

@@ -2,20 +2,23 @@
 
 `SamplingParams.extra_args["tempo"]` holds it as plain values. Times are durations until something is due: the engine
 turns them into times of its own monotonic clock when the request reaches its scheduler. All keys but `class` may be
-left out, so requests of a plain vLLM server can carry the same:
+left out, so requests of a plain vLLM server can carry the same, there as a string of JSON, since vLLM lets its clients
+nest nothing in `vllm_xargs`:
 
     class           "latency", "deadline", "program" or "best_effort"
     due_in_s        until the first token is due (latency), or the last one
     tbt_s           between tokens (latency)
     program         name of the program (program)
     age_s           since the request came to its ingress; 0
-    key             the router's dispatch id
+    key             the router's dispatch id; 0 or more
     generated       answer tokens that are part of the prompt, from an attempt that was lost; 0
     standing        [density, is_admitted, later_s, is_relegated] of the last plan over the whole queue
     lengths         atoms of the distribution of the answer's length, ascending
     app, tenant     as the client called itself
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -96,15 +99,52 @@ def values_from_facts(facts: CallFacts, now_s: float) -> dict[str, Any]:
 
 
 def facts_from_values(
-    values: Mapping[str, Any], *, request_id: str, prompt_tokens: int, max_tokens: int, now_s: float, spare_key: int
+    values: Mapping[str, Any] | str,
+    *,
+    request_id: str,
+    prompt_tokens: int,
+    max_tokens: int,
+    now_s: float,
+    spare_key: int,
 ) -> CallFacts:
-    """Read the values on the clock of now_s. Raises ValueError, KeyError or TypeError for what cannot be read.
+    """Read the values on the clock of now_s. Raises ValueError for what cannot be read: any client may have sent it.
 
     prompt_tokens, max_tokens: as the engine sees them, so with what earlier attempts generated in the prompt.
     spare_key: for requests that did not come through a router. prefix_id: the request's own name, as whoever plans
     asks the engine's cache by it.
     """
-    age_s = max(0.0, float(values.get("age_s", 0.0)))
+    try:
+        return _facts(
+            _mapping(values),
+            request_id=request_id,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            now_s=now_s,
+            spare_key=spare_key,
+        )
+    except KeyError as missing:
+        raise ValueError(f"{missing} is missing") from missing
+    except (TypeError, OverflowError) as problem:
+        raise ValueError(str(problem)) from problem
+
+
+def _mapping(values: object) -> Mapping[str, Any]:
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except (ValueError, RecursionError) as problem:
+            raise ValueError(f"not JSON: {problem}") from problem
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a value of type {type(values).__name__}: expected a string of JSON that holds an object")
+    return values
+
+
+def _facts(
+    values: Mapping[str, Any], *, request_id: str, prompt_tokens: int, max_tokens: int, now_s: float, spare_key: int
+) -> CallFacts:
+    age_s = max(0.0, _number(values.get("age_s", 0.0), "age_s"))
+    if math.isinf(age_s):
+        raise ValueError(f"age_s={age_s}: expected a finite number")
     generated = min(max(0, int(values.get("generated", 0))), prompt_tokens)
     spec = RequestSpec(
         request_id=RequestId(request_id),
@@ -120,20 +160,40 @@ def facts_from_values(
         prefix_tokens=prompt_tokens,
     )
     atoms = values.get("lengths")
-    lengths = Lengths(tuple(float(atom) for atom in atoms)) if atoms else None
+    lengths = Lengths(tuple(_number(atom, "lengths") for atom in atoms)) if atoms else None
     density, is_admitted, later_s, is_relegated = values.get("standing", UNRANKED)
-    standing = Standing(float(density), bool(is_admitted), float(later_s), bool(is_relegated))
-    return CallFacts(DispatchId(int(values.get("key", spare_key))), spec, lengths, standing)
+    standing = Standing(
+        _number(density, "standing"), bool(is_admitted), _number(later_s, "standing"), bool(is_relegated)
+    )
+    return CallFacts(_key(values, spare_key), spec, lengths, standing)
+
+
+def _key(values: Mapping[str, Any], spare_key: int) -> DispatchId:
+    if "key" not in values:
+        return DispatchId(spare_key)
+    key = int(values["key"])
+    if key < 0:
+        # Those are given to requests without one.
+        raise ValueError(f"key={key}: expected 0 or more")
+    return DispatchId(key)
+
+
+def _number(value: Any, name: str) -> float:
+    number = float(value)
+    if math.isnan(number):
+        # It has no place in an order.
+        raise ValueError(f"{name}={number}: expected a number")
+    return number
 
 
 def _slo(values: Mapping[str, Any], age_s: float) -> Slo:
     match values["class"]:
         case "latency":
-            return Latency(age_s + float(values["due_in_s"]), float(values["tbt_s"]))
+            return Latency(age_s + _number(values["due_in_s"], "due_in_s"), _number(values["tbt_s"], "tbt_s"))
         case "deadline":
-            return Deadline(age_s + float(values["due_in_s"]))
+            return Deadline(age_s + _number(values["due_in_s"], "due_in_s"))
         case "program":
-            return ProgramCall(ProgramId(str(values["program"])), age_s + float(values["due_in_s"]))
+            return ProgramCall(ProgramId(str(values["program"])), age_s + _number(values["due_in_s"], "due_in_s"))
         case "best_effort":
             return BestEffort()
         case unknown:

@@ -13,7 +13,7 @@ the planner what came of it.
 
 `differences` compares the installed vLLM with what is relied on, `not_planned` names what the planner cannot plan for.
 Whoever starts an engine asks them first, in this order; where either finds something, or this module cannot even be
-imported, the order is left to vLLM (vllm_start.py).
+imported, the order is left to vLLM (vllm_start.py). A plain server does not ask: then the class refuses to be made.
 """
 
 import itertools
@@ -35,6 +35,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tempo_router.config import SchedulingConfig
+from tempo_router.errors import ConfigError, EngineVersionError
 from tempo_router.events import StepReport
 from tempo_router.live_call import LiveCall, StepPlan
 from tempo_router.policies import build_policy
@@ -47,6 +48,7 @@ from workers.engine_blocks import EngineBlocks
 from workers.lora_places import LoraPlaces
 from workers.planned_queue import Funnel, PlannedQueue
 from workers.vllm_check import (
+    TESTED_VERSIONS,
     Attributes,
     Signatures,
     attribute_differences,
@@ -146,6 +148,21 @@ def not_planned(config: Any) -> list[str]:
     return [name for name, is_there in reasons.items() if is_there]
 
 
+def _check(config: Any) -> None:
+    """A plain server names the class and asks nothing: it ends here, before it serves."""
+    found = differences()
+    if found:
+        raise EngineVersionError(
+            f"the installed vLLM is not as TempoScheduler needs it: {'; '.join(found)}; "
+            f"install a tested version ({', '.join(TESTED_VERSIONS)}), or start without scheduler_cls"
+        )
+    found = not_planned(config)
+    if found:
+        raise ConfigError(
+            f"TempoScheduler cannot plan for {'; '.join(found)}; start vLLM without that, or without scheduler_cls"
+        )
+
+
 def _is_stranger(request: Any) -> bool:
     """The planner knows nothing of it: it does not sample, or its input is streamed."""
     return request.sampling_params is None or request.resumable
@@ -173,6 +190,7 @@ class TempoScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _check(self.vllm_config)
         chosen = (self.vllm_config.additional_config or {}).get(KEY, {})
         scheduling = SchedulingConfig.model_validate(chosen.get("scheduling", {"policy": "tempo"}))
         self.running: list[Any] = []
@@ -202,9 +220,11 @@ class TempoScheduler(AsyncScheduler):
         self._calls: dict[str, LiveCall] = {}
         self._requests: dict[DispatchId, Any] = {}
         self._strangers: dict[str, Any] = {}
-        self._not_ready: dict[str, Any] = {}
+        self._not_ready: dict[str, tuple[Any, CallFacts]] = {}
         places = self.lora_config.max_loras if self.lora_config else 0
-        self._loras: LoraPlaces[tuple[Any, float]] = LoraPlaces(places, most_passed=self.max_num_running_reqs)
+        self._loras: LoraPlaces[tuple[Any, CallFacts | None]] = LoraPlaces(
+            places, most_passed=self.max_num_running_reqs
+        )
         self._begun: dict[DispatchId, LiveCall] = {}
         self._skipped: list[Any] = []
         self._worst: Any = None
@@ -236,29 +256,33 @@ class TempoScheduler(AsyncScheduler):
     def add_request(self, request: Any) -> None:
         """As upstream; the planner learns of it too, once it can run."""
         is_known = request.request_id in self.requests
+        # Before the parent keeps it, and by the time when it came: grammars and adapters may keep it waiting.
+        facts = None if is_known or _is_stranger(request) else self._facts(request, self.clock())
         super().add_request(request)
         if is_known:
             return
-        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR and not _is_stranger(request):
-            self._not_ready[request.request_id] = request
+        if facts is not None and request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+            self._not_ready[request.request_id] = (request, facts)
         else:
-            self._find_place(request)
+            self._find_place(request, facts)
 
-    def _find_place(self, request: Any) -> None:
-        """It takes part at once unless its adapter would be one too many for a step."""
+    def _find_place(self, request: Any, facts: CallFacts | None) -> None:
+        """It takes part at once unless its adapter would be one too many for a step. facts: None for a stranger."""
         lora = request.lora_request if self.lora_config else None
-        came_s = self.clock()
-        if lora is None or self._loras.enter(request.request_id, lora.lora_int_id, (request, came_s)):
-            self._enter(request, came_s)
+        if lora is None or self._loras.enter(request.request_id, lora.lora_int_id, (request, facts)):
+            self._enter(request, facts)
 
-    def _enter(self, request: Any, came_s: float) -> None:
-        if _is_stranger(request):
+    def _enter(self, request: Any, facts: CallFacts | None) -> None:
+        if facts is None:
             self._strangers[request.request_id] = request
             return
-        facts = self._facts(request, came_s)
+        key = facts.key
+        if key in self._requests:
+            key = DispatchId(next(self._spare_keys))
+            log.warning("call_key_twice", request_id=request.request_id, key=facts.key)
         lengths = facts.lengths if facts.lengths is not None else self._lengths.lookup(facts.spec)
-        self._requests[facts.key] = request
-        self._calls[request.request_id] = self.planner.add(facts.key, facts.spec, lengths, facts.standing, self.clock())
+        self._requests[key] = request
+        self._calls[request.request_id] = self.planner.add(key, facts.spec, lengths, facts.standing, self.clock())
         early = self._early.pop(request.request_id, None) if self._early else None
         if early is not None:
             self._update(early)
@@ -267,7 +291,7 @@ class TempoScheduler(AsyncScheduler):
         values = (request.sampling_params.extra_args or {}).get(KEY)
         spare_key = next(self._spare_keys)
 
-        def read(values: Mapping[str, Any]) -> CallFacts:
+        def read(values: Any) -> CallFacts:
             return facts_from_values(
                 values,
                 request_id=request.request_id,
@@ -278,14 +302,12 @@ class TempoScheduler(AsyncScheduler):
             )
 
         try:
-            facts = read(values if values is not None else _FACTS_OF_A_STRANGER)
-        except (ValueError, KeyError, TypeError) as problem:
-            log.warning("slo_unreadable", request_id=request.request_id, problem=repr(problem), effect="best effort")
-            facts = read(_FACTS_OF_A_STRANGER)
-        if facts.key in self._requests:
-            log.warning("call_key_twice", request_id=request.request_id, key=facts.key)
-            facts = CallFacts(DispatchId(spare_key), facts.spec, facts.lengths, facts.standing)
-        return facts
+            return read(values if values is not None else _FACTS_OF_A_STRANGER)
+        except ValueError as problem:
+            log.warning(
+                "slo_unreadable", request_id=request.request_id, problem=str(problem)[:200], effect="best effort"
+            )
+            return read(_FACTS_OF_A_STRANGER)
 
     def _take_news(self) -> None:
         while self._news:
@@ -312,10 +334,11 @@ class TempoScheduler(AsyncScheduler):
 
     def _admit_ready(self) -> None:
         """Those whose grammar is compiled, or cannot be: the parent tells these two apart when it meets them."""
-        ready = [one for one in self._not_ready.values() if one.structured_output_request.grammar is not None]
-        for request in ready:
+        waiting = self._not_ready.values()
+        ready = [(one, facts) for one, facts in waiting if one.structured_output_request.grammar is not None]
+        for request, facts in ready:
             del self._not_ready[request.request_id]
-            self._find_place(request)
+            self._find_place(request, facts)
 
     def _cached_tokens(self, request_id: str) -> int:
         request = self.requests.get(request_id)
@@ -329,8 +352,8 @@ class TempoScheduler(AsyncScheduler):
             self._take_news()
         if self._not_ready:
             self._admit_ready()
-        for request, came_s in self._loras.admit():
-            self._enter(request, came_s)
+        for request, facts in self._loras.admit():
+            self._enter(request, facts)
         plan = self._plan() if self._pause_state == PauseState.UNPAUSED else None
         offered = self._arrange(plan)
         self.waiting.offer(offered)

@@ -1,13 +1,18 @@
 """Tempo's scheduler class inside vLLM's, with made-up tokens and a clock of ours. No model is loaded."""
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
+import structlog
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("vllm")
 
+from vllm.sampling_params import StructuredOutputsParams  # noqa: E402
+
+from tempo_router.errors import ConfigError, EngineVersionError  # noqa: E402
 from tempo_router.request import (  # noqa: E402
     BestEffort,
     Deadline,
@@ -19,7 +24,7 @@ from tempo_router.request import (  # noqa: E402
     Slo,
 )
 from tempo_router.standing import Standing  # noqa: E402
-from tests.vllm_scheduler import Drive, Shape, make_scheduler  # noqa: E402
+from tests.vllm_scheduler import Drive, Shape, compile_grammar, make_scheduler  # noqa: E402
 from workers import tempo_scheduler  # noqa: E402
 from workers.call_facts import CallFacts, CallUpdate, News  # noqa: E402
 from workers.default_model import ensure_default_model  # noqa: E402
@@ -310,6 +315,100 @@ def test_facts_that_cannot_be_read_make_it_best_effort_aloud(model):
     assert read.spec.slo == BACKGROUND
     run.drain()
     run.check_nothing_is_left()
+
+
+def test_the_time_that_a_grammar_takes_to_compile_counts_towards_the_target(model):
+    run = drive(model)
+    came_s = run.now_s
+    request = run.submit(
+        "r0", list(range(10)), 3, facts(0, came_s, TOOL), structured_outputs=StructuredOutputsParams(regex="a*")
+    )
+    run.step()
+    run.now_s += 3.0
+    compile_grammar(request)
+    run.step()
+    spec = run.scheduler._calls["r0"].spec
+    assert (spec.arrival_s, spec.slo) == (came_s, TOOL)
+    run.drain()
+    assert run.answers["r0"] == run.expected("r0", 3)
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "x",
+        ["latency"],
+        7,
+        '["latency"]',
+        {"class": "best_effort", "key": -1},
+        {"class": "best_effort", "key": math.inf},
+        {"class": "best_effort", "generated": math.inf},
+        {"class": "latency", "due_in_s": math.nan, "tbt_s": 0.1},
+        {"class": "deadline", "due_in_s": 5.0, "standing": [math.nan, True, 0.0, False]},
+    ],
+)
+def test_whatever_a_client_says_the_engine_serves_it(model, says):
+    run = drive(model, Shape(slots=2, places=3))
+    run.submit("silent", list(range(10)), 30)
+    for number in range(3):
+        run.submit(f"r{number}", list(range(10)), 30, facts(number, run.now_s))
+    run.step()
+    with structlog.testing.capture_logs() as logs:
+        run.submit("odd", list(range(20)), 5, says=says)
+    assert [(entry["event"], entry["effect"]) for entry in logs] == [("slo_unreadable", "best effort")]
+    assert run.scheduler._calls["odd"].spec.slo == BACKGROUND
+    run.drain()
+    assert run.answers["odd"] == run.expected("odd", 5)
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"class": "latency", "due_in_s": -math.inf, "tbt_s": 0.1},
+        {"class": "latency", "due_in_s": 1.0, "tbt_s": 0.0},
+        {"class": "latency", "due_in_s": 1.0, "tbt_s": -1.0},
+        {"class": "latency", "due_in_s": 1e300, "tbt_s": math.inf},
+        {"class": "deadline", "due_in_s": math.inf},
+        {"class": "deadline", "due_in_s": -1e300},
+        {"class": "deadline", "due_in_s": 5.0, "lengths": [5.0, 3.0, -math.inf]},
+        {"class": "deadline", "due_in_s": 5.0, "lengths": [math.inf]},
+        {"class": "deadline", "due_in_s": 5.0, "standing": [math.inf, True, math.inf, False]},
+        {"class": "deadline", "due_in_s": 5.0, "standing": [-1.0, True, -math.inf, False]},
+        '{"class": "best_effort", "key": 1000000000000000000000000000000, "age_s": 1e300}',
+    ],
+)
+def test_targets_that_nobody_means_do_no_harm(model, says):
+    run = drive(model, Shape(slots=2, places=3, blocks=16))
+    for number in range(3):
+        run.submit(f"r{number}", list(range(60)), 30, facts(number, run.now_s))
+    run.step()
+    for number in range(2):
+        run.submit(f"odd{number}", list(range(20)), 25, says=says)
+        run.step()
+    run.now_s += 0.4
+    run.drain(limit=600)
+    assert all(run.answers[name] == run.expected(name, len(answer)) for name, answer in run.answers.items())
+    run.check_nothing_is_left()
+
+
+def test_a_request_that_cannot_be_kept_leaves_nothing_behind(model, monkeypatch):
+    run = drive(model)
+    monkeypatch.setattr(tempo_scheduler, "facts_from_values", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.submit("odd", list(range(20)), 2)
+    run.check_nothing_is_left()
+
+
+def test_a_plain_server_with_what_cannot_be_planned_ends_at_its_start(model, monkeypatch):
+    """It asks nobody before; there are no priorities that it could go by."""
+    monkeypatch.setattr(tempo_scheduler, "not_planned", lambda config: ["speculative decoding", "KV transfer"])
+    with pytest.raises(ConfigError, match="cannot plan for speculative decoding; KV transfer; start vLLM without"):
+        drive(model)
+    monkeypatch.delattr(tempo_scheduler.StructuredOutputRequest, "grammar")
+    with pytest.raises(EngineVersionError, match="StructuredOutputRequest has no grammar"):
+        drive(model)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
