@@ -16,14 +16,18 @@ Whoever starts an engine asks them first, in this order; where either finds some
 imported, the order is left to vLLM (vllm_start.py). A plain server does not ask: then the class refuses to be made.
 """
 
+import inspect
 import itertools
 import time
+import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
-from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm import SamplingParams
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -103,14 +107,17 @@ _ATTRIBUTES: Attributes = (
     (
         VllmConfig,
         (
-            "additional_config", "kv_transfer_config", "model_config", "parallel_config", "scheduler_config",
-            "speculative_config",
+            "additional_config", "cache_config", "ec_transfer_config", "kv_transfer_config", "model_config",
+            "parallel_config", "scheduler_config", "speculative_config",
         ),
     ),
+    (CacheConfig, ("mamba_cache_mode",)),
     (ParallelConfig, ("data_parallel_size", "pipeline_parallel_size")),
-    (ModelConfig, ("is_encoder_decoder", "runner_type")),
-    (SchedulerConfig, ("enable_chunked_prefill",)),
+    (ModelConfig, ("is_encoder_decoder", "is_multimodal_model", "runner_type")),
+    (SchedulerConfig, ("disable_chunked_mm_input", "enable_chunked_prefill")),
     (LoRAConfig, ("max_loras",)),
+    (LoRARequest, ("lora_int_id",)),
+    (SamplingParams, ("extra_args",)),
 )  # fmt: skip
 _QUEUES = ("kv_holding_waiting", "skipped_waiting")
 """Where the parent keeps those that it passed over: the first since 0.31, the second before."""
@@ -125,9 +132,19 @@ def differences() -> list[str]:
     ]
     if not any(has_attribute(Scheduler, name) for name in _QUEUES):
         found.append(f"Scheduler has none of {', '.join(_QUEUES)}")
+    found += _shape_differences()
     if "next_decode_eligible_step" not in source_of(Scheduler.schedule):
         found.append("Scheduler.schedule does not read next_decode_eligible_step")
     return found
+
+
+def _shape_differences() -> list[str]:
+    """What get_computed_blocks returns: (blocks, cached tokens, and from 0.32 on more)."""
+    method = getattr(KVCacheManager, "get_computed_blocks", None)
+    returned = inspect.signature(method).return_annotation if method is not None else None
+    if method is None or typing.get_args(returned)[1:2] == (int,):
+        return []
+    return [f"KVCacheManager.get_computed_blocks returns {returned}, of which the second is no number of tokens"]
 
 
 def not_planned(config: Any) -> list[str]:
@@ -135,15 +152,24 @@ def not_planned(config: Any) -> list[str]:
 
     To be asked only where `differences` finds none: it reads fields that another vLLM need not have.
     """
-    parallel = config.parallel_config
+    parallel, model, scheduler = config.parallel_config, config.model_config, config.scheduler_config
+    is_uncut = scheduler.disable_chunked_mm_input and model.is_multimodal_model
     reasons = {
         "speculative decoding": config.speculative_config is not None,
         "KV transfer": config.kv_transfer_config is not None,
+        "transfer of encoder outputs": config.ec_transfer_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
-        "encoder-decoder models": config.model_config.is_encoder_decoder,
-        "models that do not generate": config.model_config.runner_type != "generate",
-        "prompts that are not cut (enable_chunked_prefill is off)": not config.scheduler_config.enable_chunked_prefill,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "models that do not generate": model.runner_type != "generate",
+        # Older versions have none of these.
+        "diffusion models": getattr(model, "is_diffusion", False),
+        "prompts that are not cut (enable_chunked_prefill is off)": not scheduler.enable_chunked_prefill,
+        # A budget that ends within an image would keep it out for ever.
+        "images that are not cut (disable_chunked_mm_input is on)": is_uncut,
+        # vLLM cuts prompts at whole blocks of its own size there, so a budget below one lets none of them go on.
+        "Mamba states cached at block ends (mamba_cache_mode is align)": config.cache_config.mamba_cache_mode
+        == "align",
     }
     return [name for name, is_there in reasons.items() if is_there]
 

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import structlog
@@ -24,7 +25,7 @@ from tempo_router.request import (  # noqa: E402
     Slo,
 )
 from tempo_router.standing import Standing  # noqa: E402
-from tests.vllm_scheduler import Drive, Shape, compile_grammar, make_scheduler  # noqa: E402
+from tests.vllm_scheduler import Drive, Shape, base_config, compile_grammar, make_scheduler  # noqa: E402
 from workers import tempo_scheduler  # noqa: E402
 from workers.call_facts import CallFacts, CallUpdate, News  # noqa: E402
 from workers.default_model import ensure_default_model  # noqa: E402
@@ -67,6 +68,59 @@ def test_a_changed_vllm_is_named(monkeypatch):
         "Request has no num_output_tokens",
         "StructuredOutputRequest has no grammar",
     ]
+
+
+def test_a_cache_that_answers_in_another_shape_is_named(monkeypatch):
+    def changed(self, request) -> tuple[int, list]:
+        return 0, []
+
+    monkeypatch.setattr(tempo_scheduler.KVCacheManager, "get_computed_blocks", changed)
+    assert tempo_scheduler.differences() == [
+        "KVCacheManager.get_computed_blocks returns tuple[int, list], of which the second is no number of tokens"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ec_transfer_config": object()}, "transfer of encoder outputs"),
+        ({"model_config.is_diffusion": True}, "diffusion models"),
+        (
+            {"model_config.is_multimodal_model": True, "scheduler_config.disable_chunked_mm_input": True},
+            "images that are not cut (disable_chunked_mm_input is on)",
+        ),
+        (
+            {"cache_config.mamba_cache_mode": "align"},
+            "Mamba states cached at block ends (mamba_cache_mode is align)",
+        ),
+    ],
+)
+def test_what_keeps_prompts_whole_or_is_unknown_is_not_planned(model, changes, reason):
+    """A cap on a step's tokens would then keep prompts out for ever."""
+    config = base_config(model)
+    assert tempo_scheduler.not_planned(config) == []
+    assert tempo_scheduler.not_planned(Changed(config, changes)) == [reason]
+
+
+class Changed:
+    """A configuration with some fields as given, by their path; the others are as they were."""
+
+    def __init__(self, config: Any, changes: dict[str, Any]) -> None:
+        self._config = config
+        self._changes = changes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._changes:
+            return self._changes[name]
+        inner = {path.partition(".")[2]: value for path, value in self._changes.items() if path.startswith(f"{name}.")}
+        found = getattr(self._config, name)
+        return Changed(found, inner) if inner else found
+
+
+def test_an_image_may_be_cut_or_there_is_none(model):
+    config = base_config(model)
+    assert tempo_scheduler.not_planned(Changed(config, {"model_config.is_multimodal_model": True})) == []
+    assert tempo_scheduler.not_planned(Changed(config, {"scheduler_config.disable_chunked_mm_input": True})) == []
 
 
 def test_a_method_that_vllm_newly_asks_of_its_queues_is_named(monkeypatch):
