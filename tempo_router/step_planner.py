@@ -219,6 +219,12 @@ class StepPlanner:
         if call.blocks or call.is_decoding:
             self._evict(call)
 
+    def went_on(self, call: LiveCall) -> None:
+        """The engine does not hold a call any longer, whatever was planned. The next plan looks at the whole order."""
+        if call.call_id in self._held:
+            self._resume(call)
+            self._look_again()
+
     def ordered(self) -> list[LiveCall]:
         """All live calls in the order of the last plan's moment."""
         return self._sorted(self._live.values(), self._now_s)

@@ -460,6 +460,7 @@ class TempoScheduler(AsyncScheduler):
         """Set holds, order and budget. Returns the waiting requests that may come in, in order."""
         strangers = self._strangers
         if plan is None:
+            self._hold_nobody()
             return list(strangers.values()) if strangers else []
         offered, chunks = self._prompts(plan)
         self._hold(plan, chunks)
@@ -510,6 +511,17 @@ class TempoScheduler(AsyncScheduler):
             ]
         if not plan.decodes:
             skipped += [self._requests[call.call_id] for call in planner.decoding]
+        self._skip(skipped)
+
+    def _hold_nobody(self) -> None:
+        """Without a plan vLLM's own order counts; whoever pauses it waits for all that run, those held included."""
+        for call in list(self.planner.held_calls):
+            self.planner.went_on(call)
+        if self._skipped:
+            self._skip([])
+
+    def _skip(self, skipped: list[Any]) -> None:
+        """These take no part in the step, nor those before that cannot yet; all others do."""
         kept = {request.request_id for request in skipped}
         for request in self._skipped:
             if request.request_id in kept or request.next_decode_eligible_step != _NEVER:

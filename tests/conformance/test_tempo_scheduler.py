@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("vllm")
 
 from vllm.sampling_params import StructuredOutputsParams  # noqa: E402
+from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 
 from tempo_router.errors import ConfigError, EngineVersionError  # noqa: E402
 from tempo_router.request import (  # noqa: E402
@@ -503,6 +504,39 @@ def test_in_any_crowd_no_token_is_lost_and_nothing_is_left(model, seed, prefix_c
         answer = run.answers[name]
         assert answer == run.expected(name, len(answer)), f"{name} is garbled"
         assert run.ended[name] == "abort" or len(answer) == tokens, f"{name} has {len(answer)} of {tokens} tokens"
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_pause_that_waits_for_what_runs_waits_for_those_held_too(model, is_async):
+    """And for prompts that sit out; whoever has not begun waits for the end of the pause."""
+    run = drive(model, Shape(slots=3, places=6, max_step_tokens=64, is_async=is_async))
+    for number in range(3):
+        run.submit(f"r{number}", list(range(10)), 50, facts(number, run.now_s, BACKGROUND))
+    for _ in range(5):
+        run.step()
+    run.submit("r3", list(range(300)), 5, facts(3, run.now_s, BACKGROUND))
+    for number in range(4, 6):
+        run.submit(f"r{number}", list(range(1000, 1300)), 40, facts(number, run.now_s, CHAT))
+    run.now_s += 0.4
+    while not run.scheduler.planner.held:
+        run.step()
+    run.step()
+    run.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    run.submit("late", list(range(10)), 5, facts(6, run.now_s, CHAT))
+    for _ in range(150):
+        run.step()
+        run.scheduler.audit()
+    assert run.scheduler.running == []
+    assert "late" not in run.ended
+    assert {"r0", "r1", "r2"} <= set(run.ended)
+
+    run.scheduler.set_pause_state(PauseState.UNPAUSED)
+    run.drain(limit=200)
+    assert all(run.answers[name] == run.expected(name, len(answer)) for name, answer in run.answers.items())
+    assert {name: len(answer) for name, answer in run.answers.items()} == {
+        "r0": 50, "r1": 50, "r2": 50, "r3": 5, "r4": 40, "r5": 40, "late": 5
+    }  # fmt: skip
     run.check_nothing_is_left()
 
 
