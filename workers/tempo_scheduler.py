@@ -82,6 +82,7 @@ _ATTRIBUTES: Attributes = (
         AsyncScheduler,
         (
             "requests", "waiting", "running", "max_num_scheduled_tokens", "max_num_running_reqs", "current_step",
+            "num_waiting_for_streaming_input",
             "kv_cache_manager", "kv_cache_config", "block_size", "max_model_len", "lora_config", "vllm_config",
             "cache_config", "_pause_state",
         ),
@@ -452,6 +453,19 @@ class TempoScheduler(AsyncScheduler):
             planner.lost(last)
             self._preempt([last])
 
+    def _make_places(self, offered: Iterable[Any]) -> None:
+        """Who is to come in and finds every place of the batch taken gets that of one who is held, the last first."""
+        places = getattr(self, "max_num_active_reqs", self.max_num_running_reqs)
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        lacking = sum(request in self.waiting for request in offered) - max(0, places - taken)
+        if lacking <= 0:
+            return
+        held = {call.call_id for call in self.planner.held_calls}
+        last = [call for call in reversed(self.planner.ordered()) if call.call_id in held][:lacking]
+        for call in last:
+            self.planner.lost(call)
+        self._preempt(last)
+
     def _has_begun(self, call: LiveCall) -> bool:
         """Some of its prompt is computed."""
         return call.call_id in self._begun and self._requests[call.call_id].status == RequestStatus.RUNNING
@@ -463,6 +477,8 @@ class TempoScheduler(AsyncScheduler):
             self._hold_nobody()
             return list(strangers.values()) if strangers else []
         offered, chunks = self._prompts(plan)
+        if self.planner.held:
+            self._make_places([*strangers.values(), *offered])
         self._hold(plan, chunks)
         if chunks or self._skipped:
             self._put_prompts_last(chunks)

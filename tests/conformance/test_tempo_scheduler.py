@@ -508,6 +508,30 @@ def test_in_any_crowd_no_token_is_lost_and_nothing_is_left(model, seed, prefix_c
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("places", [8, 10, 12])
+def test_who_is_held_gives_its_place_to_a_newcomer_that_finds_none(model, places, is_async):
+    """Eight run and four come, as many as a router sends; held calls would keep half the slots idle."""
+    run = drive(model, Shape(slots=8, places=places, is_async=is_async))
+    for number in range(8):
+        run.submit(f"r{number}", list(range(10)), 300, facts(number, run.now_s, BACKGROUND))
+    for _ in range(40):
+        run.step()
+    came_s = run.now_s
+    for number in range(8, 12):
+        run.submit(f"r{number}", list(range(10)), 100, facts(number, run.now_s, CHAT))
+    run.now_s += 0.4
+    # Who has just been held has a token on its way, and so has who takes part while that comes.
+    seen = [len(run.step()) for _ in range(80)][6:]
+    assert seen == [8] * len(seen)
+    assert all(run.first_token_s[f"r{number}"] - came_s < CHAT.ttft_s for number in range(8, 12))
+    assert len(run.preempted) == 12 - places
+    run.drain(limit=1000)
+    assert all(run.answers[name] == run.expected(name, len(answer)) for name, answer in run.answers.items())
+    assert sum(len(answer) for answer in run.answers.values()) == 8 * 300 + 4 * 100
+    run.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
 def test_a_pause_that_waits_for_what_runs_waits_for_those_held_too(model, is_async):
     """And for prompts that sit out; whoever has not begun waits for the end of the pause."""
     run = drive(model, Shape(slots=3, places=6, max_step_tokens=64, is_async=is_async))
