@@ -470,32 +470,55 @@ def test_a_plain_server_with_what_cannot_be_planned_ends_at_its_start(model, mon
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_in_any_crowd_no_token_is_lost_and_nothing_is_left(model, seed, prefix_cache, is_async):
-    """Small cache, few slots, aborts in the middle, standings that change: the histories that break schedulers."""
+    """Small cache, few slots and places, aborts in the middle, standings that change: what breaks schedulers.
+
+    In some of them layers of two kinds and a watermark; pauses and grammars that take long.
+    """
     rng = random.Random(f"{seed}:{prefix_cache}:{is_async}")
     slots = rng.choice((2, 4, 8))
+    window = rng.choice((0, 0, 64, 2048))
     shape = Shape(
         slots=slots,
         places=slots + rng.choice((0, 1, slots)),
         max_step_tokens=rng.choice((32, 100, 256)),
-        blocks=rng.choice((24, 30, 40)),
+        blocks=rng.choice((24, 30, 40)) * (2 if window else 1),
         prefix_cache=prefix_cache,
         is_async=is_async,
+        window=window,
+        watermark=rng.choice((0.0, 0.0, 0.3)),
     )
     run = drive(model, shape)
     wanted: dict[str, int] = {}
+    in_compilation: list[Any] = []
     for number in range(120):
         name = f"r{number}"
         shared = [7] * rng.choice((0, 16, 40))
         prompt = [*shared, *(rng.randrange(256) for _ in range(rng.choice((1, 15, 16, 17, 90, 250))))]
         wanted[name] = rng.choice((1, 2, 17, 60))
         known = facts(number, run.now_s, rng.choice(SLOS), rng.choice((0.0, 0.1, 10.0)), is_admitted=rng.random() < 0.7)
-        run.submit(name, prompt, wanted[name], known if rng.random() < 0.9 else None)
+        grammar = {"structured_outputs": StructuredOutputsParams(regex="a*")} if rng.random() < 0.1 else {}
+        request = run.submit(name, prompt, wanted[name], known if rng.random() < 0.9 else None, **grammar)
+        in_compilation += [request] if grammar else []
+        if rng.random() < 0.04:
+            run.scheduler.set_pause_state(rng.choice((PauseState.PAUSED_NEW, PauseState.PAUSED_ALL)))
         live = run.go_on(rng, wanted)
+        if rng.random() < 0.5:
+            run.scheduler.set_pause_state(PauseState.UNPAUSED)
+        if in_compilation and rng.random() < 0.5:
+            compile_grammar(in_compilation.pop(0))
         if live and rng.random() < 0.3:
             standing = Standing(rng.choice((0.0, 0.01, 99.0)), rng.random() < 0.6, 0.0, rng.random() < 0.2)
             update = CallUpdate(rng.choice(live), standing, rng.choice((None, *SLOS)))
             run.scheduler.tell(News((update,), rng.choice((None, 0.01))))
         run.now_s += rng.choice((0.0, 0.0, 0.4))
+    for request in in_compilation:
+        compile_grammar(request)
+    run.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(400):
+        run.step()
+        run.scheduler.audit()
+    assert run.scheduler.running == [], "a pause waits for ever"
+    run.scheduler.set_pause_state(PauseState.UNPAUSED)
     run.drain()
 
     planner = run.scheduler.planner
