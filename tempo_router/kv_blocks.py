@@ -44,6 +44,13 @@ class KvBlocks:
         """A live call needs them no longer."""
         self.held -= blocks
 
+    def shared(self, _prefix_id: str) -> int:
+        """Blocks of a call, or of one that is to begin, that other live calls hold: none, each has its own here."""
+        return 0
+
+    def share(self, blocks: int) -> None:
+        """So many of the blocks taken last others hold too; below zero, of those given back last."""
+
     def cached_tokens(self, prefix_id: str, prefix_tokens: int) -> int:
         """Leading tokens, whole blocks only, that need not be computed for a prompt that shares prefix_tokens."""
         tokens = min(self._cached.get(prefix_id, 0), prefix_tokens)

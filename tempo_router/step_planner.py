@@ -479,12 +479,14 @@ class StepPlanner:
         if call.blocks:
             return True
         needed = self._kv.blocks_for(call.to_compute + 1)
-        if needed > self._room() and not self._evict_for(call, needed, planned):
+        shared = self._kv.shared(call.spec.prefix_id) if needed > self._room() else 0
+        if needed - shared > self._room() and not self._evict_for(call, needed - shared, planned):
             return False
         # The last token of a prompt is always computed: it gives the first token of the answer.
         cached = min(self._kv.use(call.spec.prefix_id, call.spec.prefix_tokens), call.to_compute - 1)
         if not self._kv.take(needed):
             return False
+        self._kv.share(shared)
         call.blocks = needed
         call.computed = max(cached, 0)
         self._table.note_missing(call)
@@ -513,6 +515,7 @@ class StepPlanner:
             if needed > self._room():
                 victim.times_taken += 1
                 self._evict(victim)
+                self._kv.share(-self._kv.shared(victim.spec.prefix_id))
         return True
 
     def _order_with(self, asker: LiveCall | None = None) -> list[LiveCall]:
@@ -545,7 +548,7 @@ class StepPlanner:
             if spares and not may_lose(other, other.times_taken):
                 continue
             victims.append(other)
-            lacking -= self._blocks_of(other)
+            lacking -= self._blocks_of(other) - self._kv.shared(other.spec.prefix_id)
             if lacking <= 0:
                 break
         if lacking > 0:

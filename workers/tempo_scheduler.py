@@ -28,7 +28,8 @@ import structlog
 from vllm import SamplingParams
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.lora.request import LoRARequest
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -68,6 +69,8 @@ _NEVER = 1 << 60
 _MOST_EARLY = 1024
 _WORST_STANDS_S = 0.1
 """How long the last of the order is taken for the last, so that a full cache does not mean sorting at every step."""
+_MOST_LOOKED_UP = 8
+"""Prompts that do not fit of which a step asks what others hold of them: an answer costs as much as it has blocks."""
 _FACTS_OF_A_STRANGER = {"class": "best_effort"}
 
 _RELIED_ON: Signatures = (
@@ -76,6 +79,7 @@ _RELIED_ON: Signatures = (
     (Scheduler, "_preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
     (Scheduler, "_free_blocks", ("self", "request")),
     (KVCacheManager, "get_computed_blocks", ("self", "request")),
+    (KVCacheManager, "get_blocks", ("self", "request_id")),
 )
 _ATTRIBUTES: Attributes = (
     (
@@ -87,6 +91,8 @@ _ATTRIBUTES: Attributes = (
             "cache_config", "_pause_state",
         ),
     ),
+    (KVCacheBlocks, ("blocks",)),
+    (KVCacheBlock, ("is_null", "ref_cnt")),
     (KVCacheConfig, ("kv_cache_groups",)),
     (KVCacheGroupSpec, ("kv_cache_spec",)),
     (KVCacheSpec, ("block_size", "page_size_bytes", "max_memory_usage_bytes")),
@@ -231,6 +237,7 @@ class TempoScheduler(AsyncScheduler):
             self.cache_config.num_gpu_blocks - 1,
             self.block_size,
             self._cached_tokens,
+            self._shared_blocks,
             least_each=least_each,
             most_each=self._most_each,
         )
@@ -258,6 +265,7 @@ class TempoScheduler(AsyncScheduler):
         self._worst_until_s = -1.0
         self._early: dict[str, CallUpdate] = {}
         self._is_stuck = False
+        self._looked_up = 0
 
     def _blocks_each(self) -> tuple[float, float]:
         """Blocks of the pool that `block_size` tokens take: of the longest request, and of a short one.
@@ -371,6 +379,21 @@ class TempoScheduler(AsyncScheduler):
         request = self.requests.get(request_id)
         return int(self.kv_cache_manager.get_computed_blocks(request)[1]) if request is not None else 0
 
+    def _shared_blocks(self, request_id: str) -> int:
+        """Blocks that others hold: of those that it has, or of those that it would find in the cache."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return 0
+        if request.status == RequestStatus.RUNNING:
+            return sum(
+                block.ref_cnt > 1 for group in self.kv_cache_manager.get_blocks(request_id).blocks for block in group
+            )
+        self._looked_up += 1
+        if self._looked_up > _MOST_LOOKED_UP:
+            return 0
+        found = self.kv_cache_manager.get_computed_blocks(request)[0].blocks
+        return sum(block.ref_cnt > 0 and not block.is_null for group in found for block in group)
+
     # ---- a step ----
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
@@ -403,6 +426,7 @@ class TempoScheduler(AsyncScheduler):
         return plan
 
     def _measure_blocks(self) -> None:
+        self._looked_up = 0
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         # Kept from prompts while anything runs; older versions have no watermark.
         spare = getattr(self.kv_cache_manager, "watermark_blocks", 0) if self.running else 0

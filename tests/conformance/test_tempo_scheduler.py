@@ -226,6 +226,20 @@ def test_a_prompt_that_is_half_computed_gives_way_where_a_prompt_takes_more_bloc
     run.check_nothing_is_left()
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_calls_that_share_a_long_prefix_run_at_once(model, is_async):
+    """It takes half of the blocks: a second call needs only what it adds to it, and gives back no more."""
+    run = drive(model, Shape(slots=16, places=24, max_step_tokens=512, blocks=200, is_async=is_async))
+    prefix = list(range(1600))
+    for number in range(30):
+        run.submit(f"r{number}", [*prefix, *range(3000 + number, 3016 + number)], 60, facts(number, run.now_s, TOOL))
+    run.drain(limit=300)
+    assert max(len(scheduled) for scheduled in run.scheduled) == 16
+    assert run.scheduler.planner.evictions <= 1
+    assert all(run.answers[name] == run.expected(name, 60) for name in run.answers)
+    run.check_nothing_is_left()
+
+
 def test_decodes_may_take_the_blocks_that_are_kept_from_prompts(model):
     """Whoever decodes would else lose its cache to a share that nobody may use."""
     run = drive(model, Shape(blocks=31, prefix_cache=False, watermark=0.5))

@@ -45,3 +45,15 @@ def test_a_cached_prefix_is_what_the_engine_has_of_that_request():
     kv = EngineBlocks(100, 16, {"r": 64}.__getitem__)
     assert kv.use("r", 200) == 64
     assert kv.use("r", 50) == 50
+
+
+def test_blocks_that_others_hold_too_need_not_be_free_and_do_not_become_free():
+    kv = EngineBlocks(100, 16, lambda _: 0, {"r": 40}.__getitem__)
+    kv.measure(30)
+    assert kv.shared("r") == 40
+    kv.take(50)
+    kv.share(40)
+    assert kv.free == 20
+    kv.give_back(50)
+    kv.share(-40)
+    assert kv.free == 30
