@@ -397,7 +397,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of `scheduling` or its `switches` in docs/configuration.md; may be repeated",
+        help="a setting of `scheduling` or its `switches` in docs/configuration.md that has no option here; repeatable",
     )
     parser.add_argument("--out", type=Path, help="all rows as JSON")
     parser.add_argument("--csv", type=Path, help="all rows as CSV")

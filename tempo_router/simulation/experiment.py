@@ -44,6 +44,14 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of the scheduler by the name of what a success counts."""
 
+_NO_SWITCHES: Mapping[str, str] = {
+    "policy": "--policy",
+    "hopeless": "--no-shedding (or leave it out: hopeless work is then dropped)",
+    "objective": f"--objective ({', '.join(OBJECTIVES)})",
+    "switches": "the switches' own names, one by one, such as reserve=false",
+}
+"""Settings of the scheduler that a cell has a field for: a row would name one of them and be of another."""
+
 REFERENCE_SLOTS = 128
 """Slots at which the reference for loads is measured, whatever a cell runs with."""
 
@@ -226,6 +234,8 @@ def scheduling_of(cell: Cell) -> SchedulingConfig:
     for name, value in cell.switches.items():
         if name not in valid:
             raise ConfigError(f"switches: {unknown_key_message(name, valid)}")
+        if name in _NO_SWITCHES:
+            raise ConfigError(f"switches: {name}={value!r}: is no switch here; use {_NO_SWITCHES[name]}")
         (parts if name in SwitchesConfig.model_fields else settings)[name] = value
     if parts:
         settings["switches"] = parts
@@ -442,15 +452,7 @@ def _measure_saturated(trace: Trace, profile: StepProfile, slots: int, on_progre
 
 def _first_come(trace: Trace, profile: StepProfile, slots: int, on_progress: OnProgress) -> Sequence[UnitOutcome]:
     """First come, first served with chunked prefill; nothing is refused."""
-    calls = [call for unit in trace.units for call in unit.calls]
-    scheduling = SchedulingConfig.model_validate(
-        {
-            "policy": "fcfs",
-            "max_waiting_requests": len(calls) + 1,
-            "max_waiting_tokens": sum(call.prompt_tokens for call in calls) + 1,
-        }
-    )
-    setup = Setup(policy="fcfs", profiles=(profile,), scheduling=scheduling, max_running=slots, sheds=False)
+    setup = Setup(policy="fcfs", profiles=(profile,), max_running=slots, sheds=False)
     return simulate(trace, setup, on_progress=on_progress).units
 
 

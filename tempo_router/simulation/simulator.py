@@ -76,7 +76,8 @@ _MODEL = "simulated"
 class Setup:
     """What is simulated.
 
-    profiles: one per replica; they may differ. scheduling: objective and switches; its `policy` is overridden.
+    profiles: one per replica; they may differ. scheduling: objective and switches; its `policy` and `hopeless` are
+        overridden, and the line is endless unless max_waiting_requests or max_waiting_tokens are set in it.
     max_running: slots per replica. sheds: hopeless waiting work is dropped; otherwise it goes on as best effort.
     knowledge: "learned" while the run goes on; "regressor": so, and by a forest beside the histograms, as a service
         has it; "none": lengths by class alone; "graphs": lengths are learned, the programs' graphs known; "true": both
@@ -148,6 +149,16 @@ def _by_class(spec: RequestSpec) -> RequestSpec:
     return replace(spec, app=slo_class(spec.slo), prompt_tokens=1, stage=0)
 
 
+def _overrides(setup: Setup) -> dict[str, Any]:
+    """What a set-up says beside its scheduling, and lines without end unless that limits them."""
+    endless = {"max_waiting_requests": 10_000_000, "max_waiting_tokens": 10**12}
+    return {
+        "policy": setup.policy,
+        "hopeless": "refuse" if setup.sheds else "relegate",
+        **{name: most for name, most in endless.items() if name not in setup.scheduling.model_fields_set},
+    }
+
+
 class _UnitRun:
     """A unit that has arrived: which calls wait for which, and what was delivered."""
 
@@ -180,15 +191,7 @@ class _Run:
         self._dispatches: dict[DispatchId, tuple[_UnitRun, int]] = {}
         self._decided = 0
         self._runs: list[_UnitRun | None] = [None] * len(trace.units)
-        config = setup.scheduling.model_copy(
-            update={
-                "policy": setup.policy,
-                "hopeless": "refuse" if setup.sheds else "relegate",
-                "max_waiting_requests": 10_000_000,
-                "max_waiting_tokens": 10**12,
-            }
-        )
-        config = SchedulingConfig.model_validate(config.model_dump())
+        config = SchedulingConfig.model_validate({**setup.scheduling.model_dump(), **_overrides(setup)})
         self._core = RouterCore(config, lengths=self._lengths(), history=self._history())
         self._foretelling: Foretelling | None = None
         if setup.knowledge == "regressor":

@@ -235,6 +235,18 @@ def test_switches_change_what_is_done():
     assert simulate(trace, setup(scheduling=switched)).units != plain.units
 
 
+@pytest.mark.parametrize("limit", [{"max_waiting_requests": 3}, {"max_waiting_tokens": 3000}])
+def test_the_line_is_endless_unless_it_is_limited(limit):
+    trace = workload(12.0, 8.0)
+    endless = simulate(trace, setup("fcfs", max_running=2, sheds=False))
+    limited = simulate(
+        trace, setup("fcfs", max_running=2, sheds=False, scheduling=SchedulingConfig.model_validate(limit))
+    )
+
+    assert all(unit.status != "refused" for unit in endless.units)
+    assert any(unit.status == "refused" for unit in limited.units)
+
+
 def test_progress_is_told_and_ends_with_one():
     told: list[float] = []
     simulate(workload(6.0, 20.0), setup("fcfs"), on_progress=told.append)
