@@ -605,7 +605,10 @@ def _bound(options: argparse.Namespace) -> int:
         )
         results.append({"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)})
         _write_json(options.out, "bounds", results, is_complete=len(results) == len(traces))
-        _say(f"{trace.name}: at most {bound.per_s:.1f} good tokens/s ({bound.total:.0f} in all)")
+        per_s = "-" if bound.per_s is None else f"{bound.per_s:.1f}"
+        _say(f"{trace.name}: at most {per_s} good tokens/s ({bound.total:.0f} in all)")
+        if bound.per_s is None:
+            _say("  all of it comes at once, so there is no rate of arrivals; what counts is the number in all")
         for name, offered_tokens in bound.offered.items():
             if offered_tokens:
                 share = bound.accepted.get(name, 0.0) / offered_tokens

@@ -62,13 +62,14 @@ _LONG_PATH = 0.1
 class Bound:
     """An upper bound and how it came about.
 
-    total: good output tokens, or the sum of the given values. per_s: total over the arrival span.
+    total: good output tokens, or the sum of the given values. per_s: total over the arrival span; None where all
+        comes at once, which has no rate.
     accepted, offered: the same by class, in the relaxed optimum and in the trace; accepted sums to `total` but for the
         solver's tolerance. solve_s: time in the solver. is_cut_short: the time limit ended it, so `total` is loose.
     """
 
     total: float
-    per_s: float
+    per_s: float | None
     accepted: dict[SloClass, float]
     offered: dict[SloClass, float]
     rows: int
@@ -117,7 +118,7 @@ def token_goodput_bound(
     total = min(total, sum(offered.values()))
     return Bound(
         total=total,
-        per_s=total / trace.span_s if trace.span_s > 0 else math.inf if total > 0 else 0.0,
+        per_s=total / trace.span_s if trace.span_s > 0 else None if total > 0 else 0.0,
         accepted=accepted,
         offered=offered,
         rows=model.program.rows,

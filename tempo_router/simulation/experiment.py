@@ -363,7 +363,7 @@ def bound_tokens_per_s(
 ) -> float | None:
     """Good tokens/s that no scheduler exceeds on this trace as it is; see tempo_router.simulation.bound.
 
-    None where the solver's time was over: what it says then is no measure.
+    None where the solver's time was over: what it says then is no measure; and for a trace that comes all at once.
     """
     # Not for everyone who runs a cell: it loads a solver.
     from tempo_router.simulation.bound import token_goodput_bound
@@ -373,7 +373,7 @@ def bound_tokens_per_s(
     bound = cache.get("bound", key)
     if bound is None:
         found = token_goodput_bound(trace, profiles, slots)
-        if found.is_cut_short:
+        if found.is_cut_short or found.per_s is None:
             return None
         bound = found.per_s
         names = fleet_name([profile.name for profile in profiles])

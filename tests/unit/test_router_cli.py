@@ -301,6 +301,21 @@ def test_bound_is_no_less_than_what_a_policy_gets(trace, tmp_path, capsys):
     assert bound["per_s"] >= row["token_goodput"] > 0
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_the_bound_of_what_comes_at_once_has_no_rate(tmp_path, capsys, requests):
+    path, out = tmp_path / "at-once.csv", tmp_path / "b.json"
+    rows = "".join(f"{number},0,throughput,50,20\n" for number in range(requests))
+    path.write_text(f"request_id,arrival_s,class,prompt_tokens,output_tokens\n{rows}", encoding="utf-8")
+
+    assert main(["bound", "--trace", str(path), "--profile", "toy-cpu", "--out", str(out)]) == 0
+    (bound,) = json.loads(out.read_text(encoding="utf-8"))["bounds"]
+    assert bound["per_s"] is None
+    assert bound["total"] == pytest.approx(20 * requests, rel=1e-3)
+    printed = capsys.readouterr().out
+    assert f"at-once: at most - good tokens/s ({20 * requests} in all)" in printed
+    assert "all of it comes at once" in printed
+
+
 # ---- what can be wrong
 
 
