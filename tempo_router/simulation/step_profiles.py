@@ -5,6 +5,8 @@ tables can be given instead; every "model:gpu:tp" in it is then a profile.
 """
 
 import bisect
+import difflib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ _FILE_BLOCK_SIZE = 16
 _FILE_MAX_RUNNING = 256
 _FILE_MAX_STEP_TOKENS = 2048
 _FILE_MAX_MODEL_LEN = 8192
+_MOST_NAMES = 8
+"""Profiles that a message lists; of more it names the nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +202,19 @@ def load_profile(name: str, path: Path | None = None) -> StepProfile:
     profiles = preset_profiles() | (file_profiles(path) if path is not None else {})
     if name not in profiles:
         where = "among the presets" if path is None else f"among the presets and in {path}"
-        raise ConfigError(
-            f"profile {name!r}: no such step-time profile {where}; there are: {', '.join(sorted(profiles))}"
-        )
+        raise ConfigError(f"profile {name!r}: no such step-time profile {where}; {_proposal(name, sorted(profiles))}")
     return profiles[name]
+
+
+def _proposal(name: str, names: Sequence[str]) -> str:
+    """Which profiles there are and which is the nearest; of many the nearest few."""
+    near = difflib.get_close_matches(name, names, n=_MOST_NAMES, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else ""
+    if len(names) > _MOST_NAMES:
+        return " ".join(
+            filter(None, (hint, f"there are {len(names)}, such as {', '.join(near or names[:_MOST_NAMES])}"))
+        )
+    return "; ".join(filter(None, (f"there are: {', '.join(names)}", hint)))
 
 
 def preset_profiles() -> dict[str, StepProfile]:
@@ -211,18 +224,27 @@ def preset_profiles() -> dict[str, StepProfile]:
 
 
 def file_profiles(path: Path) -> dict[str, StepProfile]:
-    """Every "model:gpu:tp" of a step-time file (milliseconds, version 1). Raises ConfigError if it cannot be read."""
+    """Every "model:gpu:tp" of a step-time file (milliseconds, version 1).
+
+    Raises ConfigError if it cannot be read, naming the profile, the field and the value that is wrong.
+    """
     try:
         content = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        if content["version"] != 1 or content["unit"] != "ms":
-            raise ConfigError(f"{path}: expected a step-time file of version 1 in ms")
-        host_ms = float(content["cpu_overhead_ms_default"])
-        profiles = [_layered_profile(entry, host_ms) for entry in content["profiles"]]
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, IndexError) as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not a step-time file: {type(e).__name__}: {e}") from e
-    return {profile.name: profile for profile in profiles}
+    fields = _Fields(content, str(path))
+    version, unit = fields.value("version"), fields.value("unit")
+    if version != 1 or unit != "ms":
+        raise ConfigError(f"{path}: expected a step-time file of version 1 in ms; it is of version {version} in {unit}")
+    host_s = fields.seconds("cpu_overhead_ms_default")
+    profiles: dict[str, StepProfile] = {}
+    for number, entry in enumerate(fields.values("profiles")):
+        profile = _layered_profile(entry, host_s, str(path), number)
+        if profiles.setdefault(profile.name, profile) != profile:
+            raise ConfigError(f"{path}: two different profiles are called {profile.name}; rename or remove one")
+    return profiles
 
 
 def _preset(name: str, entry: dict[str, Any]) -> StepProfile:
@@ -241,27 +263,28 @@ def _layered_preset(entry: dict[str, Any]) -> LayeredStepTime:
     return LayeredStepTime(**tables, **{name: entry[name] for name in names})
 
 
-def _layered_profile(entry: dict[str, Any], host_ms: float) -> StepProfile:
-    name = f"{entry['model']}:{entry['gpu']}:{entry['tp']}"
-    decode, prefill = entry["attn_decode_layer"], entry["attn_prefill_layer"]
-    reduce, head, linear = entry["all_reduce"], entry["lm_head"], entry["lin_layer"]
+def _layered_profile(entry: object, host_s: float, path: str, number: int) -> StepProfile:
+    unnamed = _Fields(entry, f"{path}: profile {number + 1}")
+    name = ":".join(str(unnamed.value(part)) for part in ("model", "gpu", "tp"))
+    fields = _Fields(entry, f"{path}: profile {name}")
     times = LayeredStepTime(
-        host_s=_seconds(host_ms),
-        layers=int(entry["layers"]),
-        linear_tokens=tuple(int(tokens) for tokens in linear["tokens"]),
-        linear_s=tuple(_seconds(ms) for ms in linear["ms"]),
-        decode_fixed_s=_seconds(decode["fixed_ms"]),
-        decode_s_per_context_token=_seconds(decode["ms_per_gb"] * decode["gb_per_ctx_token"]),
-        prefill_fixed_s=_seconds(prefill["fixed_ms"]),
-        prefill_s_per_chunk_x_past=_seconds(prefill["ms_per_chunk_x_past"]),
-        prefill_s_per_chunk_squared=_seconds(prefill["ms_per_chunk_sq"]),
-        all_reduces=float(reduce["per_layer"]),
-        all_reduce_fixed_s=_seconds(reduce["fixed_ms"]),
-        all_reduce_s_per_token=_seconds(reduce["ms_per_mb"] * reduce["mb_per_token"]),
-        head_fixed_s=_seconds(head["fixed_ms"]),
-        head_s_per_row=_seconds(head["ms_per_row"]),
+        host_s=host_s,
+        layers=fields.count("layers"),
+        linear_tokens=fields.counts("lin_layer.tokens"),
+        linear_s=fields.all_seconds("lin_layer.ms"),
+        decode_fixed_s=fields.seconds("attn_decode_layer.fixed_ms"),
+        decode_s_per_context_token=fields.seconds("attn_decode_layer.ms_per_gb", "attn_decode_layer.gb_per_ctx_token"),
+        prefill_fixed_s=fields.seconds("attn_prefill_layer.fixed_ms"),
+        prefill_s_per_chunk_x_past=fields.seconds("attn_prefill_layer.ms_per_chunk_x_past"),
+        prefill_s_per_chunk_squared=fields.seconds("attn_prefill_layer.ms_per_chunk_sq"),
+        all_reduces=fields.number("all_reduce.per_layer"),
+        all_reduce_fixed_s=fields.seconds("all_reduce.fixed_ms"),
+        all_reduce_s_per_token=fields.seconds("all_reduce.ms_per_mb", "all_reduce.mb_per_token"),
+        head_fixed_s=fields.seconds("lm_head.fixed_ms"),
+        head_s_per_row=fields.seconds("lm_head.ms_per_row"),
     )
-    kv_tokens = int(entry["kv_capacity_tokens"]) // _FILE_BLOCK_SIZE * _FILE_BLOCK_SIZE
+    _check_times(times, fields)
+    kv_tokens = fields.count("kv_capacity_tokens", at_least=_FILE_BLOCK_SIZE) // _FILE_BLOCK_SIZE * _FILE_BLOCK_SIZE
     shape = EngineShape(
         kv_tokens=kv_tokens,
         block_size=_FILE_BLOCK_SIZE,
@@ -269,11 +292,81 @@ def _layered_profile(entry: dict[str, Any], host_ms: float) -> StepProfile:
         max_step_tokens=_FILE_MAX_STEP_TOKENS,
         max_model_len=min(_FILE_MAX_MODEL_LEN, kv_tokens),
     )
-    return StepProfile(name, str(linear["source"]), times, shape)
+    return StepProfile(name, str(fields.value("lin_layer.source")), times, shape)
 
 
-def _seconds(milliseconds: float) -> float:
-    seconds = float(milliseconds) / 1000
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{milliseconds!r} is not a duration")
-    return seconds
+def _check_times(times: LayeredStepTime, fields: "_Fields") -> None:
+    """Raises ConfigError for a table that cannot be interpolated, and for steps that take no time."""
+    tokens, seconds = times.linear_tokens, times.linear_s
+    if not tokens or len(tokens) != len(seconds):
+        problem = f"{len(tokens)} tokens and {len(seconds)} ms; each number of tokens needs its time"
+        raise fields.error("lin_layer", problem)
+    for before, after in itertools.pairwise(tokens):
+        if after <= before:
+            raise fields.error("lin_layer.tokens", f"{after} comes after {before}; they must go up, each once")
+    if not (times.duration_s((), 1, 0) > 0 and times.duration_s((Prefill(1, 0),), 0, 0) > 0):
+        raise fields.error(
+            "lin_layer.ms", "with these and the other times a step of one token takes 0 s; give it a time"
+        )
+
+
+class _Fields:
+    """Fields of an object in a step-time file, by names such as lin_layer.ms; each is checked when it is read.
+
+    where: the file and the profile, for messages.
+    """
+
+    def __init__(self, content: object, where: str) -> None:
+        self._content = content
+        self._where = where
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """What is wrong with a field."""
+        return ConfigError(f"{self._where}: {key}: {problem}")
+
+    def value(self, key: str) -> Any:
+        """The field as it is."""
+        found = self._content
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                raise self.error(key, "is missing; docs/workloads.md lists the fields of a step-time file")
+            found = found[part]
+        return found
+
+    def values(self, key: str) -> list[Any]:
+        """A list."""
+        found = self.value(key)
+        if not isinstance(found, list):
+            raise self.error(key, f"expected a list, got {found!r}")
+        return found
+
+    def number(self, key: str) -> float:
+        """A finite number, not below zero."""
+        return self._number(key, self.value(key))
+
+    def seconds(self, *keys: str) -> float:
+        """A time in milliseconds, or the product of what makes one, in seconds."""
+        return math.prod(self.number(key) for key in keys) / 1000
+
+    def all_seconds(self, key: str) -> tuple[float, ...]:
+        """A list of times in milliseconds."""
+        return tuple(self._number(key, value) / 1000 for value in self.values(key))
+
+    def count(self, key: str, at_least: int = 1) -> int:
+        """A whole number."""
+        return self._count(key, self.value(key), at_least)
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers above zero."""
+        return tuple(self._count(key, value, 1) for value in self.values(key))
+
+    def _number(self, key: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise self.error(key, f"{value!r} is not a finite number that is not below zero")
+        return float(value)
+
+    def _count(self, key: str, value: object, at_least: int) -> int:
+        number = self._number(key, value)
+        if number != int(number) or number < at_least:
+            raise self.error(key, f"{value!r} is not a whole number of at least {at_least}")
+        return int(number)

@@ -182,6 +182,87 @@ def test_a_file_that_is_something_else_is_named(tmp_path, content):
         file_profiles(path)
 
 
+def changed(key, value):
+    """The content with one field of the profile replaced, or removed by None; key: such as lin_layer.ms."""
+    content = json.loads(json.dumps(CONTENT))
+    *path, last = key.split(".")
+    found = content["profiles"][0]
+    for part in path:
+        found = found[part]
+    found[last] = value
+    if value is None:
+        del found[last]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("lin_layer.ms", [1.0, 1.9], "lin_layer: 3 tokens and 2 ms"),
+        ("lin_layer", {"tokens": [], "ms": [], "source": "s"}, "lin_layer: 0 tokens and 0 ms"),
+        ("lin_layer.tokens", [1, 20, 10], "lin_layer.tokens: 10 comes after 20; they must go up"),
+        ("lin_layer.tokens", [1, 10, 10], "lin_layer.tokens: 10 comes after 10"),
+        ("lin_layer.tokens", [0, 10, 20], "lin_layer.tokens: 0 is not a whole number of at least 1"),
+        ("lin_layer.ms", [1.0, math.nan, 3.9], "lin_layer.ms: nan is not a finite number"),
+        ("lin_layer.ms", 3, "lin_layer.ms: expected a list, got 3"),
+        ("layers", 0, "layers: 0 is not a whole number of at least 1"),
+        ("layers", 1.5, "layers: 1.5 is not a whole number"),
+        ("kv_capacity_tokens", 0, "kv_capacity_tokens: 0 is not a whole number of at least 16"),
+        ("kv_capacity_tokens", -5, "kv_capacity_tokens: -5 is not"),
+        ("kv_capacity_tokens", math.nan, "kv_capacity_tokens: nan is not"),
+        ("attn_decode_layer.ms_per_gb", -1, "attn_decode_layer.ms_per_gb: -1 is not a finite number"),
+        ("all_reduce.per_layer", math.inf, "all_reduce.per_layer: inf is not"),
+        ("lm_head.ms_per_row", "fast", "lm_head.ms_per_row: 'fast' is not"),
+        ("lm_head.ms_per_row", None, "lm_head.ms_per_row: is missing"),
+        ("attn_prefill_layer", None, "attn_prefill_layer.fixed_ms: is missing"),
+    ],
+)
+def test_a_wrong_value_is_named_with_file_profile_and_field(tmp_path, key, value, problem):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(changed(key, value)))
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: profile m:g:2: {problem}")):
+        file_profiles(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([], "version: is missing"),
+        ({**CONTENT, "version": 2}, "expected a step-time file of version 1 in ms; it is of version 2 in ms"),
+        ({**CONTENT, "profiles": {}}, "profiles: expected a list, got {}"),
+        ({**CONTENT, "profiles": [{"model": "m", "gpu": "g"}]}, "profile 1: tp: is missing"),
+        ({**CONTENT, "cpu_overhead_ms_default": -1}, "cpu_overhead_ms_default: -1 is not"),
+        ({**CONTENT, "profiles": [ENTRY, {**ENTRY, "layers": 11}]}, "two different profiles are called m:g:2"),
+    ],
+)
+def test_what_is_wrong_with_a_whole_file_is_named(tmp_path, content, problem):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {problem}")):
+        file_profiles(path)
+
+
+def test_an_engine_whose_steps_take_no_time_is_refused(tmp_path):
+    zero = dict.fromkeys(("fixed_ms", "ms_per_gb", "gb_per_ctx_token", "ms_per_chunk_x_past", "ms_per_chunk_sq"), 0)
+    zero |= {"per_layer": 0, "ms_per_mb": 0, "mb_per_token": 0, "ms_per_row": 0}
+    parts = dict.fromkeys(("attn_decode_layer", "attn_prefill_layer", "all_reduce", "lm_head"), zero)
+    entry = {**ENTRY, **parts, "lin_layer": {"tokens": [1, 10], "ms": [0, 0], "source": "s"}}
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({**CONTENT, "cpu_overhead_ms_default": 0, "profiles": [entry]}))
+    with pytest.raises(ConfigError, match=r"profile m:g:2: lin_layer\.ms: .* a step of one token takes 0 s"):
+        file_profiles(path)
+
+
+def test_the_nearest_of_many_names_is_proposed(tmp_path):
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps({**CONTENT, "profiles": [{**ENTRY, "model": f"m{n}"} for n in range(30)]}))
+    with pytest.raises(ConfigError, match=r"did you mean 'llama-3-8b:h100-80g:1'\? there are 33, such as") as caught:
+        load_profile("llama3-8b:h100-80g:1", path)
+    assert str(caught.value).count("m1") == 0
+    with pytest.raises(ConfigError, match=r"there are: .*; did you mean 'toy-cpu'\?"):
+        load_profile("toycpu")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         load_profile("toy-cpu", tmp_path / "nothing.json")
