@@ -304,13 +304,15 @@ def class_figure(title: str, lines: Lines, most: int = 16) -> Figure:
     with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(12.4, 1.2 + 0.24 * len(shown)), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, color=INK)
-        panels = figure.subplots(1, 1 + len(classes), sharey=True, width_ratios=[2.2, *(1.0 for _ in classes)])
+        widths = [2.2, *(1.0 for _ in classes)]
+        # Where all work is best effort there is one panel, which a figure would hand over bare.
+        panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
         ys = np.arange(len(shown))
         left = np.zeros(len(shown))
         for name in classes:
-            widths = np.array([_of_class(lines[line], "token_goodput_by_class", name) or 0.0 for line in shown])
-            panels[0].barh(ys, widths, left=left, color=CLASS_COLOURS[name], height=0.72)
-            left += widths
+            tokens = np.array([_of_class(lines[line], "token_goodput_by_class", name) or 0.0 for line in shown])
+            panels[0].barh(ys, tokens, left=left, color=CLASS_COLOURS[name], height=0.72)
+            left += tokens
         for y, total in zip(ys, left, strict=True):
             panels[0].text(total, y, f" {total:,.0f}", va="center", fontsize=7.5, color=INK)
         panels[0].set_title("good tokens/s, stacked by class")

@@ -41,6 +41,15 @@ def test_one_load_of_one_policy_is_enough_for_the_pictures_that_need_no_more(tmp
     }  # fmt: skip
 
 
+def test_work_without_any_target_has_pictures_too(tmp_path):
+    nothing = {"attainment": 0.0, "attainment_by_class": {}, "token_goodput_by_class": {}, "lateness_cdf": {}}
+    rows = [goodput_row(policy, load, goodput=0.0, **nothing) for policy in ("tempo", "fcfs") for load in (1.0, 1.5)]
+    drawn = draw_all(rows, tmp_path)
+    assert {kind: len(paths) for kind, paths in drawn.items()} == {
+        "load": 1, "classes": 1, "distributions": 1, "ablation": 0,
+    }  # fmt: skip
+
+
 def test_our_lines_and_leading_rivals_have_colours_of_their_own_and_weak_ones_none():
     rows = full_rows()
     colours = line_colours(rows)
