@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from benchmarks.crew import Crew, process_pool
 from benchmarks.goodput_comparison import OURS
 from benchmarks.goodput_plan import QUICK_PROFILE, Plan, plan_of
-from benchmarks.goodput_report import Results, read_results, write_report
+from benchmarks.goodput_report import Results, check_report, read_results, write_report
 from benchmarks.goodput_run import add_bounds, choices_from, execute, resumed
 from benchmarks.goodput_tables import comparison_markdown, policies_markdown
 from tempo_router.errors import ConfigError, TempoError
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.render:
             results = [read_results(path) for path in options.render]
+            check_report(options.report, options.render)
             write_report(options.report, results, options.detail_load)
             for one in results:
                 if not one.is_complete:
@@ -72,6 +73,8 @@ def _measure(options: argparse.Namespace) -> int:
     if options.out.resolve() in read:
         raise ConfigError(f"--out {options.out}: would overwrite what is measured; name another file")
     plan = plan_of(options)
+    # Before the first run: a typing error is not to be found after the last.
+    check_report(options.report, {*read, options.out})
     signal.signal(signal.SIGTERM, _interrupt)
     if options.add_bound:
         return _add_bounds(plan, options)

@@ -5,6 +5,7 @@ what people wrote around them stays.
 """
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,17 +234,44 @@ def write_report(path: Path, results: Sequence[Results], detail_load: float = 1.
     detail_load = detail_load if detail_load in loads else max(loads)
     _between_marks(path, "")
     folder = path.with_suffix("")
-    drawn = draw_all(rows, folder, detail_load)
-    write_atomically(folder / "summary.csv", summary_csv(rows, is_complete=all(one.is_complete for one in results)))
-    pictures = {kind: [f"{folder.name}/{picture.name}" for picture in paths] for kind, paths in drawn.items()}
-    generated = f"{BEGIN_MARK}\n\n{report_markdown(results, pictures, detail_load)}\n\n{END_MARK}"
-    write_atomically(path, _between_marks(path, generated))
+    try:
+        drawn = draw_all(rows, folder, detail_load)
+        write_atomically(folder / "summary.csv", summary_csv(rows, is_complete=all(one.is_complete for one in results)))
+        pictures = {kind: [f"{folder.name}/{picture.name}" for picture in paths] for kind, paths in drawn.items()}
+        generated = f"{BEGIN_MARK}\n\n{report_markdown(results, pictures, detail_load)}\n\n{END_MARK}"
+        write_atomically(path, _between_marks(path, generated))
+    except OSError as e:
+        raise ConfigError(f"{path}: the report cannot be written: {e.filename or path}: {e.strerror or e}") from e
+
+
+def check_report(path: Path, others: Iterable[Path] = ()) -> None:
+    """Raises ConfigError for a report that could not be written, before anything is run for it.
+
+    others: files that are read or written besides.
+    """
+    folder = path.with_suffix("")
+    taken = {path.resolve(), folder.resolve()} & {other.resolve() for other in others}
+    if taken:
+        raise ConfigError(f"--report {path}: {min(taken)} is read or written already; name another file")
+    if path.is_dir() or folder == path:
+        raise ConfigError(f"--report {path}: name a Markdown file, such as {folder / 'goodput.md'}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for written in (path.parent, folder):
+            with tempfile.TemporaryFile(dir=written):
+                pass
+    except OSError as e:
+        raise ConfigError(f"--report {path}: cannot be written: {e.filename or path}: {e.strerror or e}") from e
+    _between_marks(path, "")
 
 
 def _between_marks(path: Path, generated: str) -> str:
     if not path.exists():
         return f"# Results\n\n{generated}\n"
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}; name another --report") from e
     begin, end = text.find(BEGIN_MARK), text.find(END_MARK)
     if begin < 0 or end < begin:
         raise ConfigError(f"{path}: has no marks between which to write; add the lines {BEGIN_MARK!r} and {END_MARK!r}")

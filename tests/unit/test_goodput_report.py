@@ -117,6 +117,44 @@ def test_a_file_without_marks_is_not_overwritten(tmp_path):
     assert path.read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("render", [False, True])
+@pytest.mark.parametrize(
+    ("report", "problem"),
+    [
+        ("/dev/null/x.md", "cannot be written: /dev/null"),
+        ("folder.d", "name a Markdown file"),
+        ("report", "name a Markdown file"),
+        ("taken.md", "cannot be written"),
+        ("notes.md", "has no marks"),
+        ("latin.md", "cannot be read"),
+        ("r.json", "is read or written already"),
+        ("r.json.md", "r.json is read or written already"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_found_before_the_first_run(
+    tmp_path, monkeypatch, capsys, report, problem, render
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.d").mkdir()
+    (tmp_path / "taken").write_text("where the pictures of taken.md would go")
+    (tmp_path / "notes.md").write_text("mine\n")
+    (tmp_path / "latin.md").write_bytes(b"\xe4\n")
+    results_of(full_rows(), tmp_path / "r.json").write(is_complete=True)
+    before = (tmp_path / "r.json").read_bytes()
+
+    def never(*_):
+        pytest.fail("a run was started")
+
+    monkeypatch.setattr(goodput, "process_pool", never)
+    arguments = ["--render", "r.json"] if render else ["--out", "r.json"]
+    assert goodput.main([*arguments, "--report", report]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert problem in said
+    assert (tmp_path / "r.json").read_bytes() == before
+
+
 def test_conditions_say_what_ran_how_often_where_it_differs(tmp_path):
     rows = [goodput_row(policy, load, seed) for policy in ("edf", "vtc") for load in (1.0, 1.5) for seed in (0, 1)]
     text = report_markdown([results_of(rows, tmp_path / "r.json")], {}, 1.5)
