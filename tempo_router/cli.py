@@ -351,6 +351,16 @@ def _profile_names(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(names * options.replicas)
 
 
+def _load(text: str) -> float | None:
+    """None: the trace's own speed."""
+    if text == "recorded":
+        return None
+    try:
+        return above_zero(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}, or recorded: the trace's own speed") from e
+
+
 # ---- simulate
 
 
@@ -360,8 +370,10 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--load",
         dest="loads",
         action="append",
-        type=above_zero,
-        help="offered tokens over what the replicas can just deliver (default: 1.0); may be repeated",
+        type=_load,
+        metavar="LOAD",
+        help="offered tokens over what the replicas can just deliver (default: 1.0), or `recorded`: the trace's own "
+        "speed; may be repeated",
     )
     default_policy = SchedulingConfig.model_fields["policy"].default
     parser.add_argument(
@@ -416,8 +428,11 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         with tqdm(total=len(cells), unit="run", disable=None, file=sys.stderr, bar_format=_BAR) as bar:
             for done, cell in enumerate(cells):
-                _measure_reference(cell.trace, fleet(cell))
-                bar.set_description_str(f"{cell.policy} at {cell.load:g}x")
+                if not cell.is_recorded:
+                    _measure_reference(cell.trace, fleet(cell))
+                bar.set_description_str(
+                    f"{cell.policy} at {'its own speed' if cell.is_recorded else f'{cell.load:g}x'}"
+                )
                 rows.append(run_cell(cell, _Progress(bar, done), clock=time.perf_counter))
                 bar.n = done + 1
                 bar.refresh()
@@ -477,7 +492,8 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
             trace=trace,
             profile_names=profile_names,
             profile_path=options.profile_path,
-            load=load,
+            load=1.0 if load is None else load,
+            is_recorded=load is None,
             policy=policy,
             objective=options.objective,
             seed=seed,
@@ -497,12 +513,12 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
 
 def _check(cell: "Cell") -> None:
     """Raises ConfigError for a policy, objective, switch, profile or trace with which the cell could not run."""
-    from tempo_router.simulation.experiment import fleet, knowledge_of, recorded_tokens_per_s, scheduling_of
+    from tempo_router.simulation.experiment import check_load, fleet, knowledge_of, scheduling_of
 
     scheduling_of(cell)
     fleet(cell)
     knowledge_of(cell)
-    recorded_tokens_per_s(cell.trace)
+    check_load(cell)
 
 
 def _write_rows(options: argparse.Namespace, rows: Sequence[dict[str, Any]], *, is_complete: bool) -> None:
@@ -546,7 +562,7 @@ def _csv_text(rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         [heading for _, heading, _ in _TABLE],
-        *(["-" if row.get(name) is None else format(row[name], form) for name, _, form in _TABLE] for row in rows),
+        *([_shown(row, name, form) for name, _, form in _TABLE] for row in rows),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_TABLE))]
     is_text = [form == "s" for _, _, form in _TABLE]
@@ -559,6 +575,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _shown(row: dict[str, Any], name: str, form: str) -> str:
+    if row.get(name) is None:
+        return "recorded" if name == "load" else "-"
+    return format(row[name], form)
+
+
 # ---- bound
 
 
@@ -566,8 +588,9 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
     _add_workload(parser)
     parser.add_argument(
         "--load",
-        type=above_zero,
-        help="offered tokens over what the replicas can just deliver; default: the trace's own",
+        type=_load,
+        metavar="LOAD",
+        help="offered tokens over what the replicas can just deliver; default: `recorded`, the trace's own speed",
     )
     parser.add_argument("--seed", type=whole, default=0, help="0: the trace as it is; else units permuted")
     parser.add_argument("--bucket-s", type=above_zero, default=4.0, help="width of a time bucket (default: 4)")

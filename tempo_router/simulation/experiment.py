@@ -90,6 +90,7 @@ class Cell:
     """What is run.
 
     profile_names: one per replica, presets or names in the file profile_path. load: above 0, see the module.
+    is_recorded: arrivals keep the trace's own speed, whatever `load` says; no reference is measured.
     objective: one of OBJECTIVES; rivals that know no objective ignore it. seed: 0 keeps the trace's order of units.
     slots: calls that one replica runs at once. sheds: hopeless work is dropped; None: the policy's usual way.
     tuned: slots and sheds were chosen for this policy in runs that are no part of the comparison.
@@ -114,6 +115,7 @@ class Cell:
     time_scale: float = 1.0
     kv_scale: float = 1.0
     switches: Mapping[str, Any] = field(default_factory=dict)
+    is_recorded: bool = False
 
 
 class FigureCache:
@@ -181,8 +183,8 @@ def run_cell(
     setup_of = _checked(cell)
     cache = cache or FigureCache()
     profiles = fleet(cell)
-    saturated = saturated_tokens_per_s(cell.trace, profiles, cache=cache)
-    trace = offered(cell, saturated)
+    saturated = None if cell.is_recorded else saturated_tokens_per_s(cell.trace, profiles, cache=cache)
+    trace = transform.permuted(cell.trace, cell.seed) if saturated is None else offered(cell, saturated)
     began_s = clock() if clock else 0.0
     report = simulate(trace, setup_of(profiles), on_progress=on_progress)
     wall_s = clock() - began_s if clock else None
@@ -203,7 +205,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "trace_digest": trace_digest(cell.trace),
         "profile": fleet_name(cell.profile_names),
         "replicas": len(cell.profile_names),
-        "load": cell.load,
+        "load": None if cell.is_recorded else cell.load,
         "policy": cell.policy,
         "objective": cell.objective,
         "seed": cell.seed,
@@ -284,9 +286,20 @@ def recorded_tokens_per_s(trace: Trace) -> float:
     if not trace.span_s > 0 or not tokens:
         raise ConfigError(
             f"trace {trace.name!r}: {len(trace.units)} units within {trace.span_s} s have no rate of arrivals, so a"
-            " load means nothing; take a trace with at least two arrival times"
+            " load means nothing; take a trace with at least two arrival times, or simulate it as it is with"
+            " tempo-router simulate --load recorded"
         )
     return tokens / trace.span_s
+
+
+def check_load(cell: Cell) -> None:
+    """Raises ConfigError for a load that cannot be offered: out of range, or of a trace without a rate."""
+    if not (math.isfinite(cell.load) and cell.load > 0):
+        raise ConfigError(f"load={cell.load}: must be above zero; 1.0 offers what the engines can just deliver")
+    if not cell.trace.units:
+        raise ConfigError(f"trace {cell.trace.name!r}: it has no units, so no rate of arrivals and nothing to simulate")
+    if not cell.is_recorded:
+        recorded_tokens_per_s(cell.trace)
 
 
 def replicas_needed(
@@ -499,15 +512,13 @@ def _key(*parts: str) -> str:
 
 def _checked(cell: Cell) -> Callable[[tuple[StepProfile, ...]], Setup]:
     """What is wrong with a cell is said before the first simulation; returns what makes its set-up from profiles."""
-    if not (math.isfinite(cell.load) and cell.load > 0):
-        raise ConfigError(f"load={cell.load}: must be above zero; 1.0 offers what the engines can just deliver")
+    check_load(cell)
     if not cell.profile_names:
         raise ConfigError("profile_names is empty: name one step-time profile for each replica")
     if cell.slots < 1:
         raise ConfigError(f"slots={cell.slots}: must be at least 1")
     knowledge = knowledge_of(cell)
     scheduling = scheduling_of(cell)
-    recorded_tokens_per_s(cell.trace)
 
     def setup_of(profiles: tuple[StepProfile, ...]) -> Setup:
         return Setup(

@@ -38,7 +38,7 @@ IDENTITY: tuple[Column, ...] = (
     Column("trace_digest", "", "hash of the trace's content before its arrivals were moved"),
     Column("profile", "", "step-time profile; of several equal replicas `2 x name`, of unlike ones joined by ` + `"),
     Column("replicas", "", "number of replicas"),
-    Column("load", "", "offered output tokens per second over `saturated_tokens_per_s`"),
+    Column("load", "", "offered output tokens per second over `saturated_tokens_per_s`; null: the trace's own speed"),
     Column("policy", "", "policy of router and engines"),
     Column("objective", "", "what a success counts: token, balanced, request or gain"),
     Column("seed", "", "0: units in the order of the trace; else they are permuted over its arrival times"),
@@ -52,7 +52,7 @@ IDENTITY: tuple[Column, ...] = (
     Column(
         "saturated_tokens_per_s",
         "tokens/s",
-        "output of all replicas while the trace floods them: fcfs, 128 slots",
+        "output of all replicas while the trace floods them: fcfs, 128 slots; null where no load needs it",
     ),
 )
 

@@ -229,6 +229,23 @@ def test_simulate_can_generate_change_and_replicate(tmp_path, capsys):
     assert (row["replicas"], row["slots"], row["load"]) == (2, 8, 1.0)
 
 
+@pytest.mark.parametrize("arrivals_s", [(0,), (0, 0, 0), (0, 5, 20)])
+def test_a_trace_can_be_simulated_at_its_own_speed(tmp_path, capsys, arrivals_s):
+    path, out = tmp_path / "t.csv", tmp_path / "r.json"
+    rows = "".join(f"{number},{at},throughput,50,20\n" for number, at in enumerate(arrivals_s))
+    path.write_text(f"request_id,arrival_s,class,prompt_tokens,output_tokens\n{rows}", encoding="utf-8")
+
+    status = main(f"simulate --trace {path} --profile toy-cpu --load recorded --policy fcfs --out {out}".split())
+
+    assert status == 0
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert (row["load"], row["saturated_tokens_per_s"]) == (None, None)
+    assert row["arrival_span_s"] == arrivals_s[-1]
+    window_s = row["arrival_span_s"] or row["duration_s"]
+    assert row["token_goodput"] == pytest.approx(20 * len(arrivals_s) / window_s)
+    assert "recorded  fcfs" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_keeps_what_is_done_and_says_so(trace, tmp_path, capsys, monkeypatch):
     from tempo_router.simulation import experiment
 
@@ -323,7 +340,7 @@ def test_the_bound_of_what_comes_at_once_has_no_rate(tmp_path, capsys, requests)
 def test_a_load_that_is_not_above_zero_is_refused(trace, refused, load):
     line = refused("simulate", "--trace", trace, "--profile", "toy-cpu", f"--load={load}")
 
-    assert f"--load: {load!r}: must be a number above zero" in line
+    assert f"--load: {load!r}: must be a number above zero, or recorded" in line
 
 
 @pytest.mark.parametrize(
@@ -419,7 +436,9 @@ def test_a_trace_without_a_rate_cannot_be_loaded(tmp_path, refused):
     path = tmp_path / "one.csv"
     path.write_text("request_id,arrival_s,class,prompt_tokens,output_tokens\n0,0,latency,1,1\n", encoding="utf-8")
 
-    assert "no rate of arrivals" in refused("simulate", "--trace", path, "--profile", "toy-cpu")
+    line = refused("simulate", "--trace", path, "--profile", "toy-cpu")
+    assert "no rate of arrivals" in line
+    assert "--load recorded" in line
 
 
 @pytest.mark.parametrize(
