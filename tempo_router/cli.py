@@ -18,7 +18,7 @@ try:
     import time
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import suppress
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
     from importlib.metadata import version
     from pathlib import Path
     from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -41,7 +41,7 @@ except KeyboardInterrupt:
 
 if TYPE_CHECKING:
     from tempo_router.simulation.experiment import Cell
-    from tempo_router.simulation.step_profiles import StepProfile
+    from tempo_router.simulation.step_profiles import StepProfile, StepTime
 
 # Of a row, what fits on a line: column, heading, how it is shown.
 _TABLE: tuple[tuple[str, str, str], ...] = (
@@ -314,24 +314,35 @@ def _workloads(options: argparse.Namespace, profile_names: Sequence[str]) -> lis
     if options.slo_unloaded is not None and len(step_times) > 1:
         raise ConfigError("--slo-unloaded: unlike replicas have no one unloaded time; use --slo-factor")
     _check_apps(options.without_app, traces)
-    changed = []
-    for trace in traces:
-        units_before = len(trace.units)
-        if options.first_s is not None:
-            trace = transform.first_s(trace, options.first_s)  # noqa: PLW2901  # one change after the other
-        trace = transform.without_apps(trace, options.without_app)  # noqa: PLW2901
-        if options.max_call_tokens is not None:
-            trace = transform.at_most_tokens(trace, options.max_call_tokens)  # noqa: PLW2901
-        if not trace.units:
-            raise ConfigError(f"{trace.name}: none of {units_before} units is left; leave out less")
-        if options.no_prefix_cache:
-            trace = transform.without_prefix_cache(trace)  # noqa: PLW2901
-        if options.slo_unloaded is not None:
-            trace = transform.with_unloaded_slos(trace, options.slo_unloaded, step_times[0])  # noqa: PLW2901
-        if options.slo_factor is not None:
-            trace = transform.with_slo_scale(trace, options.slo_factor)  # noqa: PLW2901
-        changed.append(trace)
-    return changed
+    return [_changed(trace, options, step_times[0]) for trace in traces]
+
+
+def _changed(trace: Trace, options: argparse.Namespace, step_time: "StepTime") -> Trace:
+    """What the options make of a trace, named so, as benchmarks.goodput does: rows of both would else look alike."""
+    units_before = len(trace.units)
+    if options.first_s is not None:
+        trace = _named(transform.first_s(trace, options.first_s), f"first {options.first_s:g} s")
+    if options.without_app:
+        apps = sorted(set(options.without_app))
+        trace = _named(transform.without_apps(trace, apps), f"without {', '.join(apps)}")
+    if options.max_call_tokens is not None:
+        tokens = options.max_call_tokens
+        trace = _named(transform.at_most_tokens(trace, tokens), f"calls to {tokens} tokens")
+    if not trace.units:
+        raise ConfigError(f"{trace.name}: none of {units_before} units is left; leave out less")
+    if options.no_prefix_cache:
+        trace = transform.without_prefix_cache(trace)
+    if options.slo_unloaded is not None:
+        factor = options.slo_unloaded
+        trace = _named(transform.with_unloaded_slos(trace, factor, step_time), f"{factor:g}x unloaded")
+    if options.slo_factor is not None:
+        factor = options.slo_factor
+        trace = _named(transform.with_slo_scale(trace, factor), f"targets x {factor:g}")
+    return trace
+
+
+def _named(trace: Trace, change: str) -> Trace:
+    return replace(trace, name=f"{trace.name} {change}")
 
 
 def _check_apps(left_out: Sequence[str], traces: Sequence[Trace]) -> None:

@@ -216,6 +216,8 @@ def identity(cell: Cell) -> dict[str, Any]:
         "time_scale": cell.time_scale,
         "kv_scale": cell.kv_scale,
         "switches": dict(cell.switches),
+        "patience": cell.patience,
+        "retries": cell.retries,
     }
 
 

@@ -34,7 +34,7 @@ class Column:
 
 
 IDENTITY: tuple[Column, ...] = (
-    Column("trace", "", "name of the trace"),
+    Column("trace", "", "name of the trace, and what was made of it"),
     Column("trace_digest", "", "hash of the trace's content before its arrivals were moved"),
     Column("profile", "", "step-time profile; of several equal replicas `2 x name`, of unlike ones joined by ` + `"),
     Column("replicas", "", "number of replicas"),
@@ -49,6 +49,8 @@ IDENTITY: tuple[Column, ...] = (
     Column("time_scale", "", "factor on the profile's step times"),
     Column("kv_scale", "", "factor on the profile's KV memory"),
     Column("switches", "", "other settings of the scheduler that differ from the defaults"),
+    Column("patience", "", "clients leave after so many times their target; null, or absent in older rows: they stay"),
+    Column("retries", "", "how often a refused unit is sent again; 0 where absent, in older rows"),
     Column(
         "saturated_tokens_per_s",
         "tokens/s",

@@ -187,7 +187,7 @@ def test_identity_tells_all_cells_apart():
     other = generate(GeneratorConfig(duration_s=15.0, rate_per_s=2.0), seed=2)
     variants = [{}, {"trace": other}, {"profile_names": (H100, H100)}, {"load": 2.0}, {"policy": "edf"},
                 {"objective": "gain"}, {"seed": 1}, {"slots": 64}, {"sheds": False}, {"tuned": True},
-                {"knowledge": "none"},
+                {"knowledge": "none"}, {"is_recorded": True}, {"patience": 1.5}, {"retries": 2},
                 {"time_scale": 1.4}, {"kv_scale": 0.25}, {"switches": {"reserve": False}}]  # fmt: skip
     identities = [json.dumps(identity(cell(**values)), sort_keys=True) for values in variants]
     assert len(set(identities)) == len(variants)

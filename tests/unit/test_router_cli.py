@@ -469,8 +469,7 @@ def test_a_command_that_makes_no_sense_is_one_line(refused, arguments, problem, 
 
 def test_targets_can_be_changed_for_a_simulation(trace, tmp_path):
     """The row of halved targets is the row of a file that has halved targets."""
-    halved = tmp_path / "halved" / trace.name
-    halved.parent.mkdir()
+    halved = tmp_path / "small targets x 0.5.csv"
     rows = [line.split(",") for line in trace.read_text(encoding="utf-8").splitlines()]
     columns = [rows[0].index(name) for name in ("slo_ttft_s", "slo_tbt_s", "slo_ttlt_s")]
     for row in rows[1:]:
@@ -486,6 +485,27 @@ def test_targets_can_be_changed_for_a_simulation(trace, tmp_path):
         (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
         found.append({name: value for name, value in row.items() if name != "wall_s"})
     assert found[0] == found[1]
+
+
+def test_rows_say_what_was_made_of_the_trace_and_of_its_clients(trace, tmp_path):
+    """Names as those of benchmarks.goodput, in the order in which the changes were made."""
+    out = tmp_path / "r.json"
+    base = ["simulate", "--trace", str(trace), "--profile", "toy-cpu", "--policy", "fcfs", "--out", str(out)]
+
+    def row(*options):
+        assert main([*base, *options]) == 0
+        (found,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        return found
+
+    assert (row()["trace"], row()["patience"], row()["retries"]) == ("small", None, 0)
+    changed = row(
+        *("--first-s", "50", "--without-app", "code", "--max-call-tokens", "90", "--no-prefix-cache"),
+        *("--slo-unloaded", "3", "--slo-factor", "0.5", "--patience", "1.5", "--retries", "2"),
+    )
+    assert changed["trace"] == (
+        "small first 50 s without code calls to 90 tokens no prefix cache 3x unloaded targets x 0.5"
+    )
+    assert (changed["patience"], changed["retries"]) == (1.5, 2)
 
 
 def test_without_a_prefix_cache_no_prompt_is_found_in_one(tmp_path):
