@@ -56,8 +56,13 @@ class _Request:
     app: str = ""
     row_class: LabelClass = "latency"
     tenant: str = ""
-    prefix_id: str = ""
-    prefix_tokens: int = 0
+    blocks: tuple[int | str, ...] = ()
+    block_tokens: int = 0
+
+    @property
+    def is_answered(self) -> bool:
+        """Others have failed, as a rule, and have no place in a trace."""
+        return self.output_tokens > 0 and self.prompt_tokens > 0
 
 
 def from_azure(path: Path, labels: Labels | None = None) -> Converted:
@@ -125,8 +130,9 @@ def from_mooncake(
     """Mooncake's JSON lines: timestamp, input_length, output_length, hash_ids (optional).
 
     unit_s: what one unit of `timestamp` is. block_tokens: prompt tokens that a hash id stands for; an equal leading
-    run of ids is a reusable prefix. prefix_tokens: the leading blocks that came before in the file. Requests whose
-    first two blocks are the same share a cache group: the first alone is, as a rule, a system prompt for all.
+    run of ids is a reusable prefix. prefix_tokens: the leading blocks of requests that came before and are not left
+    out. Requests whose first two blocks are the same share a cache group: the first alone is, as a rule, a system
+    prompt for all.
     """
     return _converted(path, list(_timed_lines(path, unit_s, block_tokens, "chat-longctx", "mooncake")), labels)
 
@@ -177,25 +183,32 @@ CONVERTERS: Mapping[str, Callable[[Path, Labels | None], Converted]] = {
 
 def _converted(path: Path, requests: list[_Request], labels: Labels | None) -> Converted:
     """Units with the first arrival at 0 and ids in order of arrival."""
-    answered = sorted((r for r in requests if r.output_tokens and r.prompt_tokens), key=lambda r: r.at_s)
+    answered = sorted((r for r in requests if r.is_answered), key=lambda r: r.at_s)
     if not answered:
         raise TraceError(f"no request with an answer in this file ({len(requests)} without)", str(path))
     start_s = answered[0].at_s
+    # A cache holds what came before in time and was run: not what stands above in the file, nor what is left out.
+    seen: dict[tuple[int, int | str], int] = {}
     units = tuple(
-        _unit(str(number), replace(request, at_s=request.at_s - start_s), labels or Labels())
+        _unit(
+            str(number),
+            replace(request, at_s=request.at_s - start_s),
+            _held_blocks(request.blocks, seen) * request.block_tokens,
+            labels or Labels(),
+        )
         for number, request in enumerate(answered)
     )
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     return Converted(Trace(name, units), len(requests) - len(answered))
 
 
-def _unit(unit_id: str, request: _Request, labels: Labels) -> Unit:
+def _unit(unit_id: str, request: _Request, held_tokens: int, labels: Labels) -> Unit:
     call = TraceCall(
         unit_id,
         request.prompt_tokens,
         request.output_tokens,
-        prefix_id=request.prefix_id,
-        prefix_tokens=request.prefix_tokens,
+        prefix_id=f"b{'-'.join(str(block) for block in request.blocks[:2])}" if request.blocks else "",
+        prefix_tokens=min(held_tokens, request.prompt_tokens),
     )
     return Unit(
         unit_id,
@@ -269,31 +282,27 @@ def _object(entry: object, path: Path, line: int) -> dict[str, Any]:
 
 
 def _timed_lines(path: Path, unit_s: float, block_tokens: int, app: str, tenant: str) -> Iterator[_Request]:
-    seen: dict[tuple[int, int | str], int] = {}
     for line, entry in _json_lines(read_text(path), path):
-        prompt_tokens = _tokens(_field(entry, path, line, "input_length"), path, line, "input_length")
-        blocks = _blocks(entry, path, line)
-        held = _held_blocks(blocks, seen)
         yield _Request(
             line,
             _seconds(_field(entry, path, line, "timestamp"), path, line, "timestamp") * unit_s,
-            prompt_tokens,
+            _tokens(_field(entry, path, line, "input_length"), path, line, "input_length"),
             _tokens(_field(entry, path, line, "output_length"), path, line, "output_length"),
             app=app,
             tenant=tenant,
-            prefix_id=f"b{'-'.join(str(block) for block in blocks[:2])}" if blocks else "",
-            prefix_tokens=min(held * block_tokens, prompt_tokens),
+            blocks=_blocks(entry, path, line),
+            block_tokens=block_tokens,
         )
 
 
-def _blocks(entry: dict[str, Any], path: Path, line: int) -> list[int | str]:
+def _blocks(entry: dict[str, Any], path: Path, line: int) -> tuple[int | str, ...]:
     blocks = entry.get("hash_ids", [])
     if not isinstance(blocks, list) or not all(isinstance(block, int | str) for block in blocks):
         raise TraceError("expected a list of block ids", str(path), line, "hash_ids", blocks)
-    return blocks
+    return tuple(blocks)
 
 
-def _held_blocks(blocks: list[int | str], seen: dict[tuple[int, int | str], int]) -> int:
+def _held_blocks(blocks: tuple[int | str, ...], seen: dict[tuple[int, int | str], int]) -> int:
     """How many leading blocks came before, in this order; remembers all. seen: (node, block) -> next node, a trie."""
     held = 0
     node = 0

@@ -105,6 +105,30 @@ def test_mooncake_blocks_that_came_before_are_a_prefix(file):
     assert [call.prefix_id for call in calls] == ["b0-1", "b0-1", "b0-4", "b9", "b0-1"]
 
 
+def test_blocks_of_requests_that_are_left_out_or_come_later_are_in_no_cache(file):
+    """Of the second line nothing was computed; the fourth came before the third."""
+    lines = [
+        (0, 1536, 5, [0, 1, 2]),
+        (10, 1600, 0, [0, 1, 7]),
+        (40, 2048, 3, [0, 1, 7, 8]),
+        (30, 2048, 3, [0, 1, 7, 8]),
+    ]
+    entries = [
+        dict(zip(("timestamp", "input_length", "output_length", "hash_ids"), line, strict=True)) for line in lines
+    ]
+    converted = from_mooncake(file("".join(json.dumps(entry) + "\n" for entry in entries), "m.jsonl"))
+
+    assert converted.left_out == 1
+    assert [unit.arrival_s for unit in converted.trace.units] == [0, 0.03, 0.04]
+    assert [unit.calls[0].prefix_tokens for unit in converted.trace.units] == [0, 1024, 2048]
+
+
+def test_blocks_follow_the_arrivals_that_replace_those_of_the_file(file):
+    converted = from_vllm_bench(file(mooncake((9, 64, [1, 2]), (1, 64, [1, 2, 3])), "t.jsonl"), rate_per_s=1.0)
+
+    assert [unit.calls[0].prefix_tokens for unit in converted.trace.units] == [0, 32]
+
+
 def test_a_vllm_result_with_details_is_a_trace(file):
     result = {
         "duration": 9.0,
