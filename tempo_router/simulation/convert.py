@@ -265,7 +265,8 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     else:
         yield 1, _object(whole, path, 1)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: texts in these lines may hold U+2028 or U+0085, which JSON leaves as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

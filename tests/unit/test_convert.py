@@ -129,6 +129,18 @@ def test_blocks_follow_the_arrivals_that_replace_those_of_the_file(file):
     assert [unit.calls[0].prefix_tokens for unit in converted.trace.units] == [0, 32]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_texts_may_hold_what_other_programs_take_for_line_ends(tmp_path, end):
+    entry = json.dumps({"prompt": "a\u2028b\u2029c\x85d", "prompt_len": 5, "output_tokens": 6}, ensure_ascii=False)
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(f"{entry}{end}{end}{entry}{end}".encode())
+    assert len(from_vllm_bench(path, rate_per_s=2.0).trace.units) == 2
+
+    path.write_bytes(f"{entry}{end}{end}{entry[:-1]}{end}".encode())
+    with pytest.raises(TraceError, match=r"c\.jsonl:3: not JSON"):
+        from_vllm_bench(path, rate_per_s=2.0)
+
+
 def test_a_vllm_result_with_details_is_a_trace(file):
     result = {
         "duration": 9.0,
