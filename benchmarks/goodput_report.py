@@ -144,6 +144,8 @@ _POLICIES_NOTE = (
     "Means over seeds, for each engine and trace by itself: all policies that ran there.\n\n"
     "† knows true lengths: no rival in practice. ‡ our own fallback: no rival either. slots: of a replica; *kept*:"
     " hopeless work went on as best effort, else it was dropped. 1:1 and 1:8: weights of prompt and output tokens."
+    " What is good is per second of arrivals, all tokens are per second of the whole run, which ends later: the one may"
+    " exceed the other, and is no share of it."
 )
 _COMPARISON_NOTE = (
     "Means over seeds. Rivals are those that could be used in practice, the best at that place by the measure itself,"

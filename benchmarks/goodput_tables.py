@@ -227,7 +227,7 @@ _POLICY_COLUMNS = (
     ("good_tokens_1_1", "1:1 weights", "count"),
     ("good_tokens_1_8", "1:8 weights", "count"),
     ("service_gain", "service gain/s", "count"),
-    ("throughput", "all tokens/s", "count"),
+    ("throughput", "all tokens/s of the run", "count"),
     ("ttft_p95_s", "TTFT P95", "ms"),
     ("tbt_p99_s", "TBT P99", "ms"),
     ("jain_by_tenant", "Jain", "index"),

@@ -455,10 +455,25 @@ def _simulate(options: argparse.Namespace) -> int:
         _write_rows(options, rows, is_complete=is_complete)
         if rows:
             _say(_table(rows))
+            _warn_of_short_arrivals(rows)
             if not is_complete:
                 # The table may go to a file, where nobody sees what stderr said.
                 _say(f"incomplete: {len(rows)} of {len(cells)} runs")
     return 0 if is_complete else EXIT_INTERRUPTED
+
+
+def _warn_of_short_arrivals(rows: Sequence[dict[str, Any]]) -> None:
+    """Where most of a run comes after the last arrival, nothing waits long for its turn and rates say little."""
+    short = [row for row in rows if 0 < row["arrival_span_s"] < row["duration_s"] / 2]
+    if not short:
+        return
+    least = min(short, key=lambda row: row["arrival_span_s"] / row["duration_s"])
+    sys.stderr.write(
+        f"tempo-router: in {len(short)} of {len(rows)} runs most of the time is after the last arrival (at most"
+        f" {least['arrival_span_s']:.3g} s of arrivals in a run of {least['duration_s']:.3g} s). Good tokens and"
+        " requests are per second of arrivals, so there they are more than the replicas delivered; take a longer trace"
+        " or a lower --load\n"
+    )
 
 
 def _measure_reference(trace: Trace, profiles: "tuple[StepProfile, ...]") -> float:

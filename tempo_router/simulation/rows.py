@@ -61,7 +61,11 @@ IDENTITY: tuple[Column, ...] = (
 MEASURES: tuple[Column, ...] = (
     Column("units", "", "requests and programs of the trace; a program counts as one"),
     Column("calls", "", "calls of all units"),
-    Column("arrival_span_s", "s", "first to last arrival; rates are per second of it unless said otherwise"),
+    Column(
+        "arrival_span_s",
+        "s",
+        "first to last arrival; rates are per second of it (of duration_s where it is 0), unless said otherwise",
+    ),
     Column("duration_s", "s", "virtual time until the last unit was decided"),
     Column("offered_tokens_per_s", "tokens/s", "true output tokens of all units"),
     Column("token_goodput", "tokens/s", "good output tokens: of a stream those in time, of the rest all or nothing"),
@@ -75,7 +79,12 @@ MEASURES: tuple[Column, ...] = (
     Column("good_tokens_1_1", "tokens/s", "good prompt tokens + good output tokens"),
     Column("good_tokens_1_8", "tokens/s", "good prompt tokens + 8 x good output tokens"),
     Column("token_goodput_by_class", "tokens/s", "token_goodput by class"),
-    Column("throughput", "tokens/s", "all delivered output tokens per second of duration_s, whatever they were worth"),
+    Column(
+        "throughput",
+        "tokens/s",
+        "all delivered output tokens, whatever they were worth, per second of duration_s; not to be compared with "
+        "token_goodput",
+    ),
     Column("ttft_p50_s", "s", "median time to first token of the streams that got one"),
     Column("ttft_p95_s", "s", "its 95th percentile"),
     Column("ttft_p99_s", "s", "its 99th percentile"),

@@ -100,6 +100,8 @@ def test_a_report_has_conditions_tables_pictures_and_columns_and_leaves_what_peo
     assert text.startswith(f"# Ours\n\nbefore\n\n{BEGIN_MARK}\n")
     assert text.endswith(f"{END_MARK}\n\nafter\n")
     assert "\nold\n" not in text
+    assert "| all tokens/s of the run |" in text
+    assert "What is good is per second of arrivals, all tokens are per second of the whole run" in text
     for title in ("Conditions", "Comparison", "Aims", "Over the load", "All policies", "By class", "Distributions",
                   "Up to 0.9x", "What each part is worth", "Columns of the rows"):  # fmt: skip
         assert f"\n## {title}\n" in text, title

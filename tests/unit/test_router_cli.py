@@ -206,6 +206,18 @@ def test_simulate_gives_shortest_remaining_time_true_lengths_and_others_what_is_
         assert [row["knowledge"] for row in rows] == expected
 
 
+def test_rates_of_arrivals_that_are_over_at_once_are_warned_of(trace, capsys):
+    base = ["simulate", "--trace", str(trace), "--profile", "toy-cpu", "--policy", "fcfs"]
+    assert main([*base, "--load", "0.5", "--load", "1000000"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "in 1 of 2 runs most of the time is after the last arrival" in said
+    assert "per second of arrivals" in said
+
+    assert main([*base, "--load", "0.5"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_clients_without_patience_leave(trace, tmp_path):
     goodput = {}
     for name, options in (("patient", []), ("impatient", ["--patience", "0.000001", "--retries", "2"])):
