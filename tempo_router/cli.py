@@ -16,6 +16,7 @@ try:
     import itertools
     import json
     import time
+    import warnings
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import suppress
     from dataclasses import asdict, replace
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        status = command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = command(options)
         # Here, where what is wrong can still be said: a full disk shows only when the buffer is written.
         sys.stdout.flush()
     except TempoError as e:
@@ -111,6 +114,11 @@ def _say(text: str) -> None:
 def _fail(message: str) -> int:
     sys.stderr.write(f"tempo-router: {' '.join(message.split())}\n")
     return EXIT_USAGE
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """In place of warnings.showwarning, which would add two lines for programmers."""
+    sys.stderr.write(f"tempo-router: {message}\n")
 
 
 def _settings(pairs: Iterable[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,11 +134,19 @@ class FigureCache:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
     def put(self, name: str, key: str, value: float, about: Mapping[str, Any]) -> None:
-        """Keep it, whole or not at all. about: for the human who opens the file."""
+        """Keep it, whole or not at all. about: for the human who opens the file.
+
+        Warns where it cannot be kept: what was measured is not lost with it.
+        """
         try:
             write_atomically(self._path(name, key), json.dumps({"value": value, **about}, indent=1))
         except OSError as e:
-            raise ConfigError(f"cannot keep figures in {self.folder}: {e}; set XDG_CACHE_HOME to another folder") from e
+            warnings.warn(
+                f"cannot keep figures in {self.folder} ({e.strerror or e}), so they are computed anew in each run; set"
+                " XDG_CACHE_HOME to another folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _path(self, name: str, key: str) -> Path:
         return self.folder / f"{name}-{key}.json"

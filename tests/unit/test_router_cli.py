@@ -286,6 +286,17 @@ def test_an_interrupted_run_keeps_what_is_done_and_says_so(trace, tmp_path, caps
     assert out_text.splitlines()[-1] == "incomplete: 2 of 5 runs"
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_cache_that_cannot_be_written_costs_no_run(trace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    out = tmp_path / "r.json"
+    assert main(f"simulate --trace {trace} --profile toy-cpu --load 0.5 --policy fcfs --out {out}".split()) == 0
+
+    assert json.loads(out.read_text(encoding="utf-8"))["complete"] is True
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tempo-router: cannot keep figures in /dev/null/tempo/figures (Not a directory)")
+
+
 def test_an_interrupted_bound_keeps_what_is_done_and_says_so(trace, tmp_path, monkeypatch):
     from tempo_router.simulation import bound
 
