@@ -579,7 +579,7 @@ def _write_json(path: Path | None, name: str, results: Sequence[dict[str, Any]],
 
 
 def _csv_text(rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
-    """Nested values as JSON; the first column says whether all that was asked for is there."""
+    """Nested values as JSON; the first column, in a row of its own if need be, says whether all is there."""
     from tempo_router.simulation.rows import COLUMNS
 
     names = [column.name for column in COLUMNS]
@@ -590,6 +590,8 @@ def _csv_text(rows: Sequence[dict[str, Any]], *, is_complete: bool) -> str:
         values = [row.get(name) for name in names]
         cells = [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
         writer.writerow([str(is_complete).lower(), *cells])
+    if not rows and not is_complete:
+        writer.writerow(["false", *[None] * len(names)])
     return buffer.getvalue()
 
 

@@ -286,6 +286,23 @@ def test_an_interrupted_run_keeps_what_is_done_and_says_so(trace, tmp_path, caps
     assert out_text.splitlines()[-1] == "incomplete: 2 of 5 runs"
 
 
+def test_a_run_that_is_interrupted_before_its_first_row_is_marked_in_both_files(trace, tmp_path, monkeypatch):
+    from tempo_router.simulation import experiment
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_cell", interrupted)
+    out, table = tmp_path / "r.json", tmp_path / "r.csv"
+    assert main(f"simulate --trace {trace} --profile toy-cpu --out {out} --csv {table}".split()) == 130
+
+    assert json.loads(out.read_text(encoding="utf-8"))["complete"] is False
+    with table.open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row.pop("complete") == "false"
+    assert set(row.values()) == {""}
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_cache_that_cannot_be_written_costs_no_run(trace, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
