@@ -639,9 +639,6 @@ def _add_bound(parser: argparse.ArgumentParser) -> None:
 
 
 def _bound(options: argparse.Namespace) -> int:
-    from tempo_router.simulation.bound import token_goodput_bound
-    from tempo_router.simulation.experiment import recorded_tokens_per_s
-
     _check_outputs([options.out], [*options.traces, options.profile_path])
     names = _profile_names(options)
     profiles = tuple(load_profile(name, options.profile_path) for name in names)
@@ -649,37 +646,52 @@ def _bound(options: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     # Written before the first solution, so that a path that cannot be written costs no time.
     _write_json(options.out, "bounds", results, is_complete=False)
-    for trace in traces:
-        offered = transform.permuted(trace, options.seed)
-        if options.load is not None:
-            saturated = _measure_reference(trace, profiles)
-            offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
-        bound = token_goodput_bound(
-            offered,
-            profiles,
-            options.slots,
-            bucket_s=options.bucket_s,
-            time_limit_s=options.time_limit_s,
-            serial_steps=not options.loose,
-        )
-        results.append({"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)})
-        _write_json(options.out, "bounds", results, is_complete=len(results) == len(traces))
-        per_s = "-" if bound.per_s is None else f"{bound.per_s:.1f}"
-        _say(f"{trace.name}: at most {per_s} good tokens/s ({bound.total:.0f} in all)")
-        if bound.per_s is None:
-            _say("  all of it comes at once, so there is no rate of arrivals; what counts is the number in all")
-        for name, offered_tokens in bound.offered.items():
-            if offered_tokens:
-                share = bound.accepted.get(name, 0.0) / offered_tokens
-                _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
-        _say(f"  {bound.rows} rows, {bound.columns} columns, {bound.solve_s:.1f} s")
-        if bound.is_cut_short:
-            limit = f"--time-limit-s {options.time_limit_s:g}"
-            _say(f"  the solver's time was over: the bound holds, but is loose; give it more than {limit}")
+    try:
+        for trace in traces:
+            results.append(_bound_of(trace, profiles, options))
+            _write_json(options.out, "bounds", results, is_complete=len(results) == len(traces))
+    except KeyboardInterrupt:
+        # Said before anything else: the solver ends at its next look, which may take a moment.
+        sys.stderr.write(f"\ntempo-router: interrupted; {len(results)} of {len(traces)} bounds are complete\n")
+        if results:
+            _say(f"incomplete: {len(results)} of {len(traces)} bounds")
+        return EXIT_INTERRUPTED
     _say("Assumptions:")
     for assumption in results[0]["assumptions"]:
         _say(f"  - {assumption}")
     return 0
+
+
+def _bound_of(trace: Trace, profiles: "tuple[StepProfile, ...]", options: argparse.Namespace) -> dict[str, Any]:
+    """Compute, print and return it."""
+    from tempo_router.simulation.bound import token_goodput_bound
+    from tempo_router.simulation.experiment import recorded_tokens_per_s
+
+    offered = transform.permuted(trace, options.seed)
+    if options.load is not None:
+        saturated = _measure_reference(trace, profiles)
+        offered = transform.faster(offered, options.load * saturated / recorded_tokens_per_s(trace))
+    bound = token_goodput_bound(
+        offered,
+        profiles,
+        options.slots,
+        bucket_s=options.bucket_s,
+        time_limit_s=options.time_limit_s,
+        serial_steps=not options.loose,
+    )
+    per_s = "-" if bound.per_s is None else f"{bound.per_s:.1f}"
+    _say(f"{trace.name}: at most {per_s} good tokens/s ({bound.total:.0f} in all)")
+    if bound.per_s is None:
+        _say("  all of it comes at once, so there is no rate of arrivals; what counts is the number in all")
+    for name, offered_tokens in bound.offered.items():
+        if offered_tokens:
+            share = bound.accepted.get(name, 0.0) / offered_tokens
+            _say(f"  {name:<12} {share:6.1%} of {offered_tokens:.0f} tokens in the optimum")
+    _say(f"  {bound.rows} rows, {bound.columns} columns, {bound.solve_s:.1f} s")
+    if bound.is_cut_short:
+        limit = f"--time-limit-s {options.time_limit_s:g}"
+        _say(f"  the solver's time was over: the bound holds, but is loose; give it more than {limit}")
+    return {"trace": trace.name, "load": options.load, "seed": options.seed, **asdict(bound)}
 
 
 if __name__ == "__main__":

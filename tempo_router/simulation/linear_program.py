@@ -1,7 +1,9 @@
 """A linear program, made row by row, with a bound on its maximum that holds however precise the solver was."""
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import highspy
 import numpy as np
@@ -9,6 +11,38 @@ from highspy._core import _Highs
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+
+_LARGE = 1000
+"""Rows from which on a program may take long."""
+
+
+def _run_interruptibly(solver: _Highs) -> None:
+    """Run in a thread, so that Ctrl-C is told to the caller at once; the solver then ends at its next look.
+
+    While the solver runs in the main thread no signal is handled.
+    """
+    is_unwanted, has_ended = threading.Event(), threading.Event()
+
+    def look(_kind: object, _text: str, _found: object, answer: Any, _data: object) -> None:
+        answer.user_interrupt = is_unwanted.is_set()
+
+    def run() -> None:
+        try:
+            solver.run()
+        finally:
+            has_ended.set()
+
+    solver.setCallback(look, None)
+    solver.startCallback(highspy.cb.HighsCallbackType.kCallbackIpmInterrupt)
+    try:
+        threading.Thread(target=run).start()
+        # Not join(): a thread whose join() was interrupted counts as ended. Timed: the signal may go to the other one.
+        while not has_ended.wait(0.1):
+            pass
+    except BaseException:
+        is_unwanted.set()
+        raise
 
 
 @dataclass(slots=True)
@@ -64,14 +98,17 @@ class LinearProgram:
         for name, option in {
             "output_flag": False,
             "threads": 1,
-            "solver": "ipm" if self.rows > 1000 else "simplex",
+            "solver": "ipm" if self.rows > _LARGE else "simplex",
             "run_crossover": "off",
             "ipm_optimality_tolerance": 1e-4,
             "time_limit": time_limit_s,
         }.items():
             solver.setOptionValue(name, option)
         solver.passModel(self._model())
-        solver.run()
+        if self.rows > _LARGE:
+            _run_interruptibly(solver)
+        else:
+            solver.run()
         solution = solver.getSolution()
         duals = np.asarray(solution.row_dual if solution.dual_valid else [0.0] * self.rows)
         point = np.asarray(solution.col_value if solution.value_valid else [0.0] * self.columns)

@@ -314,7 +314,7 @@ def test_a_cache_that_cannot_be_written_costs_no_run(trace, tmp_path, monkeypatc
     assert line.startswith("tempo-router: cannot keep figures in /dev/null/tempo/figures (Not a directory)")
 
 
-def test_an_interrupted_bound_keeps_what_is_done_and_says_so(trace, tmp_path, monkeypatch):
+def test_an_interrupted_bound_keeps_what_is_done_and_says_so(trace, tmp_path, monkeypatch, capsys):
     from tempo_router.simulation import bound
 
     bound_of = bound.token_goodput_bound
@@ -333,6 +333,9 @@ def test_an_interrupted_bound_keeps_what_is_done_and_says_so(trace, tmp_path, mo
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["complete"] is False
     assert [found["trace"] for found in result["bounds"]] == ["small"]
+    out_text, err_text = capsys.readouterr()
+    assert "interrupted; 1 of 2 bounds are complete" in err_text
+    assert out_text.splitlines()[-1] == "incomplete: 1 of 2 bounds"
 
 
 def test_a_full_disk_under_stdout_is_one_line(trace):
