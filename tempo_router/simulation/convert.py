@@ -19,7 +19,7 @@ from typing import Any, Literal, assert_never
 from tempo_router.errors import TraceError
 from tempo_router.request import BestEffort, Deadline, Latency
 from tempo_router.simulation.trace import Trace, TraceCall, Unit, UnitSlo
-from tempo_router.simulation.trace_file import DEFAULT_TBT_S, DEFAULT_TTFT_S, DEFAULT_TTLT_S, read_text
+from tempo_router.simulation.trace_file import DEFAULT_TBT_S, DEFAULT_TTFT_S, DEFAULT_TTLT_S, read_text, unpacked_name
 
 LabelClass = Literal["latency", "throughput", "best_effort"]
 
@@ -198,7 +198,7 @@ def _converted(path: Path, requests: list[_Request], labels: Labels | None) -> C
         )
         for number, request in enumerate(answered)
     )
-    name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    name = unpacked_name(path).rpartition(".")[0] or path.name
     return Converted(Trace(name, units), len(requests) - len(answered))
 
 

@@ -92,7 +92,7 @@ def read_trace(path: Path) -> Trace:
     if not rows:
         raise TraceError("no requests in this file; a trace needs a header row and at least one more", str(path))
     units = _Units(rows, str(path)).build()
-    name = path.name.removesuffix(".gz").removesuffix(".csv")
+    name = re.sub(r"\.csv$", "", unpacked_name(path), flags=re.IGNORECASE)
     return Trace(name, tuple(sorted(units, key=lambda unit: unit.arrival_s)))
 
 
@@ -109,7 +109,7 @@ def write_trace(trace: Trace, path: Path) -> None:
     for unit in trace.units:
         for row in _unit_rows(unit):
             request_id = row["request_id"]
-            if request_id in seen or not request_id or any(c.isspace() for c in request_id):
+            if request_id in seen or not request_id or any(c.isspace() or c == "\0" for c in request_id):
                 raise TraceError(
                     "ids of calls must be unique in a trace, not empty and without spaces",
                     str(path),
@@ -119,7 +119,7 @@ def write_trace(trace: Trace, path: Path) -> None:
             seen.add(request_id)
             writer.writerow(row)
     content = buffer.getvalue().encode()
-    if path.suffix == ".gz":
+    if _is_gzip(path):
         # No time and no name in the header: equal traces are equal files.
         content = gzip.compress(content, mtime=0)
     try:
@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
     """A UTF-8 file as text, unpacked if its name ends in .gz. Raises TraceError saying what it is not."""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if _is_gzip(path):
             content = gzip.decompress(content)
     except gzip.BadGzipFile as e:
         raise TraceError("not a gzip file; remove .gz from its name if it is plain text", str(path)) from e
@@ -146,6 +146,15 @@ def read_text(path: Path) -> str:
         line = content.count(b"\n", 0, e.start) + 1
         hint = "; it looks like gzip: end its name in .gz" if content.startswith(b"\x1f\x8b") else ""
         raise TraceError(f"byte 0x{content[e.start]:02x} is not UTF-8{hint}", str(path), line) from e
+
+
+def unpacked_name(path: Path) -> str:
+    """The name of the file without .gz."""
+    return path.stem if _is_gzip(path) else path.name
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _rows(text: str, path: str) -> Iterator[_Row]:
@@ -192,6 +201,9 @@ class _Parser:
         self._line = line
 
     def row(self) -> _Row:
+        for column, text in self._fields.items():
+            if "\0" in text:
+                self._fail(column, "a NUL byte is no text")
         prompt_tokens = self._tokens("prompt_tokens", at_least=1)
         output_tokens = self._tokens("output_tokens", at_least=1)
         if self._text("reasoning_tokens") and self._tokens("reasoning_tokens") > output_tokens:
@@ -241,7 +253,9 @@ class _Parser:
         match self._text("class"):
             case "latency" | "throughput" | "collective" | "best_effort" as known:
                 return known
-        raise self._error("class", f"no such class; there are: {', '.join(get_args(_RowClass))}")
+        near = difflib.get_close_matches(self._text("class").lower(), get_args(_RowClass), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise self._error("class", f"no such class; {hint}there are: {', '.join(get_args(_RowClass))}")
 
     def _parents(self) -> tuple[str, ...]:
         parents = tuple(self._text("parents").split())

@@ -131,7 +131,7 @@ def test_blocks_and_reasoning_tokens_are_tolerated(trace_of):
     assert trace.units[0].calls == (TraceCall("1", 1, 5),)
 
 
-@pytest.mark.parametrize("name", ["copy.csv", "copy.csv.gz"])
+@pytest.mark.parametrize("name", ["copy.csv", "copy.csv.gz", "copy.CSV.GZ"])
 def test_what_is_written_reads_back_the_same(tmp_path, name):
     units = (
         Unit("0", 0.1, Latency(1.0, 0.05), (TraceCall("0", 10, 20),), "chat", "t0"),
@@ -188,6 +188,11 @@ WRONG_VALUES = [
     ("arrival_s", "", "needs the time of its arrival"),
     ("class", "fast", "latency, throughput, collective, best_effort"),
     ("class", "", "no such class"),
+    ("class", "latncy", "no such class; did you mean latency? there are: latency, throughput"),
+    ("class", "Collective", "did you mean collective?"),
+    ("class", "x", "no such class; there are: latency, throughput"),
+    ("request_id", "a\0", "a NUL byte is no text"),
+    ("tenant", "\0", "a NUL byte is no text"),
     ("prompt_tokens", "", "not a whole number"),
     ("prompt_tokens", "0", "at least 1"),
     ("prompt_tokens", "-3", "at least 1"),
