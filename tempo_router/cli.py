@@ -15,6 +15,7 @@ try:
     import io
     import itertools
     import json
+    import os
     import time
     import warnings
     from collections.abc import Callable, Iterable, Sequence
@@ -63,7 +64,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `tempo-router` command; returns its exit status."""
+    _open_standard_error()
     options = _parser().parse_args(arguments)
+    if sys.stdout is None:
+        return _fail("the output cannot be written: standard output is closed")
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         with warnings.catch_warnings():
@@ -87,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return status
+
+
+def _open_standard_error() -> None:
+    """Where it was closed (2>&-) nobody can be told anything, but what is written to it must not end the run."""
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for as long as the process
 
 
 class _Parser(argparse.ArgumentParser):
@@ -516,11 +526,13 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
     from tempo_router.simulation.experiment import Cell
 
     profile_names = _profile_names(options)
-    policies = options.policies or [SchedulingConfig.model_fields["policy"].default]
+    # What is given twice runs once: equal cells give equal rows.
+    options.traces = list({path.resolve(): path for path in options.traces}.values())
+    loads = dict.fromkeys(options.loads or [1.0])
+    policies = dict.fromkeys(options.policies or [SchedulingConfig.model_fields["policy"].default])
+    seeds = dict.fromkeys(options.seeds or [0])
     switches = _settings(options.switches)
-    combinations = itertools.product(
-        _workloads(options, profile_names), options.loads or [1.0], policies, options.seeds or [0]
-    )
+    combinations = itertools.product(_workloads(options, profile_names), loads, policies, seeds)
     cells = [
         Cell(
             trace=trace,

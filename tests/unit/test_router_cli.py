@@ -197,6 +197,14 @@ def test_simulate_writes_a_row_for_every_combination(trace, tmp_path, capsys):
     assert err == "", "no progress bar where nobody watches"
 
 
+def test_what_is_given_twice_runs_once(trace, tmp_path):
+    out = tmp_path / "r.json"
+    twice = f"--trace {trace} --load 1 --policy fcfs --seed 0"
+    other = f"--trace {trace.parent}/../{trace.parent.name}/{trace.name} --load 1.0 --policy fcfs --seed 00"
+    assert main(f"simulate --profile toy-cpu {twice} {other} --out {out}".split()) == 0
+    assert len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 1
+
+
 def test_simulate_gives_shortest_remaining_time_true_lengths_and_others_what_is_learnt(trace, tmp_path):
     out = tmp_path / "r.json"
     base = f"simulate --trace {trace} --profile toy-cpu --policy fcfs --policy srpt --out {out}".split()
@@ -345,6 +353,21 @@ def test_a_full_disk_under_stdout_is_one_line(trace):
 
     assert ended.returncode == 2
     assert ended.stderr == "tempo-router: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(("closed", "status"), [("stdout", 2), ("stderr", 0)])
+def test_a_closed_output_is_no_traceback(trace, closed, status):
+    redirected = ">&-" if closed == "stdout" else "2>&-"
+    program = "import sys; from tempo_router.cli import main; sys.exit(main())"
+    command = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-c", program]
+    options = ["simulate", "--profile", "toy-cpu", "--policy", "fcfs", "--load", "9", "--trace", str(trace)]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert ended.returncode == status
+    if closed == "stdout":
+        assert ended.stderr == "tempo-router: the output cannot be written: standard output is closed\n"
+    else:
+        assert "good tok/s" in ended.stdout
 
 
 def test_bound_is_no_less_than_what_a_policy_gets(trace, tmp_path, capsys):
