@@ -53,6 +53,8 @@ _SERIAL_ASSUMPTION = (
 # Buckets that a window is cut into, at least (guessed); more is tighter and slower.
 _BUCKETS_PER_WINDOW = 3
 _BUCKETS_PER_STREAM = 6
+_MOST_BUCKETS = 200_000
+"""Half an hour in pieces of 9 ms: more take gigabytes, and below a second the bound hardly gets tighter (guessed)."""
 # Steps in a row are limited if they are this share of those that the window could hold at the fastest pace. Below, the
 # limit would only bind steps ten times as long as the fastest; without it the bound is looser, but valid.
 _LONG_PATH = 0.1
@@ -100,7 +102,7 @@ def token_goodput_bound(
     time_limit_s: the solver stops there; the bound is then loose, most often what is offered (is_cut_short).
     serial_steps: with the steps in a row; without them the bound is looser and takes about half the time. There they
         took 1.8 % off at 1.5x and 3.0 % at 2x; on an H100, whose steps are short anyway, nothing.
-    Raises ConfigError on profiles of an unknown kind and on settings out of range.
+    Raises ConfigError on profiles of an unknown kind and on settings out of range, too many buckets among them.
     """
     if not profiles or slots < 1 or not bucket_s > 0:
         raise ConfigError(f"{len(profiles)} profiles, slots={slots}, bucket_s={bucket_s}: each must be above zero")
@@ -322,6 +324,12 @@ class _Model:
         self._origin_s = min((plan.start_s for plan in plans), default=0.0)
         horizon_s = max((plan.end_s for plan in plans), default=0.0) - self._origin_s
         self._horizon_s = horizon_s
+        if horizon_s / bucket_s > _MOST_BUCKETS:
+            raise ConfigError(
+                f"bucket_s={bucket_s:g}: the {horizon_s:.6g} s to the last deadline make {horizon_s / bucket_s:.3g}"
+                f" buckets, at most {_MOST_BUCKETS} are possible; take {1.1 * horizon_s / _MOST_BUCKETS:.2g} s or more"
+                " (--bucket-s)"
+            )
         levels = 1 + max((self._level(plan) for plan in plans), default=0)
         coarse = max(1, math.ceil(horizon_s / (bucket_s * (1 << (levels - 1)))))
         self._sizes: list[int] = [coarse << (levels - 1 - level) for level in range(levels)]

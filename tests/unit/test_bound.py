@@ -197,6 +197,15 @@ def test_settings_out_of_range_are_refused(profiles, slots, bucket_s):
         token_goodput_bound(trace(), profiles, slots, bucket_s=bucket_s)
 
 
+@pytest.mark.parametrize(("bucket_s", "ttlt_s"), [(1e-6, 0.22), (5e-324, 0.22), (4.0, 1e9)])
+def test_too_many_buckets_are_refused_with_a_width_that_will_do(bucket_s, ttlt_s):
+    many = trace(unit(Deadline(ttlt_s), call(100, 10)))
+    with pytest.raises(ConfigError, match="buckets, at most 200000 are possible; take") as caught:
+        total(many, bucket_s=bucket_s)
+    told_s = float(str(caught.value).split("take ")[1].split(" s")[0])
+    assert ttlt_s / 200_000 <= told_s <= 1.2 * ttlt_s / 200_000
+
+
 # ---- laws over random traces ----
 
 
