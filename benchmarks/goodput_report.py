@@ -84,7 +84,12 @@ def read_results(path: Path) -> Results:
         )
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except KeyError as e:
+        raise ConfigError(
+            f"{path}: not a result of benchmarks.goodput: it has no {e}; files of tempo-router simulate have rows"
+            " alone, of which no report is made"
+        ) from e
+    except (ValueError, TypeError) as e:
         raise ConfigError(f"{path}: not a result of benchmarks.goodput: {type(e).__name__}: {e}") from e
 
 

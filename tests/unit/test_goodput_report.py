@@ -199,7 +199,12 @@ def test_a_report_of_a_run_that_was_interrupted_says_so_at_its_top_and_a_whole_o
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text('{"rows": []}')
+    path.write_text('{"complete": true, "version": "0.1.0", "rows": []}')
+    with pytest.raises(
+        ConfigError, match=r"not a result of .*: it has no 'conditions'; files of tempo-router simulate"
+    ):
+        read_results(path)
+    path.write_text("[]")
     with pytest.raises(ConfigError, match="not a result of"):
         read_results(path)
 
