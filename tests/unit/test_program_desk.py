@@ -44,7 +44,7 @@ CHANGES = (CreateProgram("p", "", deadline_s=LATE_S), CancelProgram("p", "", "op
 @pytest.fixture
 async def desk() -> AsyncIterator[Desk]:
     """Two programs: of one all that is known takes more than an answer may, of the other it does not."""
-    desk = Desk(lambda: NOW_S, MOST_BYTES)
+    desk = Desk(lambda: NOW_S, most_answer_bytes=MOST_BYTES)
     writing = asyncio.create_task(desk.desk.writer.run())
     programs = ProgramClient(desk.ingress)
     for name, calls in (("large", 100), ("small", 2)):
