@@ -100,7 +100,7 @@ class IngressPrograms:
 
     def repeat(self) -> None:
         """A router is there, perhaps a new one: tell it all that may not be stored, in order."""
-        for asked in self._asked.values():
+        for asked in list(self._asked.values()):
             self._send(wire.IngressToRouter(program_ops=[asked.message]))
 
     def router_said(self, message: wire.RouterToIngress) -> None:

@@ -249,9 +249,10 @@ class ProgramDesk:
         await self.writer.flush()
 
     def owners_gone(self, present: Iterable[str]) -> None:
-        """Calls whose ingress is not among these any more have lost their clients."""
-        owners = {call.owner for graph in self.book.live for call in graph.running} - set(present)
-        for owner in owners:
+        """Calls and graphs whose ingress is not among these any more have lost their clients."""
+        owners = {call.owner for graph in self.book.live for call in graph.running}
+        owners |= {graph.runner for graph in self.book.live if graph.runner}
+        for owner in sorted(owners - set(present)):
             self.ingress_gone(owner)
 
     def ingress_gone(self, owner: str) -> None:
@@ -327,6 +328,9 @@ class ProgramDesk:
         if isinstance(op, EndCall):
             # Its beginning may wait itself, for the call that it follows.
             return self.book.holder(op.program_id, op.call_id) is None
+        if isinstance(op, CancelProgram) and op.run_by:
+            # Whoever tells it told the creation just before; and the next of that name must find it free.
+            return False
         return isinstance(op, FinishProgram | CancelProgram | ExtendProgram)
 
     def _carry_out(self, owner: str, message: wire.ProgramOp, op: Any) -> None:
@@ -549,6 +553,8 @@ class ProgramDesk:
         self._tell(owner, answer)
 
     def _whole(self, graph: ProgramGraph) -> ScriptCall:
+        # Another may have its name by now: what is written for an earlier one must not replace that.
+        graph = self.book.find(graph.program_id) or graph
         return self._store.script_for_whole(graph, self._fence, self._epoch_s())
 
 

@@ -172,6 +172,7 @@ class About(msgspec.Struct, omit_defaults=True, rename={"program_id": "id"}):
     asked_s: float | None = None
     outline: tuple[KnownStage, ...] = ()
     run_by: str = ""
+    runner: str = ""
 
 
 class _StoredCall(msgspec.Struct, omit_defaults=True):
@@ -359,7 +360,7 @@ def _about(graph: ProgramGraph) -> bytes:
         About(
             graph.program_id, graph.tenant, graph.app, graph.created_s, graph.deadline_s, graph.objective, graph.name,
             graph.reason, graph.closed_by, graph.last_s, graph.relegated_s, graph.ended_s,
-            graph.created_by, graph.asked_s, graph.outline, graph.run_by,
+            graph.created_by, graph.asked_s, graph.outline, graph.run_by, graph.runner,
         )
     )  # fmt: skip
 
@@ -394,7 +395,7 @@ def _graph(fields: dict[bytes, bytes]) -> ProgramGraph:
         ProgramId(about.program_id), about.tenant, about.app, about.created_s, about.deadline_s, about.objective,
         about.name, status, about.reason, about.closed_by, -1, about.last_s, about.relegated_s, about.ended_s,
         {call.call_id: call for call in _calls(fields)}, about.created_by, about.asked_s, about.outline,
-        about.run_by,
+        about.run_by, about.runner,
     )  # fmt: skip
     graph.last_s = max([graph.last_s, *(call.ended_s or call.began_s for call in graph.calls.values())])
     return graph

@@ -79,7 +79,8 @@ class GraphApi:
         made = await self._programs.create(new, graph)
         program_id = str(made["id"])
         if program_id in self._runs:
-            raise ProgramError("invalid_program", f"program {program_id!r} has begun: its graph runs once", "graph")
+            message = f"program {program_id!r} has begun: its graph runs once; give another graph another name"
+            raise ProgramError("invalid_program", message, "graph")
         run = GraphRun(program_id, graph, model=self._model, tenant=new.tenant, ask=self._ask, programs=self._client)
         self._runs[program_id] = run
         return self._events(program_id, run, new.tenant, made)

@@ -86,7 +86,8 @@ class ProgramApi:
     async def create(self, new: NewProgram, graph: DeclaredGraph | None = None) -> Any:
         """Make a program, or find the one of this name, if it is equal and not over.
 
-        graph: the one that it declares, checked.
+        graph: the one that it declares, checked. If nobody answers, its program is cancelled, should it be made yet:
+        nothing would run it, and its name is free for who tries again.
         """
         if new.objective not in ("deadline", "best_effort"):
             raise ProgramError("invalid_program", "must be 'deadline' or 'best_effort'", "objective")
@@ -102,8 +103,18 @@ class ProgramApi:
             asked_s=new.deadline_s,
             outline=_outline(new.outline, graph),
             is_graph=graph is not None,
+            runner="" if graph is None else self._client.ingress_id,
         )
-        return await self._client.ask(op)
+        try:
+            return await self._client.ask(op)
+        except ProgramError:
+            raise
+        except BaseException:
+            if graph is not None:
+                reason = "its graph was never run: nobody waited when it was made"
+                undo = CancelProgram(op.program_id, op.tenant, _operation(), reason, run_by=op.operation)
+                self._client.tell(undo)
+            raise
 
     async def view(self, given: str, tenant: str) -> Any:
         """All of a program."""

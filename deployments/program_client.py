@@ -11,7 +11,7 @@ from cluster.program_desk import ContinueResponse
 from deployments.program_identity import Identity
 from tempo_router.errors import ProgramError
 from tempo_router.program_graph import NewCall
-from tempo_router.program_ops import BeginCall, CallTicket, EndCall
+from tempo_router.program_ops import BeginCall, CallTicket, EndCall, ProgramOp
 
 _tickets = msgspec.json.Decoder(CallTicket)
 _continued = msgspec.json.Decoder(tuple[str, str] | None)
@@ -48,6 +48,11 @@ class ProgramClient:
     def run_graphs(self, runner: GraphRunner) -> None:
         """From now on this one hears of tools and cancelled programs."""
         self._link.graphs = runner
+
+    @property
+    def ingress_id(self) -> str:
+        """Who asks."""
+        return self._link.ingress_id
 
     async def ask(self, op: Any) -> Any:
         """The result of an operation, decoded. Raises ProgramError, RouterUnavailableError."""
@@ -98,7 +103,11 @@ class ProgramClient:
 
     def end(self, op: EndCall) -> None:
         """A call ended; this is carried out even if the router is away now."""
-        self._link.tell("EndCall", msgspec.json.encode(op))
+        self.tell(op)
+
+    def tell(self, op: ProgramOp) -> None:
+        """Have an operation carried out that nobody waits for, even if the router is away now."""
+        self._link.tell(type(op).__name__, msgspec.json.encode(op))
 
     async def _parent_of(self, identity: Identity, tenant: str) -> tuple[str, str] | None:
         op = ContinueResponse(tenant, identity.continues)

@@ -132,6 +132,8 @@ class ProgramBook:
                 return graph, self._changed(graph, is_news=graph.close(op.operation, now_s))
             case CancelProgram():
                 graph = self.of_tenant(op.program_id, op.tenant)
+                if op.run_by and graph.run_by != op.run_by:
+                    return graph, []  # Its creation was refused: the name belongs to another graph, which goes on.
                 return graph, self._cancelled(graph, op.operation, op.reason, now_s)
             case _:
                 assert_never(op)
@@ -150,7 +152,10 @@ class ProgramBook:
         return self._changed(graph, is_news=graph.relegate(now_s))
 
     def owner_gone(self, owner: str, now_s: float) -> list[Change]:
-        """An ingress is gone, and with it the clients of the calls that it served; but those that were answered."""
+        """An ingress is gone, and with it the clients of the calls that it served; but those that were answered.
+
+        So are those of the graphs that it ran: without other calls these programs can never go on.
+        """
         changes: list[Change] = []
         for graph in list(self._live.values()):
             for call in [one for one in graph.running if one.owner == owner]:
@@ -161,6 +166,9 @@ class ProgramBook:
                     graph.program_id, call.call_id, call.attempt, status, call.prompt_tokens, call.answered_tokens or 0
                 )
                 changes += self._end(op, now_s)[1]
+            if owner and graph.runner == owner and not graph.is_over and not graph.running:
+                reason = f"the ingress that ran its graph is gone ({owner})"
+                changes += self._cancelled(graph, f"gone:{owner}", reason, now_s)
         return changes
 
     def overdue(self, now_s: float) -> list[Change]:
@@ -183,6 +191,9 @@ class ProgramBook:
                 raise ProgramError("unknown_program", f"there is no program {op.program_id!r}", "program")
             if op.operation and op.operation in (known.created_by, known.run_by):
                 return known, []  # Told again, by an ingress to a new router.
+            if op.is_graph and _never_ran(known):
+                # Its client was told that nothing came of it, and tries again.
+                known = None
         if op.objective == "deadline" and op.deadline_s is None:
             message = "give deadline_s or deadline, or the objective 'best_effort'"
             raise ProgramError("invalid_program", message, "deadline_s")
@@ -193,7 +204,7 @@ class ProgramBook:
         _refuse_unless_equal(known, op)
         is_news = known.tell_outline(op.outline)
         if op.is_graph:
-            known.run_by, is_news = op.operation, True
+            known.run_by, known.runner, is_news = op.operation, op.runner, True
         return known, [Change(known, "outlined")] if is_news else []
 
     def _open(self, op: CreateProgram, now_s: float) -> tuple[ProgramGraph, list[Change]]:
@@ -204,8 +215,9 @@ class ProgramBook:
         graph = ProgramGraph(
             ProgramId(op.program_id), op.tenant, op.app, now_s, op.deadline_s, op.objective, op.name,
             created_by=op.operation, asked_s=_asked_s(op), outline=op.outline,
-            run_by=op.operation if op.is_graph else "",
+            run_by=op.operation if op.is_graph else "", runner=op.runner,
         )  # fmt: skip
+        self._ended.pop(graph.program_id, None)
         self._live[graph.program_id] = graph
         return graph, [Change(graph, "whole")]
 
@@ -309,7 +321,8 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
         state = known.status if known.is_over else "being finished"
         raise ProgramError("program_ended", f"{what} is {state}; give a new program another name", "name")
     if op.is_graph and (known.calls or known.run_by):
-        raise ProgramError("invalid_program", f"{what} has begun: its graph runs once", "graph")
+        message = f"{what} has begun: its graph runs once; wait for it, cancel it, or give another graph another name"
+        raise ProgramError("invalid_program", message, "graph")
     if op.app and op.app != known.app:
         message = f"{what} is of the application {known.app!r}, not {op.app!r}; give another program another name"
         raise ProgramError("program_exists", message, "app")
@@ -322,6 +335,11 @@ def _refuse_unless_equal(known: ProgramGraph, op: CreateProgram) -> None:
             "or give another program another name"
         )
         raise ProgramError("program_exists", message, "deadline")
+
+
+def _never_ran(graph: ProgramGraph) -> bool:
+    """Whether it was made for a graph and given up before the first call, so that the graph may still run once."""
+    return graph.status == "cancelled" and bool(graph.run_by) and not graph.calls
 
 
 def _is_same_deadline(known: ProgramGraph, op: CreateProgram) -> bool:

@@ -84,7 +84,8 @@ class ProgramGraph:
     closed_by: operation that said that no further call will come; "" while more may come. last_s: when its last call
     began or ended. relegated_s, ended_s: when that happened. reason: why it was cancelled. created_by, asked_s: the
     operation that created it and the deadline as that gave it (see CreateProgram). outline: all stages that it will
-    have, as its client knows them; empty where nothing is known. run_by: the operation whose declared graph it runs.
+    have, as its client knows them; empty where nothing is known. run_by, runner: the operation whose declared graph it
+    runs, and the ingress that runs it.
     """
 
     program_id: ProgramId
@@ -106,6 +107,7 @@ class ProgramGraph:
     asked_s: float | None = None
     outline: tuple[KnownStage, ...] = ()
     run_by: str = ""
+    runner: str = ""
     _running: dict[str, GraphCall] = field(default_factory=dict)
     _last_of_branch: dict[str, str] = field(default_factory=dict)
     _by_stage: dict[int, list[str]] = field(default_factory=dict)

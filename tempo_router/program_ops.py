@@ -14,9 +14,9 @@ from tempo_router.program_graph import CallStatus, NewCall, Objective
 class CreateProgram:
     """A program with a deadline, or without one as best effort. outline: its stages, where they are known.
 
-    is_graph: they are those of a graph that is to run, so it must not have begun. operation: names this wish, so that
-    it is carried out once. asked_s: the deadline as its client gave it, in seconds from when it asked, or None: as a
-    date. Who asks again for the same has the same program.
+    is_graph: they are those of a graph that is to run, so it must not have begun. runner: the ingress that runs it.
+    operation: names this wish, so that it is carried out once. asked_s: the deadline as its client gave it, in seconds
+    from when it asked, or None: as a date. Who asks again for the same has the same program.
     """
 
     program_id: str
@@ -29,6 +29,7 @@ class CreateProgram:
     asked_s: float | None = None
     outline: tuple[KnownStage, ...] = ()
     is_graph: bool = False
+    runner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,13 @@ class FinishProgram:
 
 @dataclass(frozen=True, slots=True)
 class CancelProgram:
-    """Give it up, with all that runs."""
+    """Give it up, with all that runs. run_by: only if it runs the graph of this operation; else nothing is done."""
 
     program_id: str
     tenant: str
     operation: str
     reason: str = "cancelled by the client"
+    run_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

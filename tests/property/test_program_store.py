@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -544,12 +545,9 @@ def test_a_graph_runs_once_though_no_node_of_it_has_begun(
     deadline_s, stages = time.time() + 3600.0, (KnownStage(0),)
 
     def create(ingress: str, operation: str, *, is_graph: bool = True) -> str | None:
-        return machine.ask(
-            ingress,
-            CreateProgram(
-                "p", "tenant", "app", deadline_s, name="p", operation=operation, outline=stages, is_graph=is_graph
-            ),
-        )
+        runner = ingress if is_graph else ""
+        op = CreateProgram("p", "tenant", "app", deadline_s, "deadline", "p", operation, None, stages, is_graph, runner)
+        return machine.ask(ingress, op)
 
     if was_made_before:
         create("ingress-0", "made", is_graph=False)
@@ -560,4 +558,31 @@ def test_a_graph_runs_once_though_no_node_of_it_has_begun(
     assert create("ingress-1", "third") is None
     assert create("ingress-0", "first") is not None, "told again it is the same"
     assert first not in machine.ingresses["ingress-0"].errors
+    machine.teardown()
+
+
+@pytest.mark.parametrize("was_made_before", [False, True])
+def test_a_later_router_cancels_a_graph_whose_ingress_died_with_the_one_before(
+    redis: ForgetfulRedis, was_made_before: bool
+) -> None:
+    """No node of it has begun, so no call tells who ran it. Its name is free then, and stays with who has it next."""
+    Programs.redis = redis
+    machine = Programs()
+    deadline_s = time.time() + 3600.0
+    if was_made_before:
+        machine.ask("ingress-1", CreateProgram("p", "tenant", "app", deadline_s, name="p", operation="made"))
+    graph = CreateProgram("p", "tenant", "app", deadline_s, name="p", operation="a", is_graph=True, runner="ingress-0")
+    assert machine.ask("ingress-0", graph) is not None
+    machine.flush()
+    del machine.ingresses["ingress-0"]
+    machine.replace_router(has_last_word=True)
+    (unrun,) = machine.desk.book.ended
+    assert (unrun.status, unrun.reason) == ("cancelled", "the ingress that ran its graph is gone (ingress-0)")
+    machine.flush()
+    again = replace(graph, operation="b", runner="ingress-1", deadline_s=deadline_s + 1.0)
+    assert machine.ask("ingress-1", again) is not None
+    machine.replace_router(has_last_word=True)
+    (known,) = machine.desk.book.live
+    assert (known.run_by, known.runner, known.deadline_s) == ("b", "ingress-1", deadline_s + 1.0)
+    assert not list(machine.desk.book.ended)
     machine.teardown()

@@ -116,6 +116,75 @@ async def test_a_question_that_somebody_waits_for_is_asked_again() -> None:
     asking.cancel()
 
 
+# ---- graphs that nobody runs ----
+
+GRAPH = CreateProgram("p", "", deadline_s=LATE_S, operation="first", is_graph=True, runner="gone")
+
+
+async def _apply(desk: Desk, *ops: object) -> None:
+    """As another ingress asks it."""
+    for number, op in enumerate(ops):
+        name = f"{type(op).__name__}:{number}"
+        message = wire.ProgramOp(op_id=name, kind=type(op).__name__, body=msgspec.json.encode(op))
+        desk.desk.asked("other", message)
+
+
+@pytest.mark.parametrize(
+    ("calls", "status"),
+    [
+        ((), "cancelled"),
+        ((BeginCall("p", "", NewCall("a", owner="gone")),), "cancelled"),
+        (
+            (BeginCall("p", "", NewCall("a", owner="gone")), EndCall("p", "a", 0, "completed")),
+            "cancelled",
+        ),
+        ((BeginCall("p", "", NewCall("a", owner="other")),), "running"),
+    ],
+    ids=["before the first node", "in a node", "between two nodes", "beside another's call"],
+)
+@pytest.mark.parametrize("is_router_new", [False, True])
+async def test_a_graph_whose_ingress_is_gone_is_cancelled_unless_something_of_it_runs_elsewhere(
+    calls: tuple[object, ...], status: str, is_router_new: bool
+) -> None:
+    desk = Desk(lambda: NOW_S)
+    plain = CreateProgram("plain", "", deadline_s=LATE_S)
+    await _apply(desk, plain, GRAPH, *calls)
+    if is_router_new:
+        desk.desk.owners_gone(["other"])
+    else:
+        desk.desk.ingress_gone("gone")
+    graph, other = desk.desk.book.find("p"), desk.desk.book.find("plain")
+    assert graph is not None
+    assert other is not None
+    assert (graph.status, other.status) == (status, "running")
+    assert ("(gone)" in graph.reason) == (status == "cancelled")
+
+
+@pytest.mark.parametrize(("calls", "is_run"), [((), True), ((BeginCall("p", "", NewCall("a", owner="gone")),), False)])
+async def test_the_name_of_a_graph_that_was_cancelled_before_its_first_call_is_free_for_a_graph(
+    calls: tuple[object, ...], is_run: bool
+) -> None:
+    desk = Desk(lambda: NOW_S)
+    await _apply(desk, GRAPH, *calls)
+    desk.desk.ingress_gone("gone")
+    plain = CreateProgram("p", "", deadline_s=LATE_S, operation="plain")
+    again = CreateProgram("p", "", deadline_s=LATE_S + 1, operation="again", is_graph=True, runner="other")
+    await _apply(desk, plain)
+    assert not list(desk.desk.book.live)
+    await _apply(desk, again, CancelProgram("p", "", "undo", run_by="first"))
+    assert [graph.run_by for graph in desk.desk.book.live] == (["again"] if is_run else [])
+    assert [graph.run_by for graph in desk.desk.book.ended] == ([] if is_run else ["first"])
+
+
+async def test_a_new_router_frees_the_name_of_a_graph_that_was_never_run_at_once() -> None:
+    """Whoever tries again should not have to wait until all had time to say what was not stored."""
+    desk = Desk(lambda: NOW_S)
+    desk.desk._deferred = []
+    again = CreateProgram("p", "", deadline_s=LATE_S, operation="again", is_graph=True, runner="other")
+    await _apply(desk, GRAPH, CancelProgram("p", "", "undo", run_by="first"), again)
+    assert [graph.run_by for graph in desk.desk.book.live] == ["again"]
+
+
 # ---- calls whose clients have left ----
 
 

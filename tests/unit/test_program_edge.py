@@ -15,6 +15,7 @@ from cluster import wire_pb2 as wire
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import CancelProgram
+from tests.fleet import eventually
 from tests.http_edge import CHAT, Vllm, whole
 from tests.program_edge import Desk, served_by
 
@@ -540,3 +541,50 @@ async def test_a_graph_that_is_asked_for_twice_at_once_runs_once(served, is_stre
     first, second = await asyncio.gather(*(http.post(PROGRAMS, json=fields) for _ in range(2)))
     assert first.status_code == 200
     assert error_of(second) == (400, "invalid_program", "graph")
+
+
+@pytest.mark.parametrize("lost", ["the question", "the answer"])
+async def test_a_named_graph_that_was_answered_503_runs_when_it_is_asked_for_again(
+    served, monkeypatch, lost: str
+) -> None:
+    """The first one is cancelled before, whether it had been made or is made when a router is back."""
+    http, desk = served
+    to_router, kept = desk.ingress._send, []
+
+    def send(message: wire.IngressToRouter) -> None:
+        kept.append(message)
+        if lost == "the answer":
+            to_router(message)
+
+    monkeypatch.setattr(desk.ingress, "_send", send)
+    monkeypatch.setattr(desk.ingress, "router_said", lambda message: None)
+    monkeypatch.setattr(desk.ingress, "_wait_s", 0.01)
+    fields = {"name": "p", "deadline_s": 60, "graph": {"nodes": [MODEL]}}
+    assert error_of(await http.post(PROGRAMS, json=fields)) == (503, "router_unavailable", None)
+    monkeypatch.undo()
+    desk.ingress.repeat()
+    assert [op.kind for message in kept for op in message.program_ops] == ["CreateProgram", "CancelProgram"]
+    (unrun,) = desk.desk.book.ended
+    assert (unrun.status, unrun.reason) == ("cancelled", "its graph was never run: nobody waited when it was made")
+    again = await http.post(PROGRAMS, json=fields)
+    assert (again.status_code, again.json()["status"], again.json()["outputs"]) == (200, "finished", {"a": "yes"})
+    desk.ingress.repeat()
+    assert [one.status for one in (*desk.desk.book.live, *desk.desk.book.ended)] == ["finished"]
+
+
+async def test_a_graph_that_was_answered_503_does_not_cancel_another_of_its_name(served, monkeypatch) -> None:
+    """It was refused by the router that it did not hear."""
+    http, desk = served
+    other = {"name": "p", "deadline_s": 60, "app": "other", "graph": {"nodes": [TOOL]}}
+    running = asyncio.create_task(http.post(PROGRAMS, json=other))
+    await eventually(lambda: any(graph.running for graph in desk.desk.book.live), "its tool waits")
+    monkeypatch.setattr(desk.ingress, "router_said", lambda message: None)
+    monkeypatch.setattr(desk.ingress, "_wait_s", 0.01)
+    mistaken = {"name": "p", "deadline_s": 60, "graph": {"nodes": [MODEL]}}
+    assert (await http.post(PROGRAMS, json=mistaken)).status_code == 503
+    monkeypatch.undo()
+    desk.ingress.repeat()
+    (graph,) = desk.desk.book.live
+    assert (graph.status, graph.app) == ("running", "other")
+    assert (await http.post(f"{PROGRAMS}/p/nodes/a/output", json={"output": 1})).status_code == 200
+    assert (await running).json()["status"] == "finished"
