@@ -100,6 +100,7 @@ class ControlStreams(wire_pb2_grpc.RouterControlServicer):
             self._open.own(spec, session.ingress_id)
         if self._peers.is_settled:
             self._compare_streams(session)
+        self._programs.ingress_back(session.ingress_id)
         return session
 
     def _cancel_unlisted(self, session: IngressSession, listed: set[str]) -> None:

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -113,8 +113,21 @@ QUESTIONS = frozenset(
 Send = Callable[[str, wire.RouterToIngress], None]
 """Send to an ingress; nothing if it is away: what it asked it asks again."""
 
+MOST_OUTPUT_BYTES = 64 * 1024 * 1024
+"""Of the outputs of tools that their graphs have not taken yet: an ingress may be away for seconds. Guessed."""
+
 TOOL = "tool: "
 """So the labels of tools begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What a tool gave, until its graph has taken it. asked_by, op_id: who told it. runner: who runs the graph."""
+
+    asked_by: str
+    op_id: str
+    runner: str
+    output: wire.ToolOutput
 
 
 class ProgramDesk:
@@ -163,6 +176,9 @@ class ProgramDesk:
         self._lookups: set[asyncio.Task[None]] = set()
         # The last ones stored, oldest first.
         self._outlines: deque[Outline] = deque(maxlen=MOST_OUTLINES_AGAIN)
+        # By program and node.
+        self._outputs: dict[tuple[str, str], _Output] = {}
+        self._output_bytes = 0
         # How to answer those who wait for what they asked to be stored, by operation.
         self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
@@ -255,6 +271,12 @@ class ProgramDesk:
         for owner in sorted(owners - set(present)):
             self.ingress_gone(owner)
 
+    def ingress_back(self, owner: str) -> None:
+        """An ingress has a stream again: outputs for its graphs may have been lost with the one before."""
+        for one in self._outputs.values():
+            if one.runner == owner:
+                self._send(owner, wire.RouterToIngress(tool_outputs=[one.output]))
+
     def ingress_gone(self, owner: str) -> None:
         """An ingress is gone for good."""
         self._changed(self.book.owner_gone(owner, self._epoch_s()))
@@ -344,8 +366,7 @@ class ProgramDesk:
             case ContinueResponse():
                 self._answer(owner, message, self.book.continued(op.tenant, op.response_id))
             case DeliverOutput():
-                self._deliver(op)
-                self._answer(owner, message, None)
+                self._deliver(owner, message, op)
             case ExplainRequest() | ViewConsole():
                 self._answer(owner, message, self._questions[type(op)](op))
             case _:
@@ -390,19 +411,43 @@ class ProgramDesk:
         for answer in unanswered.values():
             answer()
 
-    def _deliver(self, op: DeliverOutput) -> None:
+    def _deliver(self, owner: str, message: wire.ProgramOp, op: DeliverOutput) -> None:
+        """Pass an output on. Until its graph has taken it, it is kept here, and at the ingress for a later router."""
         graph = self.book.of_tenant(op.program_id, op.tenant)
+        if graph.is_over:
+            text = f"program {op.program_id!r} is {graph.status}: its graph takes no output of {op.node!r} any more"
+            raise ProgramError("program_ended", text, "program")
         node = graph.calls.get(op.node)
-        if graph.is_over or node is None or not node.label.startswith(TOOL):
+        if node is None or not node.label.startswith(TOOL):
             raise ProgramError("unknown_call", f"no tool {op.node!r} of {op.program_id!r} was asked for", "node")
-        if node.status != "running":
+        place = (graph.program_id, op.node)
+        kept = self._outputs.get(place)
+        if node.status != "running" or (kept is not None and kept.op_id != message.op_id):
             raise ProgramError("call_ended", f"tool {op.node!r} of {op.program_id!r} has its output", "node")
-        self._send(
-            node.owner,
-            wire.RouterToIngress(
-                tool_outputs=[wire.ToolOutput(program_id=op.program_id, node=op.node, output=op.output.encode())]
-            ),
-        )
+        if kept is None:
+            output = wire.ToolOutput(program_id=op.program_id, node=op.node, output=op.output.encode())
+            kept = _Output(owner, message.op_id, node.owner, output)
+            self._keep_output(place, kept)
+        self._answer(owner, message, None, is_stored=False)
+        self._send(kept.runner, wire.RouterToIngress(tool_outputs=[kept.output]))
+
+    def _keep_output(self, place: tuple[str, str], kept: _Output) -> None:
+        size = len(kept.output.output)
+        if self._output_bytes + size > MOST_OUTPUT_BYTES:
+            text = (
+                f"outputs of tools that their graphs have not taken yet take {self._output_bytes} bytes; with this one "
+                f"they would take more than {MOST_OUTPUT_BYTES}: post it again later"
+            )
+            raise ProgramError("store_unavailable", text, "output")
+        self._outputs[place] = kept
+        self._output_bytes += size
+
+    def _output_taken(self, program_id: str, node: str) -> None:
+        """A call has ended; if it is a tool, nobody waits for its output any more."""
+        kept = self._outputs.pop((program_id, node), None)
+        if kept is not None:
+            self._output_bytes -= len(kept.output.output)
+            self._tell(kept.asked_by, wire.ProgramAnswer(op_id=kept.op_id, is_stored=True))
 
     def _is_new(self, op: ProgramOp) -> bool:
         return isinstance(op, CreateProgram | BeginCall) and self.book.find(op.program_id) is None
@@ -414,6 +459,8 @@ class ProgramDesk:
             self.writer.put(self._store.script_for(change, self._fence, now_s), graph)
             if change.kind in ("whole", "outlined"):
                 self._tell_outline(graph)
+            if change.kind == "ended" and change.call is not None:
+                self._output_taken(graph.program_id, change.call.call_id)
             if change.kind == "status":
                 self._status_changed(graph)
             if not graph.is_over:

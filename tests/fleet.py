@@ -173,6 +173,13 @@ async def fleet_over_redis(config: TempoConfig, folder: Path) -> AsyncIterator[F
 
 async def break_control_stream(peer: Worker | IngressLink) -> None:
     """Cut one peer's stream to the router as a network failure would; both processes live on."""
+    async with no_control_stream(peer):
+        pass
+
+
+@asynccontextmanager
+async def no_control_stream(peer: Worker | IngressLink) -> AsyncIterator[None]:
+    """Likewise; it finds no router before the end."""
     if isinstance(peer, Worker):
         assert peer._router_task is not None
         tasks = [peer._router_task]
@@ -182,6 +189,7 @@ async def break_control_stream(peer: Worker | IngressLink) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     peer._router._close()
+    yield
     if isinstance(peer, Worker):
         peer._router_task = asyncio.create_task(peer._router.run())
     else:

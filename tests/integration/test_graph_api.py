@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient
-from tests.fleet import eventually, fleet_over_redis
+from tests.fleet import eventually, fleet_over_redis, no_control_stream
 from tests.integration.test_transport import CONFIG
 from tests.listening import listening
 
@@ -50,10 +50,15 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Model
     model = Model()
     async with fleet_over_redis(CONFIG, tmp_path) as fleet:
         await fleet.start()
-        programs = ProgramClient(fleet.clients[0].link.programs)
-        edge = HttpEdge(model, CONFIG, not_ready_because=lambda: None, programs=programs)
-        async with listening(edge) as url, httpx.AsyncClient(base_url=url, timeout=20) as http:
+        async with served_by(ProgramClient(fleet.clients[0].link.programs), model) as http:
             yield http, model
+
+
+@asynccontextmanager
+async def served_by(programs: ProgramClient, model: Model | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    edge = HttpEdge(model or Model(), CONFIG, not_ready_because=lambda: None, programs=programs)
+    async with listening(edge) as url, httpx.AsyncClient(base_url=url, timeout=20) as http:
+        yield http
 
 
 async def events(http: httpx.AsyncClient, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -158,6 +163,31 @@ async def test_a_tool_of_a_tenant_gets_its_output_from_that_tenant_alone(served,
             if event["event"] == "node.finished":
                 assert event["output"] == 2
     assert last["event"] == "program.finished"
+
+
+@pytest.mark.parametrize("is_router_new", [False, True])
+async def test_an_output_for_an_ingress_that_is_away_is_taken_when_it_is_back(
+    tmp_path: Path, is_router_new: bool
+) -> None:
+    """It may be posted to any; the one that runs the graph misses what is sent meanwhile."""
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet, AsyncExitStack() as stack:
+        await fleet.start(clients=2)
+        here, there = [
+            await stack.enter_async_context(served_by(ProgramClient(client.link.programs))) for client in fleet.clients
+        ]
+        graph = {"nodes": [{"id": "t", "tool": "x"}]}
+        async with asyncio.timeout(20):
+            async for event in events(here, {"name": "p", "graph": graph}):
+                last = event
+                if event["event"] == "tool.waiting":
+                    async with no_control_stream(fleet.clients[0].link):
+                        delivered = await there.post("/v1/programs/p/nodes/t/output", json={"output": 1})
+                        assert delivered.status_code == 200, delivered.text
+                        if is_router_new:
+                            await fleet.replace_router()
+        assert last["event"] == "program.finished"
+        for client in fleet.clients:
+            await eventually(lambda link=client.link: link.programs.unstored == 0, "nothing is to be told again")
 
 
 async def cancel(http: httpx.AsyncClient) -> None:

@@ -185,6 +185,82 @@ async def test_a_new_router_frees_the_name_of_a_graph_that_was_never_run_at_once
     assert [graph.run_by for graph in desk.desk.book.live] == ["again"]
 
 
+# ---- outputs of tools ----
+
+TOOL_CALL = BeginCall("p", "", NewCall("t", label="tool: x", owner="ingress"))
+
+
+def deliver(output: str) -> DeliverOutput:
+    return DeliverOutput("p", "", "t", output)
+
+
+@pytest.fixture
+async def tool() -> AsyncIterator[tuple[Desk, ProgramClient, list[bytes]]]:
+    """A tool of a graph runs; its outputs, as the ingress that runs the graph gets them, which says nothing to that."""
+    desk = Desk(lambda: NOW_S)
+    writing = asyncio.create_task(desk.desk.writer.run())
+    programs = ProgramClient(desk.ingress)
+    taken: list[bytes] = []
+    desk.ingress.graphs.tool_output = lambda program_id, node, output: taken.append(output)
+    await programs.ask(GRAPH)
+    await programs.ask(TOOL_CALL)
+    yield desk, programs, taken
+    writing.cancel()
+
+
+async def test_the_second_output_of_a_tool_is_refused_though_the_first_is_still_on_its_way(tool) -> None:
+    _, programs, taken = tool
+    first, second = await asyncio.gather(
+        *(programs.ask(deliver(output)) for output in ("1", "2")), return_exceptions=True
+    )
+    assert (first, taken) == (None, [b"1"])
+    assert isinstance(second, ProgramError)
+    assert second.code == "call_ended"
+
+
+@pytest.mark.parametrize("ending", [FinishProgram("p", "", "op"), CancelProgram("p", "", "op")])
+async def test_an_output_for_a_program_that_is_over_is_refused_as_such(tool, ending: object) -> None:
+    _, programs, _ = tool
+    await programs.ask(ending)
+    programs.end(EndCall("p", "t", 0, "completed"))
+    with pytest.raises(ProgramError, match=r"'p' is (finished|cancelled): its graph takes no output of 't'") as raised:
+        await programs.ask(deliver("1"))
+    assert raised.value.code == "program_ended"
+
+
+async def test_an_output_is_told_again_until_its_graph_has_taken_it(tool) -> None:
+    """To the ingress that runs the graph when that is back, and by the one that was told it to the next router."""
+    desk, programs, taken = tool
+    carry = desk.desk._send
+    desk.desk._send = lambda owner, message: None if message.tool_outputs else carry(owner, message)
+    await programs.ask(deliver("1"))
+    desk.desk._send = carry
+    desk.desk.ingress_back("another")
+    assert taken == []
+    desk.desk.ingress_back("ingress")
+    assert taken == [b"1"]
+    assert desk.ingress.unstored == 1, "a new router is told"
+    desk.ingress.repeat()
+    assert taken == [b"1", b"1"]
+    programs.end(EndCall("p", "t", 0, "completed"))
+    await eventually(lambda: desk.ingress.unstored == 0, "nobody needs it any more")
+    desk.desk.ingress_back("ingress")
+    assert taken == [b"1", b"1"]
+
+
+async def test_outputs_that_nobody_takes_are_kept_within_a_bound(tool, monkeypatch) -> None:
+    _, programs, taken = tool
+    monkeypatch.setattr("cluster.program_desk.MOST_OUTPUT_BYTES", 10)
+    with pytest.raises(ProgramError, match=r"take 0 bytes; .* more than 10: post it again later") as raised:
+        await programs.ask(deliver('"123456789"'))
+    assert raised.value.code == "store_unavailable"
+    await programs.ask(deliver('"12345678"'))
+    assert taken == [b'"12345678"']
+    programs.end(EndCall("p", "t", 0, "completed"))
+    await programs.ask(BeginCall("p", "", NewCall("t2", label="tool: x", owner="ingress")))
+    await programs.ask(DeliverOutput("p", "", "t2", '"12345678"'))
+
+
 # ---- calls whose clients have left ----
 
 
