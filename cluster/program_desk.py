@@ -450,7 +450,9 @@ class ProgramDesk:
             self._tell(kept.asked_by, wire.ProgramAnswer(op_id=kept.op_id, is_stored=True))
 
     def _is_new(self, op: ProgramOp) -> bool:
-        return isinstance(op, CreateProgram | BeginCall) and self.book.find(op.program_id) is None
+        if isinstance(op, BeginCall):
+            return self.book.find(self.book.place_of(op)) is None
+        return isinstance(op, CreateProgram) and self.book.find(op.program_id) is None
 
     def _changed(self, changes: Iterable[Change]) -> None:
         now_s = self._epoch_s()

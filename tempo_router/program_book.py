@@ -222,7 +222,7 @@ class ProgramBook:
         return graph, [Change(graph, "whole")]
 
     def _begin(self, op: BeginCall, now_s: float) -> tuple[ProgramGraph, list[Change]]:
-        program_id = self._generation(op) if op.may_restart else op.program_id
+        program_id = self.place_of(op)
         if op.alias:
             _remember(self._aliases, op.alias, program_id, _ALIASES)
         graph = self.find(program_id)
@@ -246,6 +246,10 @@ class ProgramBook:
         if changes:
             return graph, changes
         return graph, [Change(graph, "began", call)] if is_news else []
+
+    def place_of(self, op: BeginCall) -> str:
+        """The id of the program in which this call begins; that need not exist yet."""
+        return self._generation(op) if op.may_restart else op.program_id
 
     def _generation(self, op: BeginCall) -> str:
         """The name under which a session goes on: its own, or the next one that is not over.

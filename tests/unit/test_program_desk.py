@@ -11,6 +11,7 @@ from cluster.ingress_programs import IngressPrograms
 from cluster.program_desk import ContinueResponse, ExplainRequest, ListPrograms, ViewConsole, ViewProgram
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
+from tempo_router.config import ProgramsConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import (
@@ -259,6 +260,29 @@ async def test_outputs_that_nobody_takes_are_kept_within_a_bound(tool, monkeypat
     programs.end(EndCall("p", "t", 0, "completed"))
     await programs.ask(BeginCall("p", "", NewCall("t2", label="tool: x", owner="ingress")))
     await programs.ask(DeliverOutput("p", "", "t2", '"12345678"'))
+
+
+# ---- while nothing more can be stored ----
+
+
+async def test_a_sub_agents_call_of_a_known_program_is_taken_while_new_programs_are_not() -> None:
+    """Its session is known by another name: its parent's program, or the one in which that goes on."""
+    desk = Desk(lambda: NOW_S, ProgramsConfig(max_unwritten=1))
+    programs = ProgramClient(desk.ingress)
+    ended = await _begin(programs, "s")
+    await desk.desk.writer.flush()
+    programs.end(EndCall(ended.program_id, ended.call_id, 0, "completed", is_last=True))
+    await desk.desk.writer.flush()
+    await _begin(programs, "s")
+    await desk.desk.writer.flush()
+    await _begin(programs, "sub", "s")
+    assert desk.desk.writer.is_full
+    assert {(await _begin(programs, name)).program_id for name in ("s", "sub")} == {"s.2"}
+    assert (await _begin(programs, "below", "sub")).program_id == "s.2"
+    for new, parent in (("new", ""), ("of nobody", "new")):
+        with pytest.raises(ProgramError) as raised:
+            await _begin(programs, new, parent)
+        assert raised.value.code == "store_unavailable"
 
 
 # ---- calls whose clients have left ----
