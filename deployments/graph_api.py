@@ -15,11 +15,9 @@ from deployments import openai_errors
 from deployments.declared_graph import parse_graph, parse_output
 from deployments.graph_run import Ask, Event, GraphRun, failure_of
 from deployments.handle_api import NewProgram
-from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
 from deployments.program_identity import resolved_id
-from deployments.request_context import RequestFailure
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import DeliverOutput
 
@@ -124,7 +122,7 @@ class GraphApi:
         program = await (self._finish if is_whole else self._programs.view)(program_id, tenant)
         if program["status"] == "cancelled":
             error = failure_of(failed) if is_ours and failed is not None else _cancelled(program)
-            yield {"event": "program.cancelled", "program": program, **refused(error).payload()}
+            yield {"event": "program.cancelled", "program": program, **openai_errors.program_refused(error).payload()}
         elif is_whole:
             yield {"event": "program.finished", "program": program}
         else:
@@ -150,13 +148,6 @@ class GraphApi:
             # Without a router the next one is told.
             log.warning("graph_not_cancelled", program_id=program_id, reason=reason, problem=str(error))
         return True
-
-
-def refused(error: ProgramError) -> ApiError:
-    """What the client of a graph is told of an error; of a cancelled program the same as the clients of its calls."""
-    if error.code == "program_cancelled":
-        return openai_errors.failed(RequestFailure(error.code, str(error), 409))
-    return openai_errors.program_refused(error)
 
 
 def _cancelled(program: Mapping[str, Any]) -> ProgramError:

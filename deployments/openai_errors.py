@@ -25,7 +25,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "unknown_request": (404, "invalid_request_error"),
     "program_exists": (409, "invalid_request_error"),
     "program_ended": (409, "invalid_request_error"),
-    "program_cancelled": (409, "invalid_request_error"),
+    "program_cancelled": (409, "server_error"),  # As a call that runs then is told.
     "call_ended": (409, "invalid_request_error"),
     "too_many_programs": (503, "server_error"),
     "store_unavailable": (503, "server_error"),

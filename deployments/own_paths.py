@@ -10,7 +10,7 @@ import msgspec
 
 from deployments import console, openai_errors, program_api
 from deployments.asgi import JSON, AsgiApp, Message, Receive, Scope, Send, send_body, send_error
-from deployments.graph_api import GraphApi, refused
+from deployments.graph_api import GraphApi
 from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
@@ -207,7 +207,7 @@ def _refusal(error: Exception) -> ApiError:
         case InvalidSloError():
             return openai_errors.invalid_slo(error)
         case ProgramError():
-            return refused(error)
+            return openai_errors.program_refused(error)
         case RouterUnavailableError():
             return openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
         case _:

@@ -169,10 +169,10 @@ async def test_a_name_is_found_below_a_root_and_without_the_raw_path(served, has
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "of_new_calls"),
-    [("cancel", "program_cancelled", "program_ended"), ("finish", "program_ended", "program_ended")],
+    ("ending", "code", "kind"),
+    [("cancel", "program_cancelled", "server_error"), ("finish", "program_ended", "invalid_request_error")],
 )
-async def test_a_call_of_a_program_that_is_over_is_not_served_again(served, ending, code, of_new_calls) -> None:
+async def test_a_call_of_a_program_that_is_over_is_not_served_again(served, ending, code, kind) -> None:
     """Its router would end it again, and never say so of what it has not admitted."""
     http, _ = served
     made = (await http.post(PROGRAMS, json={"deadline_s": 60})).json()["id"]
@@ -183,8 +183,10 @@ async def test_a_call_of_a_program_that_is_over_is_not_served_again(served, endi
     assert (await call("known")).status_code == 200
     assert (await call("known")).status_code == 200
     assert (await http.post(f"{PROGRAMS}/{made}/{ending}")).status_code == 200
-    assert error_of(await call("known")) == (409, code, "program")
-    assert error_of(await call("new")) == (409, of_new_calls, "program")
+    again = await call("known")
+    assert error_of(again) == (409, code, "program")
+    assert again.json()["error"]["type"] == kind, "as a call that runs when its program is cancelled is told"
+    assert error_of(await call("new")) == (409, "program_ended", "program")
 
 
 async def test_a_call_of_a_session_that_ended_is_served_again(served) -> None:
@@ -485,11 +487,12 @@ async def test_a_program_cancelled_between_the_nodes_of_its_graph_is_told_as_suc
     fields = {"deadline_s": 60, "graph": {"nodes": nodes[: 1 if is_last else 2]}}
     whole = await http.post(PROGRAMS, json=fields)
     assert error_of(whole) == (409, "program_cancelled", None)
+    assert whole.json()["error"]["type"] == "server_error"
     assert "enough" in whole.json()["error"]["message"]
     events = events_in(await http.post(PROGRAMS, json={**fields, "stream": True}))
     told = ["program.created", "node.finished", *([] if is_last else ["node.failed"]), "program.cancelled"]
     assert [event["event"] for event in events] == told
-    assert events[-1]["error"]["code"] == "program_cancelled"
+    assert events[-1]["error"] == {**whole.json()["error"], "message": events[-1]["error"]["message"]}
 
 
 async def ask_and_leave(http: Any, fields: dict[str, Any]) -> list[str]:
