@@ -29,7 +29,8 @@ from tempo_router.program_graph import MAX_ARROWS
 MAX_NODES = 1000
 MAX_TEMPLATE_CHARS = 1_000_000
 MAX_FILLED_CHARS = 8_000_000
-"""Of one node's templates with the outputs in them: a short template may name a long output any number of times."""
+"""Of one node's templates with the outputs in them: a short template may name a long output any number of times.
+Of the inputs of one tool, too, which may wait for all other nodes."""
 MAX_OUTPUT_BYTES = 256 * 1024
 MAX_LABEL_CHARS = 200
 MAX_DEPTH = 100
@@ -116,6 +117,15 @@ def request_body(node: Node, outputs: Mapping[str, Any], model: str) -> tuple[st
         return "/v1/chat/completions", body
     body["prompt"] = filled(node.prompt, texts)
     return "/v1/completions", body
+
+
+def tool_inputs(node: Node, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool needs: the outputs that it waits for. Raises ProgramError if they are too large together."""
+    chars = sum(len(as_text(outputs[name])) for name in node.after)
+    if chars > MAX_FILLED_CHARS:
+        problem = f"the outputs that the tool waits for have {chars} characters; there may be {MAX_FILLED_CHARS}"
+        raise _wrong(f"graph.nodes.{node.node_id}", f"{problem}: let it wait for fewer nodes")
+    return {name: outputs[name] for name in node.after}
 
 
 def as_text(output: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from deployments import openai_errors
-from deployments.declared_graph import DeclaredGraph, Node, request_body
+from deployments.declared_graph import DeclaredGraph, Node, request_body, tool_inputs
 from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
@@ -110,13 +110,13 @@ class GraphRun:
             "explicit", self._program_id, call_id=node.node_id, label=node.label, parents=node.after, is_tool=True
         )
         try:
+            needed = tool_inputs(node, self.outputs)
             await self._programs.begin(identity, tenant=self._tenant, app="", now_epoch_s=0.0)
         except ProgramError as error:
             return _failed(node, openai_errors.program_refused(error))
         except RouterUnavailableError:
             return _failed(node, openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
         self._tools.add(node.node_id)
-        needed = {name: self.outputs[name] for name in node.after}
         return {"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed}
 
     async def _answer(self, node: Node) -> None:

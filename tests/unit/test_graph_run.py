@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
 
 from cluster.ingress_programs import IngressPrograms
-from deployments.declared_graph import parse_graph
+from deployments.declared_graph import MAX_FILLED_CHARS, parse_graph
 from deployments.graph_run import Ask, Event, GraphRun
 from deployments.program_client import ProgramClient
 
@@ -44,6 +45,21 @@ async def test_a_node_whose_prompt_becomes_too_large_fails_and_is_not_asked_for(
     assert [event["event"] for event in events] == ["node.finished", "node.failed"]
     assert (events[1]["status"], events[1]["error"]["param"]) == (400, "graph.nodes.b")
     assert asked == ["/v1/completions"]
+
+
+async def test_a_tool_whose_inputs_become_too_large_fails_and_is_not_begun():
+    """Each output is small enough by itself; it may be an object, of which no text is told."""
+    large = {"content": "x" * (MAX_FILLED_CHARS // 2), "tool_calls": [{}]}
+
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
+        return 200, json.dumps({"choices": [{"message": large}]}).encode()
+
+    nodes = [{"id": "a", "prompt": "A"}, {"id": "b", "prompt": "B"}, {"id": "t", "tool": "x", "after": ["a", "b"]}]
+    *answered, failed = await events_of(run_of(nodes, ask))
+    assert [event["node"] for event in answered] == ["a", "b"]
+    assert (failed["event"], failed["node"], failed["status"]) == ("node.failed", "t", 400)
+    assert failed["error"]["param"] == "graph.nodes.t"
+    assert re.search(rf"have \d+ characters; there may be {MAX_FILLED_CHARS}: let it wait", failed["error"]["message"])
 
 
 async def test_a_node_that_calls_tools_gives_the_calls_to_those_that_name_it():
