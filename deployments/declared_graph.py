@@ -15,7 +15,7 @@ all else as JSON. Everything is checked before anything runs.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +67,27 @@ class DeclaredGraph:
 
     nodes: tuple[Node, ...]
 
-    def ready(self, done: Iterable[str], begun: Iterable[str]) -> list[Node]:
-        """Nodes that wait for nothing any more and have not begun."""
-        ended, started = set(done), set(begun)
-        return [node for node in self.nodes if node.node_id not in started and ended.issuperset(node.after)]
+
+class Unanswered:
+    """Of each node how many of those that it waits for have no output yet: what ends costs only what waits for it.
+
+    ready: the nodes that wait for nothing.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.ready = [node for node in nodes if not node.after]
+        self._missing = {node.node_id: len(node.after) for node in nodes}
+        self._waiting: dict[str, list[Node]] = {}
+        for node in nodes:
+            for name in node.after:
+                self._waiting.setdefault(name, []).append(node)
+
+    def answered(self, node_id: str) -> list[Node]:
+        """A node has its output. Returns those that wait for nothing any more, for the first time."""
+        waiting = self._waiting.pop(node_id, [])
+        for node in waiting:
+            self._missing[node.node_id] -= 1
+        return [node for node in waiting if self._missing[node.node_id] == 0]
 
 
 def parse_graph(value: object) -> DeclaredGraph:
@@ -290,21 +307,15 @@ def _label(one: Mapping[str, Any], tool: str, where: str) -> str:
 
 def _ordered(nodes: list[Node], ids: Mapping[str, int]) -> list[Node]:
     """Each after what it waits for. Raises ProgramError for a cycle, naming a node of it."""
-    missing = {node.node_id: len(node.after) for node in nodes}
-    children: dict[str, list[str]] = {}
-    for node in nodes:
-        for parent in node.after:
-            children.setdefault(parent, []).append(node.node_id)
-    order = [name for name, count in missing.items() if count == 0]
-    for name in order:
-        for child in children.get(name, ()):
-            missing[child] -= 1
-            if missing[child] == 0:
-                order.append(child)
+    unanswered = Unanswered(nodes)
+    order = list(unanswered.ready)
+    for node in order:
+        order += unanswered.answered(node.node_id)
     if len(order) < len(nodes):
-        stuck = next(node.node_id for node in nodes if missing[node.node_id])
+        placed = {node.node_id for node in order}
+        stuck = next(node.node_id for node in nodes if node.node_id not in placed)
         raise _wrong(f"graph.nodes[{ids[stuck]}].after", f"node {stuck!r} waits, by way of others, for itself")
-    return [nodes[ids[name]] for name in order]
+    return order
 
 
 def _names(template: str) -> list[str]:

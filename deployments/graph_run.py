@@ -6,13 +6,13 @@ The run lives with the request that declared it; when that leaves, the program i
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from deployments import openai_errors
-from deployments.declared_graph import DeclaredGraph, Node, request_body, tool_inputs
+from deployments.declared_graph import DeclaredGraph, Node, Unanswered, request_body, tool_inputs
 from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
@@ -43,7 +43,6 @@ class GraphRun:
         self._ask = ask
         self._programs = programs
         self.outputs: dict[str, Any] = {}
-        self._begun: set[str] = set()
         self._tools: set[str] = set()
         self._is_relegated = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -60,7 +59,8 @@ class GraphRun:
         Ends after the last node, or a failed one.
         """
         try:
-            await self._begin_ready()
+            unanswered = Unanswered(self._graph.nodes)
+            await self._begin(unanswered.ready)
             while not self.is_whole:
                 event = await self._events.get()
                 if event["event"] == "node.finished":
@@ -70,7 +70,8 @@ class GraphRun:
                 yield event
                 if event["event"] == "node.failed":
                     return
-                await self._begin_ready()
+                if event["event"] == "node.finished":
+                    await self._begin(unanswered.answered(event["node"]))
         finally:
             # Not waited for: a front end may take its time, and who cancels the program ends its requests anyway.
             for task in list(self._tasks):
@@ -94,9 +95,8 @@ class GraphRun:
         """The program is over."""
         self._events.put_nowait({"event": "stopped"})
 
-    async def _begin_ready(self) -> None:
-        for node in self._graph.ready(self.outputs, self._begun):
-            self._begun.add(node.node_id)
+    async def _begin(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
             if node.tool:
                 self._events.put_nowait(await self._tool(node))
             else:
