@@ -408,6 +408,11 @@ class _Exchange:
 
     async def _open(self) -> None:
         """Send the start and what was held behind it. Both the application's send and a verdict may come here."""
+        failure = self._context.failure
+        if failure is not None and self._is_sse and not self._is_flowing:
+            # It ended with the message that admitted it, or before the others of its prompts were: a status can say so.
+            await self._close_with(openai_errors.failed(failure))
+            return
         async with self._opening:
             if self._is_flowing or self._is_closed or self._start is None:
                 return

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.request_context import (
-    RequestFailure,
-)
+from deployments.request_context import PROGRAM_CANCELLED, RequestFailure
 from tempo_router.program_ops import CallTicket
 from tempo_router.request import Latency, ProgramCall, ProgramId
 from tests.http_edge import (
@@ -189,6 +187,30 @@ async def test_a_failure_before_a_stream_began_has_its_own_status():
 
     response = await post(edge(answer)[0], {"stream": True, "prompt": ["a", "b"]}, path="/v1/completions")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+
+
+@pytest.mark.parametrize("is_started_before", [True, False])
+async def test_a_stream_that_is_cancelled_with_the_message_that_admits_it_has_its_own_status(is_started_before: bool):
+    """The engine client hears of the end first: the verdict only wakes who waits for it."""
+
+    async def answer(vllm, scope, receive, send):
+        def both():
+            context().report_failure(PROGRAM_CANCELLED)
+            context().report_verdict(ADMITTED)
+
+        async def chunks():
+            if is_started_before:
+                both()
+                await turns()
+            yield b'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        if not is_started_before:
+            both()
+        await stream(send, chunks())
+
+    response = await post(edge(answer)[0], {"stream": True})
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "program_cancelled")
 
 
 async def test_a_failure_after_admission_is_named_in_a_stream_and_the_stream_ends_properly():
