@@ -272,7 +272,15 @@ class ProgramDesk:
             self.ingress_gone(owner)
 
     def ingress_back(self, owner: str) -> None:
-        """An ingress has a stream again: outputs for its graphs may have been lost with the one before."""
+        """An ingress has a stream again: what its graphs were told may have been lost with the one before.
+
+        It may have been away for so long that its programs were cancelled, and a graph whose tool runs asks nothing.
+        """
+        cancelled = [
+            graph.program_id for graph in self.book.ended if graph.runner == owner and graph.status == "cancelled"
+        ]
+        if owner and cancelled:
+            self._send(owner, wire.RouterToIngress(programs_over=cancelled))
         for one in self._outputs.values():
             if one.runner == owner:
                 self._send(owner, wire.RouterToIngress(tool_outputs=[one.output]))

@@ -190,6 +190,22 @@ async def test_an_output_for_an_ingress_that_is_away_is_taken_when_it_is_back(
             await eventually(lambda link=client.link: link.programs.unstored == 0, "nothing is to be told again")
 
 
+async def test_a_graph_that_is_cancelled_while_its_ingress_is_away_ends_when_that_is_back(tmp_path: Path) -> None:
+    """Its tool runs, so it asks the router nothing by which it would hear of it."""
+    async with fleet_over_redis(CONFIG, tmp_path) as fleet, AsyncExitStack() as stack:
+        await fleet.start(clients=2)
+        here, there = [
+            await stack.enter_async_context(served_by(ProgramClient(client.link.programs))) for client in fleet.clients
+        ]
+        async with asyncio.timeout(20):
+            async for event in events(here, {"name": "p", "graph": {"nodes": [{"id": "t", "tool": "x"}]}}):
+                last = event
+                if event["event"] == "tool.waiting":
+                    async with no_control_stream(fleet.clients[0].link):
+                        await cancel(there)
+        assert (last["event"], last["program"]["reason"]) == ("program.cancelled", "enough")
+
+
 async def cancel(http: httpx.AsyncClient) -> None:
     assert (await http.post("/v1/programs/p/cancel", json={"reason": "enough"})).status_code == 200
 
