@@ -43,6 +43,9 @@ class GraphRun:
         self._ask = ask
         self._programs = programs
         self.outputs: dict[str, Any] = {}
+        # Tools whose beginning is not confirmed yet, and outputs that came for them; those that wait for theirs.
+        self._beginning: set[str] = set()
+        self._early: dict[str, Any] = {}
         self._tools: set[str] = set()
         self._is_relegated = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -79,7 +82,9 @@ class GraphRun:
 
     def deliver(self, node_id: str, output: Any) -> None:
         """The client ran a tool. Once only; what nobody waits for is dropped (the desk has refused it before)."""
-        if node_id in self._tools:
+        if node_id in self._beginning:
+            self._early.setdefault(node_id, output)
+        elif node_id in self._tools:
             self._tools.discard(node_id)
             self._programs.end(EndCall(self._program_id, node_id, 0, "completed"))
             self._events.put_nowait({"event": "node.finished", "node": node_id, "output": output})
@@ -99,6 +104,8 @@ class GraphRun:
         for node in nodes:
             if node.tool:
                 self._events.put_nowait(await self._tool(node))
+                if node.node_id in self._early:
+                    self.deliver(node.node_id, self._early.pop(node.node_id))
             else:
                 task = asyncio.create_task(self._answer(node), name=f"node {node.node_id}")
                 self._tasks.add(task)
@@ -109,6 +116,7 @@ class GraphRun:
         identity = Identity(
             "explicit", self._program_id, call_id=node.node_id, label=node.label, parents=node.after, is_tool=True
         )
+        self._beginning.add(node.node_id)
         try:
             needed = tool_inputs(node, self.outputs)
             await self._programs.begin(identity, tenant=self._tenant, app="", now_epoch_s=0.0)
@@ -116,6 +124,8 @@ class GraphRun:
             return _failed(node, openai_errors.program_refused(error))
         except RouterUnavailableError:
             return _failed(node, openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
+        finally:
+            self._beginning.discard(node.node_id)
         self._tools.add(node.node_id)
         return {"event": "tool.waiting", "node": node.node_id, "tool": node.tool, "inputs": needed}
 

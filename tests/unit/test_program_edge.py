@@ -14,7 +14,7 @@ import structlog
 from cluster import wire_pb2 as wire
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
-from tempo_router.program_ops import CancelProgram
+from tempo_router.program_ops import CancelProgram, DeliverOutput
 from tests.fleet import eventually
 from tests.http_edge import CHAT, Vllm, whole
 from tests.program_edge import Desk, served_by
@@ -493,6 +493,31 @@ async def test_a_program_cancelled_between_the_nodes_of_its_graph_is_told_as_suc
     told = ["program.created", "node.finished", *([] if is_last else ["node.failed"]), "program.cancelled"]
     assert [event["event"] for event in events] == told
     assert events[-1]["error"] == {**whole.json()["error"], "message": events[-1]["error"]["message"]}
+
+
+async def test_an_output_that_is_posted_before_its_tool_is_known_to_have_begun_is_taken(served, monkeypatch) -> None:
+    """The router knows of the call before its graph does, and shows it to whoever asks."""
+    http, desk = served
+    to_router = desk.ingress._send
+
+    def then_posted(message: wire.IngressToRouter) -> None:
+        to_router(message)
+        if [op.kind for op in message.program_ops] == ["BeginCall"]:
+            graph = next(iter(desk.desk.book.live))
+            op = DeliverOutput(graph.program_id, "", "a", "null")
+            desk.desk.asked("other", wire.ProgramOp(op_id="1", kind="DeliverOutput", body=msgspec.json.encode(op)))
+
+    monkeypatch.setattr(desk.ingress, "_send", then_posted)
+    fields = {"deadline_s": 60, "stream": True, "graph": {"nodes": [TOOL]}}
+    async with asyncio.timeout(10):
+        events = events_in(await http.post(PROGRAMS, json=fields))
+    assert [event["event"] for event in events] == [
+        "program.created",
+        "tool.waiting",
+        "node.finished",
+        "program.finished",
+    ]
+    assert events[2]["output"] is None
 
 
 async def ask_and_leave(http: Any, fields: dict[str, Any]) -> list[str]:
