@@ -26,7 +26,7 @@ class World:
         self.waiting: list[WaitingRequest] = []
         self.running: list[Call] = []
         self.ledger = Ledger()
-        self.replica = Replica(ReplicaId("gpu0"), 1, ReplicaCapacity(1000, 2048, 10**7), StepTimeModel())
+        self.replica = Replica(ReplicaId("gpu0"), 1, ReplicaCapacity(1000, 2048, 10**7), StepTimeModel(), set())
 
     def turn(self, arrivals: int) -> list[WaitingRequest]:
         """Half a second passes. Returns who came."""
