@@ -225,6 +225,11 @@ class StepPlanner:
             self._resume(call)
             self._look_again()
 
+    @property
+    def crossings(self) -> int:
+        """Blocks that the decoding calls need for their next tokens, one each at most."""
+        return self._crossings[-self._clock.steps % self._kv.block_size]
+
     def ordered(self) -> list[LiveCall]:
         """All live calls in the order of the last plan's moment."""
         return self._sorted(self._live.values(), self._now_s)
@@ -287,7 +292,7 @@ class StepPlanner:
             self._part(call)
         if plan.decodes:
             decodes = len(self._decoding)
-            self._kv.take(self._crossings[-self._clock.steps % self._kv.block_size])
+            self._kv.take(self.crossings)
             self._clock.steps += 1
             self._context_tokens += decodes
         completed: list[LiveCall] = []
@@ -495,7 +500,7 @@ class StepPlanner:
 
     def _room(self) -> int:
         """Free blocks that the decoding calls of this step do not need."""
-        return self._kv.free - self._crossings[-self._clock.steps % self._kv.block_size]
+        return self._kv.free - self.crossings
 
     def _evict_for(self, call: LiveCall, needed: int, planned: Sequence[tuple[LiveCall, int]]) -> bool:
         """Free blocks from the end of the order; never a call that is ahead of the one that asks, or in this step.
@@ -514,9 +519,13 @@ class StepPlanner:
         for victim in victims:
             if needed > self._room():
                 victim.times_taken += 1
-                self._evict(victim)
-                self._kv.share(-self._kv.shared(victim.spec.prefix_id))
+                self._give_way(victim)
         return True
+
+    def _give_way(self, victim: LiveCall) -> None:
+        """It loses its blocks to another call; those that others hold, too, do not fall free."""
+        self._evict(victim)
+        self._kv.share(-self._kv.shared(victim.spec.prefix_id))
 
     def _order_with(self, asker: LiveCall | None = None) -> list[LiveCall]:
         """All live calls in the order of this plan's moment, as far as it matters: who lost its cache may stand wrong.
@@ -534,8 +543,8 @@ class StepPlanner:
         if self._by_columns is not None:
             yield from (call for call in reversed(self._order_with()) if call.blocks)
             return
-        while True:
-            yield self._sorted((call for call in self._live.values() if call.blocks), self._now_s)[-1]
+        while holders := self._sorted((call for call in self._live.values() if call.blocks), self._now_s):
+            yield holders[-1]
 
     def _victims(self, call: LiveCall, lacking: int, behind: Iterable[LiveCall]) -> list[LiveCall]:
         """Who gives way so that `lacking` more blocks are free; nobody if that cannot or shall not be.
@@ -560,8 +569,9 @@ class StepPlanner:
     def _make_room_for_decodes(self) -> None:
         """Every decoding call gets its next block; the last in the order gives way."""
         holders = self._holders_last_first()
-        while self._crossings[-self._clock.steps % self._kv.block_size] > self._kv.free:
-            self._evict(next(holders))
+        # Of shared blocks none may fall free; then it ends when nobody is left.
+        while self.crossings > self._kv.free and (last := next(holders, None)) is not None:
+            self._give_way(last)
 
     def _unblock(self) -> list[tuple[LiveCall, int]]:
         """Nothing runs: resume what is held; or go on with a prompt that has its blocks; or start one that fits."""

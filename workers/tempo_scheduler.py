@@ -385,9 +385,8 @@ class TempoScheduler(AsyncScheduler):
         if request is None:
             return 0
         if request.status == RequestStatus.RUNNING:
-            return sum(
-                block.ref_cnt > 1 for group in self.kv_cache_manager.get_blocks(request_id).blocks for block in group
-            )
+            held = self.kv_cache_manager.get_blocks(request_id).blocks
+            return sum(block.ref_cnt > 1 and not block.is_null for group in held for block in group)
         self._looked_up += 1
         if self._looked_up > _MOST_LOOKED_UP:
             return 0
@@ -430,10 +429,7 @@ class TempoScheduler(AsyncScheduler):
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         # Kept from prompts while anything runs; older versions have no watermark.
         spare = getattr(self.kv_cache_manager, "watermark_blocks", 0) if self.running else 0
-        crossing = 0
-        if spare:
-            crossing = sum(call.context_tokens % self.block_size == 0 for call in self.planner.decoding)
-        self._kv.measure(free, promised=self._promised(), spare=spare, for_decodes=crossing)
+        self._kv.measure(free, promised=self._promised(), spare=spare, for_decodes=self.planner.crossings)
 
     def _promised(self) -> int:
         """Blocks that begun prompts will still take."""
