@@ -19,7 +19,7 @@ nest nothing in `vllm_xargs`:
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -41,6 +41,10 @@ from tempo_router.standing import UNRANKED, Standing
 
 KEY = "tempo"
 """Of `additional_config` (settings) and of `SamplingParams.extra_args` (facts of one request)."""
+
+
+_MOST_ATOMS = 1000
+"""The planner's table has room for as many in every row as any call has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +146,7 @@ def _mapping(values: object) -> Mapping[str, Any]:
 def _facts(
     values: Mapping[str, Any], *, request_id: str, prompt_tokens: int, max_tokens: int, now_s: float, spare_key: int
 ) -> CallFacts:
-    age_s = max(0.0, _number(values.get("age_s", 0.0), "age_s"))
-    if math.isinf(age_s):
-        raise ValueError(f"age_s={age_s}: expected a finite number")
+    age_s = max(0.0, _finite(values.get("age_s", 0.0), "age_s"))
     generated = min(max(0, int(values.get("generated", 0))), prompt_tokens)
     spec = RequestSpec(
         request_id=RequestId(request_id),
@@ -160,12 +162,18 @@ def _facts(
         prefix_tokens=prompt_tokens,
     )
     atoms = values.get("lengths")
-    lengths = Lengths(tuple(_number(atom, "lengths") for atom in atoms)) if atoms else None
+    lengths = _lengths(atoms) if atoms else None
     density, is_admitted, later_s, is_relegated = values.get("standing", UNRANKED)
     standing = Standing(
         _number(density, "standing"), bool(is_admitted), _number(later_s, "standing"), bool(is_relegated)
     )
     return CallFacts(_key(values, spare_key), spec, lengths, standing)
+
+
+def _lengths(atoms: Sequence[Any]) -> Lengths:
+    if len(atoms) > _MOST_ATOMS:
+        raise ValueError(f"lengths: {len(atoms)} atoms: expected {_MOST_ATOMS} at most")
+    return Lengths(tuple(sorted(_finite(atom, "lengths") for atom in atoms)))
 
 
 def _key(values: Mapping[str, Any], spare_key: int) -> DispatchId:
@@ -186,10 +194,25 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
+def _finite(value: Any, name: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number}: expected a finite number")
+    return number
+
+
+def _pace_s(value: Any) -> float:
+    tbt_s = _finite(value, "tbt_s")
+    if tbt_s <= 0:
+        # The tightest pace of all streams bounds every step.
+        raise ValueError(f"tbt_s={tbt_s}: expected a number above 0")
+    return tbt_s
+
+
 def _slo(values: Mapping[str, Any], age_s: float) -> Slo:
     match values["class"]:
         case "latency":
-            return Latency(age_s + _number(values["due_in_s"], "due_in_s"), _number(values["tbt_s"], "tbt_s"))
+            return Latency(age_s + _number(values["due_in_s"], "due_in_s"), _pace_s(values["tbt_s"]))
         case "deadline":
             return Deadline(age_s + _number(values["due_in_s"], "due_in_s"))
         case "program":

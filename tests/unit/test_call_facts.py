@@ -46,6 +46,10 @@ def test_a_request_of_a_plain_server_may_say_little():
     assert (known.lengths, known.standing) == (None, UNRANKED)
 
 
+def test_lengths_are_put_in_order():
+    assert read({"class": "best_effort", "lengths": [9, 2.5, 4]}).lengths == Lengths((2.5, 4.0, 9.0))
+
+
 def test_a_string_of_json_says_the_same():
     """A plain server lets its clients nest nothing."""
     assert read('{"class": "latency", "due_in_s": 2.0, "tbt_s": 0.1}').spec.slo == CHAT
@@ -72,6 +76,10 @@ def test_a_string_of_json_says_the_same():
         ({"class": "best_effort", "standing": [math.nan, 1, 0.0, 0]}, "standing=nan"),
         ({"class": "best_effort", "standing": 1.0}, "float"),
         ({"class": "best_effort", "lengths": [1.0, math.nan]}, "lengths=nan"),
+        ({"class": "best_effort", "lengths": [1.0, math.inf]}, "lengths=inf"),
+        ({"class": "best_effort", "lengths": [1.0] * 1001}, "1001 atoms"),
+        ({"class": "latency", "due_in_s": 1.0, "tbt_s": 0.0}, "tbt_s=0.0"),
+        ({"class": "latency", "due_in_s": 1.0, "tbt_s": math.inf}, "tbt_s=inf"),
         ({"class": "best_effort", "lengths": 7}, "int"),
     ],
 )
