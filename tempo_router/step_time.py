@@ -381,7 +381,7 @@ class StepTimeModel:
             prior_s = _PRIOR.step_s(step.prefill_tokens, step.decodes, step.context_tokens, step.attention_tokens)
             memory.far_above += 2 * prior_s < estimated_s
         elif memory.far_above:
-            memory.far_above = max(0.0, memory.far_above - _FAR_ABOVE_SHARE)
+            memory.far_above = max(0.0, memory.far_above - _FAR_ABOVE_SHARE / (1 - _FAR_ABOVE_SHARE))
         return memory.far_above >= _MAX_FAR_ABOVE
 
     def _begin_anew(self) -> None:
