@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from cluster.program_desk import ViewConsole
 from deployments.program_client import ProgramClient
-from tempo_router.errors import RouterUnavailableError
+from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.metrics import Outcome
 from tempo_router.request import Slo, slo_class
 
@@ -75,7 +75,7 @@ class RouterMetrics:
         try:
             async with asyncio.timeout(_ROUTER_WAIT_S):
                 self._told = await self._client.ask(ViewConsole(most=0))
-        except (TimeoutError, RouterUnavailableError):
+        except (TimeoutError, RouterUnavailableError, ProgramError):
             # Series that end show it; old values would look like new ones.
             self._told = None
 
