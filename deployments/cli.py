@@ -150,9 +150,11 @@ def set_environment() -> None:
     is_local = "RAY_ADDRESS" not in os.environ
     for name, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if is_local else {})}.items():
         os.environ.setdefault(name, value)
+    chosen: set[int] = set()
     for name, port in SHARED_PORTS.items():
         if name not in os.environ and not is_free("0.0.0.0", port):
-            os.environ[name] = str(free_port())
+            chosen.add(other := free_port(besides=chosen))
+            os.environ[name] = str(other)
 
 
 def _pass_signals_on(server: psutil.Popen) -> None:

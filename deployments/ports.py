@@ -2,6 +2,7 @@
 
 import random
 import socket
+from collections.abc import Collection
 from typing import Any
 
 import psutil
@@ -25,10 +26,13 @@ def is_free(host: str, port: int) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A port that nobody listens on, for one who will bind it seconds later. Raises OSError when there is none."""
+def free_port(besides: Collection[int] = ()) -> int:
+    """A port that nobody listens on, for one who will bind it seconds later. Raises OSError when there is none.
+
+    besides: free ones that are already meant for others.
+    """
     for port in random.sample(_QUIET_PORTS, len(_QUIET_PORTS)):
-        if is_free("0.0.0.0", port):
+        if port not in besides and is_free("0.0.0.0", port):
             return port
     raise OSError(f"none of the ports {_QUIET_PORTS.start} to {_QUIET_PORTS.stop - 1} is free")
 
