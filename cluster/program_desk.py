@@ -600,7 +600,7 @@ class ProgramDesk:
                 "transport.max_message_bytes); the list of programs shows them without their calls: ask for that, with "
                 "a smaller limit if it is the list that is too large"
             )
-            raise ProgramError("too_large", text)
+            raise ProgramError("answer_too_large", text)
         self._tell(owner, wire.ProgramAnswer(op_id=message.op_id, result=encoded, is_stored=is_stored))
 
     def _refuse(self, owner: str, message: wire.ProgramOp, error: ProgramError) -> None:

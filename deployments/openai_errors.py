@@ -5,10 +5,11 @@
 | queue_full | 429 | from the queue, at least 1 s | the client's rate is what must change |
 | deadline_impossible | 503 | from the queue, if the router knows one | this server cannot do it now; another may |
 | draining, router_unavailable | 503 | 5 s unless the router says otherwise | a restart or a failover is under way |
-| after admission: worker_lost; slo_expired; program_cancelled | 503; 504; 409 | 1 s with 503 | others may answer |
+| worker_lost | 503 | 1 s | other workers may answer |
+| slo_expired (to the router: expired); program_cancelled | 504; 409 | none | ended by the router, admitted or not |
 | programs: unknown; over, or there already; too many, not to be stored | 404; 409; 503 | 1 s with 503 | |
-| too_large | 400 | none | no wait makes it fit |
-| program_cancelled; expired | 409; 504 | none | the router ended it before it had answered |
+| programs: node_failed; answer_too_large | 502; 400 | none | the same would come of it again |
+| too_large | 400 | none | no wait makes it fit into any KV cache |
 """
 
 import json
@@ -30,7 +31,7 @@ _PROGRAM_STATUS: dict[ProgramProblem, tuple[int, str]] = {
     "too_many_programs": (503, "server_error"),
     "store_unavailable": (503, "server_error"),
     "node_failed": (502, "server_error"),
-    "too_large": (400, "invalid_request_error"),
+    "answer_too_large": (400, "invalid_request_error"),
 }
 _FAILOVER_RETRY_S = 5.0
 

@@ -35,7 +35,7 @@ ProgramProblem = Literal[
     "too_many_programs",
     "store_unavailable",
     "node_failed",
-    "too_large",
+    "answer_too_large",
 ]
 """invalid_program: a field makes no sense. unknown_program, unknown_call, unknown_request: no such thing, or not this
 tenant's.
@@ -43,7 +43,7 @@ program_exists: one of this name is in progress, with another application or dea
 program_ended, call_ended: it is over, nothing can be added. program_cancelled: somebody gave up what was asked for.
 too_many_programs: no room for another one now.
 store_unavailable: Redis is away, and too much waits for it to take a new program. node_failed: a node of a declared
-graph could not be answered. too_large: the answer does not fit into one message between our processes."""
+graph could not be answered. answer_too_large: it does not fit into one message between our processes."""
 
 
 class TempoError(Exception):

@@ -60,7 +60,7 @@ async def test_a_program_too_large_to_be_shown_is_an_error_that_says_so(desk: De
     programs = ProgramClient(desk.ingress)
     with pytest.raises(ProgramError, match=rf"takes \d+ bytes, more than {MOST_BYTES} \(half of transport\.") as raised:
         await programs.ask(ViewProgram("large", ""))
-    assert raised.value.code == "too_large"
+    assert raised.value.code == "answer_too_large"
     assert len((await programs.ask(ViewProgram("small", "")))["calls"]) == 2
     listed = await programs.ask(ListPrograms(""))
     assert [(one["id"], one["call_count"]) for one in listed["data"]] == [("large", 100), ("small", 2)]
