@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from deployments import cli
+from deployments import cli, ports
 from deployments.ports import free_port, is_free
 from deployments.run_file import Run, RunFile
 from tempo_router.errors import TempoError
@@ -156,6 +156,16 @@ def test_a_taken_ha_proxy_port_is_replaced(monkeypatch: pytest.MonkeyPatch, list
     assert is_free("0.0.0.0", port)
     # HAProxy binds it some ten seconds later; until then the kernel must not give it to an outgoing connection.
     assert port < first_outgoing_port()
+
+
+def test_no_two_taken_ports_get_the_same_in_place(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
+    taken, first = listener.getsockname()[1], free_port()
+    monkeypatch.setattr(ports, "_QUIET_PORTS", range(first, first + 20))
+    monkeypatch.setattr(ports.random, "sample", lambda numbers, _: list(numbers))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cli, "SHARED_PORTS", {name: taken for name in ("A_PORT", "B_PORT", "C_PORT")})
+    cli.set_environment()
+    assert len({os.environ[name] for name in ("A_PORT", "B_PORT", "C_PORT")}) == 3
 
 
 def first_outgoing_port() -> int:
