@@ -163,7 +163,7 @@ def test_no_two_taken_ports_get_the_same_in_place(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ports, "_QUIET_PORTS", range(first, first + 20))
     monkeypatch.setattr(ports.random, "sample", lambda numbers, _: list(numbers))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(cli, "SHARED_PORTS", {name: taken for name in ("A_PORT", "B_PORT", "C_PORT")})
+    monkeypatch.setattr(cli, "SHARED_PORTS", dict.fromkeys(("A_PORT", "B_PORT", "C_PORT"), taken))
     cli.set_environment()
     assert len({os.environ[name] for name in ("A_PORT", "B_PORT", "C_PORT")}) == 3
 
