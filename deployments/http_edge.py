@@ -408,21 +408,25 @@ class _Exchange:
 
     async def _open(self) -> None:
         """Send the start and what was held behind it. Both the application's send and a verdict may come here."""
-        failure = self._context.failure
-        if failure is not None and self._is_sse and not self._is_flowing:
-            # It ended with the message that admitted it, or before the others of its prompts were: a status can say so.
-            await self._close_with(openai_errors.failed(failure))
-            return
         async with self._opening:
             if self._is_flowing or self._is_closed or self._start is None:
                 return
-            self._start["headers"] = [*self._start["headers"], *self._response_headers()]
-            # Of a call with targets of its own the headers say nothing of these.
-            self._is_told_relegated = self._context.is_relegated and isinstance(self._context.slo, ProgramCall)
-            await self._send_to_client(self._start)
-            while self._held:
-                await self._forward(self._held.pop(0))
-            self._is_flowing = not self._is_closed
+            failure = self._context.failure if self._is_sse else None
+            if failure is None:
+                await self._begin_flowing(self._start)
+                return
+        # It ended with the message that admitted it, or before the others of its prompts were: a status can say so.
+        # Whoever comes between sees the failure too, and begins nothing.
+        await self._close_with(openai_errors.failed(failure))
+
+    async def _begin_flowing(self, start: Message) -> None:
+        start["headers"] = [*start["headers"], *self._response_headers()]
+        # Of a call with targets of its own the headers say nothing of these.
+        self._is_told_relegated = self._context.is_relegated and isinstance(self._context.slo, ProgramCall)
+        await self._send_to_client(start)
+        while self._held:
+            await self._forward(self._held.pop(0))
+        self._is_flowing = not self._is_closed
 
     async def _forward(self, message: Message) -> None:
         """The hot path: every token of every stream passes here."""

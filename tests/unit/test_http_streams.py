@@ -231,6 +231,37 @@ async def test_a_failure_after_admission_is_named_in_a_stream_and_the_stream_end
     assert events[3] == "data: [DONE]"
 
 
+async def test_a_failure_that_comes_while_the_start_of_a_stream_is_being_sent_is_told_once():
+    """A client that reads slowly holds the start up; what vLLM says meanwhile goes out behind it."""
+    may_go_on = asyncio.Event()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message):
+        sent.append(message)
+        if message["type"] == "http.response.start":
+            await may_go_on.wait()
+
+    async def answer(vllm, scope, receive, send):
+        async def chunks():
+            context().report_verdict(ADMITTED)
+            await turns()
+            context().report_failure(RequestFailure("worker_lost", "the worker was lost", 503))
+            yield b'data: {"error": {"message": "Internal server error"}}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        await stream(send, chunks())
+
+    running = asyncio.create_task(edge(answer)[0](*scope_of({"stream": True}), send))
+    await turns()
+    assert [message["type"] for message in sent] == ["http.response.start"]
+    may_go_on.set()
+    await asyncio.wait_for(running, 5)
+    events = b"".join(message.get("body", b"") for message in sent).decode().split("\n\n")
+    assert [json.loads(one[6:])["error"]["code"] for one in events if "error" in one] == ["worker_lost"]
+    assert events[-2] == "data: [DONE]"
+    assert [message.get("more_body") for message in sent].count(False) == 1
+
+
 async def test_an_exception_in_a_running_stream_ends_it_with_an_error_event():
     async def answer(vllm, scope, receive, send):
         async def chunks():
