@@ -9,7 +9,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,6 +116,9 @@ Send = Callable[[str, wire.RouterToIngress], None]
 MOST_OUTPUT_BYTES = 64 * 1024 * 1024
 """Of the outputs of tools that their graphs have not taken yet: an ingress may be away for seconds. Guessed."""
 
+MOST_TAKEN = 10_000
+"""Outputs whose operation is remembered once they are taken: it is told again when its answer was lost. Guessed."""
+
 TOOL = "tool: "
 """So the labels of tools begin."""
 
@@ -179,6 +182,8 @@ class ProgramDesk:
         # By program and node.
         self._outputs: dict[tuple[str, str], _Output] = {}
         self._output_bytes = 0
+        # Which operation brought the outputs that were taken last, by program and node.
+        self._taken: OrderedDict[tuple[str, str], str] = OrderedDict()
         # How to answer those who wait for what they asked to be stored, by operation.
         self._unanswered: dict[str, Callable[[], None]] = {}
         self.book = ProgramBook(most=config.max_programs, linger_s=config.keep_s)
@@ -422,13 +427,17 @@ class ProgramDesk:
     def _deliver(self, owner: str, message: wire.ProgramOp, op: DeliverOutput) -> None:
         """Pass an output on. Until its graph has taken it, it is kept here, and at the ingress for a later router."""
         graph = self.book.of_tenant(op.program_id, op.tenant)
+        place = (graph.program_id, op.node)
+        if self._taken.get(place) == message.op_id:
+            # Told again, as the answer was lost with a stream: the same answer, whatever has become of the program.
+            self._answer(owner, message, None)
+            return
         if graph.is_over:
             text = f"program {op.program_id!r} is {graph.status}: its graph takes no output of {op.node!r} any more"
             raise ProgramError("program_ended", text, "program")
         node = graph.calls.get(op.node)
         if node is None or not node.label.startswith(TOOL):
             raise ProgramError("unknown_call", f"no tool {op.node!r} of {op.program_id!r} was asked for", "node")
-        place = (graph.program_id, op.node)
         kept = self._outputs.get(place)
         if node.status != "running" or (kept is not None and kept.op_id != message.op_id):
             raise ProgramError("call_ended", f"tool {op.node!r} of {op.program_id!r} has its output", "node")
@@ -455,6 +464,10 @@ class ProgramDesk:
         kept = self._outputs.pop((program_id, node), None)
         if kept is not None:
             self._output_bytes -= len(kept.output.output)
+            self._taken[program_id, node] = kept.op_id
+            self._taken.move_to_end((program_id, node))
+            if len(self._taken) > MOST_TAKEN:
+                self._taken.popitem(last=False)
             self._tell(kept.asked_by, wire.ProgramAnswer(op_id=kept.op_id, is_stored=True))
 
     def _is_new(self, op: ProgramOp) -> bool:

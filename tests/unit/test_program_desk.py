@@ -249,6 +249,35 @@ async def test_an_output_is_told_again_until_its_graph_has_taken_it(tool) -> Non
     assert taken == [b"1", b"1"]
 
 
+@pytest.mark.parametrize("ending", [None, FinishProgram("p", "", "op")], ids=["in progress", "over"])
+async def test_an_output_whose_answer_was_lost_is_taken_though_its_graph_has_it_by_then(tool, ending) -> None:
+    desk, programs, taken = tool
+    carry = desk.desk._send
+    desk.desk._send = lambda owner, message: None if message.program_answers else carry(owner, message)
+    posting = asyncio.create_task(programs.ask(deliver("1")))
+    await eventually(lambda: taken == [b"1"], "its graph has it")
+    programs.end(EndCall("p", "t", 0, "completed"))
+    if ending is not None:
+        programs.tell(ending)
+    desk.desk._send = carry
+    desk.ingress.repeat()
+    assert await posting is None
+    assert taken == [b"1"]
+    with pytest.raises(ProgramError):
+        await programs.ask(deliver("1"))
+    await eventually(lambda: desk.ingress.unstored == 0, "nothing is told again")
+
+
+async def test_the_operations_of_outputs_that_were_taken_are_remembered_within_a_bound(tool, monkeypatch) -> None:
+    desk, programs, _ = tool
+    monkeypatch.setattr("cluster.program_desk.MOST_TAKEN", 2)
+    for number in range(4):
+        await programs.ask(BeginCall("p", "", NewCall(f"t{number}", label="tool: x", owner="ingress")))
+        await programs.ask(DeliverOutput("p", "", f"t{number}", "1"))
+        programs.end(EndCall("p", f"t{number}", 0, "completed"))
+    assert list(desk.desk._taken) == [("p", "t2"), ("p", "t3")]
+
+
 async def test_outputs_that_nobody_takes_are_kept_within_a_bound(tool, monkeypatch) -> None:
     _, programs, taken = tool
     monkeypatch.setattr("cluster.program_desk.MOST_OUTPUT_BYTES", 10)
