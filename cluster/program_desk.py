@@ -33,6 +33,7 @@ from tempo_router.program_book import Change, ProgramBook
 from tempo_router.program_graph import ProgramGraph, ProgramStatus
 from tempo_router.program_ops import (
     BeginCall,
+    CancelGraph,
     CancelProgram,
     CreateProgram,
     DeliverOutput,
@@ -99,7 +100,7 @@ class ViewConsole(msgspec.Struct):
 _KINDS: dict[str, Any] = {
     one.__name__: one
     for one in (
-        CreateProgram, BeginCall, EndCall, ExtendProgram, FinishProgram, CancelProgram,
+        CreateProgram, BeginCall, EndCall, ExtendProgram, FinishProgram, CancelProgram, CancelGraph,
         ViewProgram, ListPrograms, ContinueResponse, ExplainRequest, ViewConsole, DeliverOutput,
     )
 }  # fmt: skip
@@ -363,9 +364,7 @@ class ProgramDesk:
         if isinstance(op, EndCall):
             # Its beginning may wait itself, for the call that it follows.
             return self.book.holder(op.program_id, op.call_id) is None
-        if isinstance(op, CancelProgram) and op.run_by:
-            # Whoever tells it told the creation just before; and the next of that name must find it free.
-            return False
+        # Not CancelGraph: who tells it told the creation just before, and the next of that name must find it free.
         return isinstance(op, FinishProgram | CancelProgram | ExtendProgram)
 
     def _carry_out(self, owner: str, message: wire.ProgramOp, op: Any) -> None:

@@ -25,7 +25,7 @@ from deployments.slo_wire import as_float
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.known_stages import KnownStage
-from tempo_router.program_ops import CancelProgram, CreateProgram, ExtendProgram, FinishProgram
+from tempo_router.program_ops import CancelGraph, CancelProgram, CreateProgram, ExtendProgram, FinishProgram
 
 PREFIX = "/v1/programs"
 REQUESTS = "/v1/requests"
@@ -112,7 +112,7 @@ class ProgramApi:
         except BaseException:
             if graph is not None:
                 reason = "its graph was never run: nobody waited when it was made"
-                undo = CancelProgram(op.program_id, op.tenant, _operation(), reason, run_by=op.operation)
+                undo = CancelGraph(op.program_id, op.tenant, _operation(), reason, run_by=op.operation)
                 self._client.tell(undo)
             raise
 

@@ -14,6 +14,7 @@ from tempo_router.program_graph import CallStatus, GraphCall, Objective, Program
 from tempo_router.program_ops import (
     BeginCall,
     CallTicket,
+    CancelGraph,
     CancelProgram,
     CreateProgram,
     EndCall,
@@ -132,7 +133,10 @@ class ProgramBook:
                 return graph, self._changed(graph, is_news=graph.close(op.operation, now_s))
             case CancelProgram():
                 graph = self.of_tenant(op.program_id, op.tenant)
-                if op.run_by and graph.run_by != op.run_by:
+                return graph, self._cancelled(graph, op.operation, op.reason, now_s)
+            case CancelGraph():
+                graph = self.of_tenant(op.program_id, op.tenant)
+                if graph.run_by != op.run_by:
                     return graph, []  # Its creation was refused: the name belongs to another graph, which goes on.
                 return graph, self._cancelled(graph, op.operation, op.reason, now_s)
             case _:

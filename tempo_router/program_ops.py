@@ -88,13 +88,27 @@ class FinishProgram:
 
 @dataclass(frozen=True, slots=True)
 class CancelProgram:
-    """Give it up, with all that runs. run_by: only if it runs the graph of this operation; else nothing is done."""
+    """Give it up, with all that runs."""
 
     program_id: str
     tenant: str
     operation: str
     reason: str = "cancelled by the client"
-    run_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelGraph:
+    """Likewise, but only if it runs the graph of the operation `run_by`; else nothing is done.
+
+    A kind of its own: a router of a version that does not know it refuses it, where it would not see a condition of
+    CancelProgram and cancel whatever has the name.
+    """
+
+    program_id: str
+    tenant: str
+    operation: str
+    reason: str
+    run_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +121,7 @@ class DeliverOutput:
     output: str
 
 
-ProgramOp = CreateProgram | BeginCall | EndCall | ExtendProgram | FinishProgram | CancelProgram
+ProgramOp = CreateProgram | BeginCall | EndCall | ExtendProgram | FinishProgram | CancelProgram | CancelGraph
 """What changes a program."""
 
 

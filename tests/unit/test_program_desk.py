@@ -17,6 +17,7 @@ from tempo_router.program_graph import NewCall
 from tempo_router.program_ops import (
     BeginCall,
     CallTicket,
+    CancelGraph,
     CancelProgram,
     CreateProgram,
     DeliverOutput,
@@ -172,7 +173,7 @@ async def test_the_name_of_a_graph_that_was_cancelled_before_its_first_call_is_f
     again = CreateProgram("p", "", deadline_s=LATE_S + 1, operation="again", is_graph=True, runner="other")
     await _apply(desk, plain)
     assert not list(desk.desk.book.live)
-    await _apply(desk, again, CancelProgram("p", "", "undo", run_by="first"))
+    await _apply(desk, again, CancelGraph("p", "", "undo", "never run", run_by="first"))
     assert [graph.run_by for graph in desk.desk.book.live] == (["again"] if is_run else [])
     assert [graph.run_by for graph in desk.desk.book.ended] == ([] if is_run else ["first"])
 
@@ -182,7 +183,7 @@ async def test_a_new_router_frees_the_name_of_a_graph_that_was_never_run_at_once
     desk = Desk(lambda: NOW_S)
     desk.desk._deferred = []
     again = CreateProgram("p", "", deadline_s=LATE_S, operation="again", is_graph=True, runner="other")
-    await _apply(desk, GRAPH, CancelProgram("p", "", "undo", run_by="first"), again)
+    await _apply(desk, GRAPH, CancelGraph("p", "", "undo", "never run", run_by="first"), again)
     assert [graph.run_by for graph in desk.desk.book.live] == ["again"]
 
 

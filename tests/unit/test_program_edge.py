@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import structlog
 
+from cluster import program_desk
 from cluster import wire_pb2 as wire
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
@@ -591,7 +592,7 @@ async def test_a_named_graph_that_was_answered_503_runs_when_it_is_asked_for_aga
     assert error_of(await http.post(PROGRAMS, json=fields)) == (503, "router_unavailable", None)
     monkeypatch.undo()
     desk.ingress.repeat()
-    assert [op.kind for message in kept for op in message.program_ops] == ["CreateProgram", "CancelProgram"]
+    assert [op.kind for message in kept for op in message.program_ops] == ["CreateProgram", "CancelGraph"]
     (unrun,) = desk.desk.book.ended
     assert (unrun.status, unrun.reason) == ("cancelled", "its graph was never run: nobody waited when it was made")
     again = await http.post(PROGRAMS, json=fields)
@@ -600,17 +601,22 @@ async def test_a_named_graph_that_was_answered_503_runs_when_it_is_asked_for_aga
     assert [one.status for one in (*desk.desk.book.live, *desk.desk.book.ended)] == ["finished"]
 
 
-async def test_a_graph_that_was_answered_503_does_not_cancel_another_of_its_name(served, monkeypatch) -> None:
-    """It was refused by the router that it did not hear."""
+@pytest.mark.parametrize("is_router_older", [False, True])
+async def test_a_graph_that_was_answered_503_does_not_cancel_another_of_its_name(
+    served, monkeypatch, is_router_older: bool
+) -> None:
+    """It was refused by the router that it did not hear, which may know nothing of cancelling one graph alone."""
     http, desk = served
+    if is_router_older:
+        monkeypatch.delitem(program_desk._decoders, "CancelGraph")
     other = {"name": "p", "deadline_s": 60, "app": "other", "graph": {"nodes": [TOOL]}}
     running = asyncio.create_task(http.post(PROGRAMS, json=other))
     await eventually(lambda: any(graph.running for graph in desk.desk.book.live), "its tool waits")
-    monkeypatch.setattr(desk.ingress, "router_said", lambda message: None)
-    monkeypatch.setattr(desk.ingress, "_wait_s", 0.01)
     mistaken = {"name": "p", "deadline_s": 60, "graph": {"nodes": [MODEL]}}
-    assert (await http.post(PROGRAMS, json=mistaken)).status_code == 503
-    monkeypatch.undo()
+    with monkeypatch.context() as deaf:
+        deaf.setattr(desk.ingress, "router_said", lambda message: None)
+        deaf.setattr(desk.ingress, "_wait_s", 0.01)
+        assert (await http.post(PROGRAMS, json=mistaken)).status_code == 503
     desk.ingress.repeat()
     (graph,) = desk.desk.book.live
     assert (graph.status, graph.app) == ("running", "other")
