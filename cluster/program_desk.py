@@ -598,7 +598,9 @@ class ProgramDesk:
         self.asked(owner, message)
 
     def _tell_owners(self, graph: ProgramGraph, message: wire.RouterToIngress) -> None:
-        for owner in dict.fromkeys(call.owner for call in graph.calls.values()):
+        """Tell the ingresses of its calls, and the one that runs its graph, of which no call may be known yet."""
+        runner = [graph.runner] if graph.runner else []
+        for owner in dict.fromkeys([*runner, *(call.owner for call in graph.calls.values())]):
             self._send(owner, message)
 
     def _tell(self, owner: str, answer: wire.ProgramAnswer) -> None:

@@ -187,6 +187,30 @@ async def test_a_new_router_frees_the_name_of_a_graph_that_was_never_run_at_once
     assert [graph.run_by for graph in desk.desk.book.live] == ["again"]
 
 
+@pytest.mark.parametrize(
+    ("change", "news"),
+    [
+        (CancelProgram("p", "", "op"), ["over"]),
+        (ExtendProgram("p", "", LATE_S + 60), ["in time"]),
+        (None, ["relegated"]),
+    ],
+    ids=["cancelled", "extended", "relegated"],
+)
+async def test_who_runs_a_graph_hears_of_it_before_its_first_call(change: object, news: list[str]) -> None:
+    desk = Desk(lambda: NOW_S)
+    told: list[str] = []
+    desk.ingress.graphs.program_over = lambda program_id: told.append("over")
+    desk.ingress.graphs.program_news = lambda program_id, *, is_relegated: told.append(
+        "relegated" if is_relegated else "in time"
+    )
+    await _apply(desk, CreateProgram("p", "", deadline_s=LATE_S, is_graph=True, runner="ingress"))
+    if change is not None:
+        await _apply(desk, change)
+    else:
+        desk.desk._changed(desk.desk.book.overdue(LATE_S + 1))
+    assert told == news
+
+
 # ---- outputs of tools ----
 
 TOOL_CALL = BeginCall("p", "", NewCall("t", label="tool: x", owner="ingress"))
