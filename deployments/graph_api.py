@@ -15,7 +15,7 @@ from deployments import openai_errors
 from deployments.declared_graph import parse_graph, parse_output
 from deployments.graph_run import Ask, Event, GraphRun, failure_of
 from deployments.handle_api import NewProgram
-from deployments.program_api import ProgramApi
+from deployments.program_api import ProgramApi, new_operation
 from deployments.program_client import ProgramClient
 from deployments.program_identity import resolved_id
 from tempo_router.errors import ProgramError, RouterUnavailableError
@@ -74,10 +74,16 @@ class GraphApi:
         program, once it has given its first event.
         """
         graph = parse_graph(new.graph)
-        made = await self._programs.create(new, graph)
+        operation = new_operation()
+        made = await self._programs.create(new, graph, operation)
         program_id = str(made["id"])
         if program_id in self._runs:
-            message = f"program {program_id!r} has begun: its graph runs once; give another graph another name"
+            # That one's program was cancelled before its first call, and it has not heard of that yet.
+            self._programs.undo(program_id, new.tenant, operation, "an earlier one of its name had not ended here")
+            message = (
+                f"an earlier graph of program {program_id!r} was cancelled and has not ended here yet: "
+                "try again, or give this graph another name"
+            )
             raise ProgramError("invalid_program", message, "graph")
         run = GraphRun(program_id, graph, model=self._model, tenant=new.tenant, ask=self._ask, programs=self._client)
         self._runs[program_id] = run

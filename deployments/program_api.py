@@ -83,11 +83,11 @@ class ProgramApi:
 
     # ---- one by one, as the Python handle has them, too; they raise ProgramError, RouterUnavailableError ----
 
-    async def create(self, new: NewProgram, graph: DeclaredGraph | None = None) -> Any:
+    async def create(self, new: NewProgram, graph: DeclaredGraph | None = None, operation: str = "") -> Any:
         """Make a program, or find the one of this name, if it is equal and not over.
 
         graph: the one that it declares, checked. If nobody answers, its program is cancelled, should it be made yet:
-        nothing would run it, and its name is free for who tries again.
+        nothing would run it, and its name is free for who tries again. operation: names this wish, for `undo`.
         """
         if new.objective not in ("deadline", "best_effort"):
             raise ProgramError("invalid_program", "must be 'deadline' or 'best_effort'", "objective")
@@ -99,7 +99,7 @@ class ProgramApi:
             deadline_s=self._deadline(given),
             objective=new.objective,  # type: ignore[arg-type]
             name=_text({"name": new.name}, "name"),
-            operation=_operation(),
+            operation=operation or new_operation(),
             asked_s=new.deadline_s,
             outline=_outline(new.outline, graph),
             is_graph=graph is not None,
@@ -111,10 +111,13 @@ class ProgramApi:
             raise
         except BaseException:
             if graph is not None:
-                reason = "its graph was never run: nobody waited when it was made"
-                undo = CancelGraph(op.program_id, op.tenant, _operation(), reason, run_by=op.operation)
-                self._client.tell(undo)
+                self.undo(op.program_id, op.tenant, op.operation, "nobody waited when it was made")
             raise
+
+    def undo(self, program_id: str, tenant: str, operation: str, why: str) -> None:
+        """Cancel what this operation made for a graph that nothing will run, also if the router is away now."""
+        reason = f"its graph was never run: {why}"
+        self._client.tell(CancelGraph(program_id, tenant, new_operation(), reason, run_by=operation))
 
     async def view(self, given: str, tenant: str) -> Any:
         """All of a program."""
@@ -129,11 +132,11 @@ class ProgramApi:
 
     async def finish(self, given: str, tenant: str) -> Any:
         """No further call will come."""
-        return await self._ask_about(given, FinishProgram(resolved_id(tenant, given), tenant, _operation()))
+        return await self._ask_about(given, FinishProgram(resolved_id(tenant, given), tenant, new_operation()))
 
     async def cancel(self, given: str, reason: str, tenant: str) -> Any:
         """Give it up, with all that runs."""
-        op = CancelProgram(resolved_id(tenant, given), tenant, _operation(), reason or "cancelled by the client")
+        op = CancelProgram(resolved_id(tenant, given), tenant, new_operation(), reason or "cancelled by the client")
         return await self._ask_about(given, op)
 
     async def _ask_about(self, given: str, op: Any) -> Any:
@@ -258,7 +261,8 @@ def _seconds(fields: Mapping[str, Any], name: str) -> float | None:
     return number
 
 
-def _operation() -> str:
+def new_operation() -> str:
+    """A name for what a client wants, so that it is carried out once."""
     return f"op_{uuid.uuid4().hex}"
 
 

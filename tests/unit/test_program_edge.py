@@ -572,6 +572,32 @@ async def test_a_graph_that_is_asked_for_twice_at_once_runs_once(served, is_stre
     assert error_of(second) == (400, "invalid_program", "graph")
 
 
+async def test_a_graph_that_comes_before_a_cancelled_one_of_its_name_has_ended_leaves_no_program_behind(
+    served, monkeypatch
+) -> None:
+    http, desk = served
+    ask, may_begin = desk.ingress.ask, asyncio.Event()
+
+    async def held_up(kind: str, body: bytes) -> bytes:
+        if kind == "BeginCall":
+            await may_begin.wait()
+        return await ask(kind, body)
+
+    monkeypatch.setattr(desk.ingress, "ask", held_up)
+    fields = {"name": "p", "deadline_s": 60, "graph": {"nodes": [TOOL]}}
+    first = asyncio.create_task(http.post(PROGRAMS, json=fields))
+    await eventually(lambda: len(desk.desk.book) == 1, "it is made")
+    assert (await http.post(f"{PROGRAMS}/p/cancel")).status_code == 200
+    again = await http.post(PROGRAMS, json=fields)
+    assert error_of(again) == (400, "invalid_program", "graph")
+    assert "has not ended here yet: try again" in again.json()["error"]["message"]
+    assert not list(desk.desk.book.live)
+    may_begin.set()
+    assert error_of(await first) == (409, "program_cancelled", None)
+    last = await http.post(PROGRAMS, json={**fields, "graph": {"nodes": [MODEL]}})
+    assert (last.status_code, last.json()["outputs"]) == (200, {"a": "yes"})
+
+
 @pytest.mark.parametrize("lost", ["the question", "the answer"])
 async def test_a_named_graph_that_was_answered_503_runs_when_it_is_asked_for_again(
     served, monkeypatch, lost: str
