@@ -81,10 +81,12 @@ class ProgramBook:
 
     def holder(self, program_id: str, call_id: str) -> ProgramGraph | None:
         """The program in which a call began, by the name that its client gave that; None if it is not known."""
-        graph = self.find(program_id)
-        if graph is None or call_id not in graph.calls:
-            graph = self.find(self._places.get((program_id, call_id), ""))
-        return graph
+        # Another program may have the name by now that the call's had.
+        for name in (program_id, self._places.get((program_id, call_id), "")):
+            graph = self.find(name)
+            if graph is not None and call_id in graph.calls:
+                return graph
+        return None
 
     def of_tenant(self, program_id: str, tenant: str) -> ProgramGraph:
         """Likewise, for who asks. Raises ProgramError: another tenant's program is as good as none."""

@@ -5,7 +5,7 @@ import pytest
 from tempo_router.errors import ProgramError
 from tempo_router.program_book import ProgramBook
 from tempo_router.program_graph import MAX_ARROWS, MAX_CALLS, NewCall, ProgramGraph
-from tempo_router.program_ops import BeginCall, CreateProgram
+from tempo_router.program_ops import BeginCall, CreateProgram, EndCall, FinishProgram
 from tempo_router.request import ProgramId
 
 
@@ -205,3 +205,21 @@ def test_what_the_engine_has_answered_counts_when_its_ingress_is_gone_and_may_be
     again, is_news = graph.begin(NewCall("answered", attempt=1, owner="another"), 111.0)
     assert is_news
     assert (again.status, again.output_tokens) == ("running", 0)
+
+
+def test_a_call_is_not_held_by_another_program_that_has_the_name_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """That of the call is forgotten by then."""
+    monkeypatch.setattr("tempo_router.program_book.MOST_ENDED", 1)
+    book = ProgramBook()
+    for call_id in ("first", "second"):
+        call = NewCall(call_id, owner="ingress")
+        graph, _ = book.apply(BeginCall("p", "t", call, is_new_allowed=True, may_restart=True), 100.0)
+        assert graph is not None
+        assert book.holder("p", call_id) is graph
+        book.apply(EndCall("p", call_id, 0, "completed"), 101.0)
+        book.apply(FinishProgram(graph.program_id, "t", f"finish {call_id}"), 102.0)
+    assert graph.program_id == "p.2"
+    book.apply(CreateProgram("other", "t", deadline_s=160.0), 103.0)
+    book.apply(FinishProgram("other", "t", "finish other"), 103.0)
+    book.apply(CreateProgram("p.2", "t", deadline_s=160.0), 104.0)
+    assert book.holder("p", "second") is None
