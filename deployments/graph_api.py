@@ -110,7 +110,7 @@ class GraphApi:
         self, program_id: str, run: GraphRun, tenant: str, made: Mapping[str, Any]
     ) -> AsyncGenerator[Event]:
         failed: Event | None = None
-        is_whole = is_ours = False
+        is_whole = is_ours = has_client_left = False
         try:
             yield {"event": "program.created", "program": dict(made)}
             async with aclosing(run.events()) as events:
@@ -118,10 +118,15 @@ class GraphApi:
                     failed = event if event["event"] == "node.failed" else failed
                     yield event
             is_whole = run.is_whole
+        except (GeneratorExit, asyncio.CancelledError):
+            has_client_left = True
+            raise
         finally:
             del self._runs[program_id]
             if not is_whole:
-                reason = f"node {failed['node']} failed" if failed is not None else "its client left"
+                reason = "its client left" if has_client_left else "its graph could not go on"
+                if failed is not None:
+                    reason = f"node {failed['node']} failed"
                 # The client may be gone, and this task with it: the program must not go on for nobody.
                 ending = asyncio.ensure_future(self._cancel(program_id, reason, tenant))
                 is_ours = await asyncio.shield(ending)

@@ -547,6 +547,17 @@ async def test_a_client_that_leaves_while_its_graph_is_made_cancels_it(served, i
     assert (program.status, program.reason) == ("cancelled", "its client left")
 
 
+async def test_a_graph_that_ends_early_while_its_client_waits_does_not_say_that_it_left(served) -> None:
+    http, desk = served
+    waiting = asyncio.create_task(http.post(PROGRAMS, json={"deadline_s": 60, "graph": {"nodes": [TOOL]}}))
+    await eventually(lambda: any(graph.running for graph in desk.desk.book.live), "its tool waits")
+    (graph,) = desk.desk.book.live
+    desk.ingress.graphs.program_over(graph.program_id)
+    refused = await waiting
+    assert error_of(refused) == (409, "program_cancelled", None)
+    assert (graph.status, graph.reason) == ("cancelled", "its graph could not go on")
+
+
 @pytest.mark.parametrize("error", [ProgramError("unknown_program", "forgotten"), RouterUnavailableError("away")])
 async def test_a_graph_that_cannot_be_cancelled_does_not_answer_who_has_left(served, monkeypatch, error) -> None:
     """An error after the start of a stream would be a second start."""
