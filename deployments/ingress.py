@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,14 @@ class IngressReplica:
         return dict(await self._edge.own.programs.create(new))
 
     async def run_program(self, new: NewProgram) -> AsyncIterator[dict[str, Any]]:
-        """Run a declared graph: events as its nodes finish (stream=True), the last one with the whole program."""
+        """Run a declared graph: events as its nodes finish (stream=True), the last one with the whole program.
+
+        Who stops reading cancels the program.
+        """
         graph = json_value(new.graph, "graph")
-        async for event in await self._edge.own.graphs.run(dataclasses.replace(new, graph=graph)):
-            yield event
+        async with aclosing(await self._edge.own.graphs.run(dataclasses.replace(new, graph=graph))) as events:
+            async for event in events:
+                yield event
 
     async def deliver_output(self, program: str, node: str, output: Any, tenant: str = "") -> None:
         """The output of a tool that a declared graph waits for: what JSON can hold; bytes and dates become text."""

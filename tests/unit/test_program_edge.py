@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -13,6 +14,8 @@ import structlog
 
 from cluster import program_desk
 from cluster import wire_pb2 as wire
+from deployments.handle_api import NewProgram
+from deployments.ingress import IngressReplica
 from tempo_router.config import ProgramsConfig, TempoConfig
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import CancelProgram, DeliverOutput
@@ -545,6 +548,16 @@ async def test_a_client_that_leaves_while_its_graph_is_made_cancels_it(served, i
     await ask_and_leave(http, {"deadline_s": 60, "stream": is_streaming, "graph": {"nodes": [TOOL]}})
     (program,) = [*desk.desk.book.live, *desk.desk.book.ended]
     assert (program.status, program.reason) == ("cancelled", "its client left")
+
+
+async def test_who_stops_reading_the_events_of_the_python_handle_cancels_the_graph_at_once(served) -> None:
+    http, desk = served
+    replica: Any = SimpleNamespace(_edge=http._transport.app)
+    events: Any = IngressReplica.run_program(replica, NewProgram(deadline_s=60, graph={"nodes": [TOOL]}))
+    assert (await anext(events))["event"] == "program.created"
+    (graph,) = desk.desk.book.live
+    await events.aclose()
+    assert (graph.status, graph.reason) == ("cancelled", "its client left")
 
 
 async def test_a_graph_that_ends_early_while_its_client_waits_does_not_say_that_it_left(served) -> None:
