@@ -15,11 +15,15 @@ import structlog
 from cluster import wire_pb2 as wire
 from cluster.program_desk import QUESTIONS
 from tempo_router.errors import ProgramError, RouterUnavailableError
+from tempo_router.program_ops import BeginCall, CreateProgram
 
 log = structlog.get_logger()
 
 MOST_ASKED = 50_000
 """Operations on programs that are kept for a later router, at most. Guessed."""
+
+_TAKEN_BACK = (BeginCall.__name__, CreateProgram.__name__)
+"""What its asker takes back when nobody answers: a call, and the program of a graph, which nothing would run."""
 
 
 class GraphRunner(Protocol):
@@ -80,7 +84,8 @@ class IngressPrograms:
         """Have an operation carried out and wait for its result, both JSON.
 
         Raises ProgramError, or RouterUnavailableError when no router answers in time. A change that was sent is
-        carried out all the same when a router comes; a question that nobody waits for any more is forgotten.
+        carried out all the same when a router comes, unless it is taken back; a question that nobody waits for any
+        more is forgotten.
         """
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         op_id = self._keep(kind, body, answer)
@@ -88,8 +93,7 @@ class IngressPrograms:
             async with asyncio.timeout(self._wait_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
-            effect = "ask again" if kind in QUESTIONS else "what was asked is carried out once one is back"
-            raise RouterUnavailableError(f"no router answered within {self._wait_s} s; {effect}") from None
+            raise RouterUnavailableError(f"no router answered within {self._wait_s} s; {_what_next(kind)}") from None
         finally:
             if kind in QUESTIONS:
                 self._asked.pop(op_id, None)
@@ -142,3 +146,9 @@ class IngressPrograms:
             asked.answer.exception()
         elif answer.HasField("result"):
             asked.answer.set_result(answer.result)
+
+
+def _what_next(kind: str) -> str:
+    if kind in QUESTIONS:
+        return "ask again"
+    return "try again" if kind in _TAKEN_BACK else "what was asked is carried out once one is back"

@@ -404,6 +404,22 @@ async def _asked_again(op: object, *, has_left: bool) -> list[str]:
     return sent
 
 
+@pytest.mark.parametrize(
+    ("op", "next_step"),
+    [
+        (QUESTIONS[0], "ask again"),
+        (CHANGES[0], "try again"),
+        (BeginCall("p", "", NewCall("a")), "try again"),
+        (CHANGES[1], "what was asked is carried out once one is back"),
+    ],
+)
+async def test_without_an_answer_who_asked_is_told_what_comes_of_it(op: object, next_step: str) -> None:
+    """A call is ended, should it begin yet, and the program of a graph is cancelled: so these are not carried out."""
+    ingress = IngressPrograms("ingress", send=lambda message: None, wait_s=0.001)
+    with pytest.raises(RouterUnavailableError, match=rf"^no router answered within 0\.001 s; {next_step}$"):
+        await ProgramClient(ingress).ask(op)
+
+
 def _noting(sent: list[str]):
     def send(message: wire.IngressToRouter) -> None:
         sent.extend(op.kind for op in message.program_ops)
