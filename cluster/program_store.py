@@ -381,7 +381,7 @@ def _read(program_id: str, fields: dict[bytes, bytes] | StoreRefusedError) -> Pr
     else:
         try:
             return _graph(fields)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, msgspec.DecodeError) as error:
             problem = error
     effect = "this program is unknown; the others are read"
     log.error("program_unreadable", program_id=program_id, problem=repr(problem), effect=effect)
