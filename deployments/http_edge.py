@@ -18,7 +18,6 @@ import json
 import math
 import re
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +43,7 @@ from deployments.http_bodies import (
     with_length,
     without,
 )
+from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.own_paths import OwnPaths
 from deployments.prefix_growth import GrowingChats
@@ -348,9 +348,7 @@ class _Exchange:
             return openai_errors.rejected(self._context.rejection)
         if self._context.failure is not None:
             return openai_errors.failed(self._context.failure)
-        # Neither the message nor the frames' variables: both may hold what a client wrote.
-        trace = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("request_failed", path=self._path, error=type(error).__name__, trace=trace)
+        log_unforeseen("request_failed", error, path=self._path)
         return openai_errors.internal_error()
 
     async def send(self, message: Message) -> None:
