@@ -17,7 +17,6 @@ from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity
-from deployments.request_context import AdmissionVerdict
 from tempo_router.errors import ProgramError, RouterUnavailableError
 from tempo_router.program_ops import EndCall
 
@@ -123,7 +122,7 @@ class GraphRun:
         except ProgramError as error:
             return _failed(node, openai_errors.program_refused(error))
         except RouterUnavailableError:
-            return _failed(node, openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
+            return _failed(node, openai_errors.no_router())
         finally:
             self._beginning.discard(node.node_id)
         self._tools.add(node.node_id)

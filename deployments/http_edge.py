@@ -50,7 +50,7 @@ from deployments.prefix_growth import GrowingChats
 from deployments.program_calls import join, leave
 from deployments.program_client import ProgramClient
 from deployments.program_identity import Identity, ProgramFields, first_answer, grown_chat, identify
-from deployments.request_context import AdmissionRejected, AdmissionVerdict, RequestContext, bound_request
+from deployments.request_context import AdmissionRejected, RequestContext, bound_request
 from deployments.slo_wire import BodyFields, ParsedSlo, applied_targets_ms, parse_slo
 from tempo_router.config import TempoConfig
 from tempo_router.errors import ConfigError, InvalidSloError, ProgramError, RouterUnavailableError
@@ -233,8 +233,7 @@ class HttpEdge:
                 raise RefusedError(openai_errors.program_refused(error)) from error
             self._note_alone(error)
         except RouterUnavailableError as error:
-            verdict = AdmissionVerdict(False, reject_reason="router_unavailable")
-            raise RefusedError(openai_errors.rejected(verdict)) from error
+            raise RefusedError(openai_errors.no_router()) from error
 
     def _note_alone(self, error: ProgramError) -> None:
         """A call of a program that nobody asked for is served without one: it has lost nothing that it knew of."""
@@ -333,7 +332,7 @@ class _Exchange:
         except AdmissionRejected as error:
             await self._close_with(openai_errors.rejected(error.verdict))
         except RouterUnavailableError:
-            await self._close_with(openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable")))
+            await self._close_with(openai_errors.no_router())
         except Exception as error:
             if self._is_closed:
                 raise  # vLLM has answered 500 and hands the exception on for the server to log.

@@ -153,5 +153,10 @@ def rejected(verdict: AdmissionVerdict) -> ApiError:
             return _failover("the request was not admitted", "not_admitted", retry_after_s)
 
 
+def no_router() -> ApiError:
+    """The answer where no router could be asked at all."""
+    return rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
+
+
 def _failover(message: str, code: str, retry_after_s: float | None) -> ApiError:
     return ApiError(503, message, "server_error", code, retry_after_s=retry_after_s or _FAILOVER_RETRY_S)

@@ -15,7 +15,6 @@ from deployments.logs import log_unforeseen
 from deployments.openai_errors import ApiError
 from deployments.program_api import ProgramApi
 from deployments.program_client import ProgramClient
-from deployments.request_context import AdmissionVerdict
 from deployments.slo_wire import parse_tenant
 from tempo_router.errors import InvalidSloError, ProgramError, RouterUnavailableError
 
@@ -209,7 +208,7 @@ def _refusal(error: Exception) -> ApiError:
         case ProgramError():
             return openai_errors.program_refused(error)
         case RouterUnavailableError():
-            return openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
+            return openai_errors.no_router()
         case _:
             log_unforeseen("graph_failed", error)
             return openai_errors.internal_error()

@@ -20,7 +20,6 @@ from deployments.openai_errors import ApiError
 from deployments.program_client import ProgramClient
 from deployments.program_identity import program_id_of, resolved_id
 from deployments.program_outline import outline_of, parse_outline
-from deployments.request_context import AdmissionVerdict
 from deployments.slo_wire import as_float
 from tempo_router.config import unknown_key_message
 from tempo_router.errors import ProgramError, RouterUnavailableError
@@ -51,7 +50,7 @@ class ProgramApi:
             refused = openai_errors.program_refused(error)
             return refused.status, refused
         except RouterUnavailableError:
-            refused = openai_errors.rejected(AdmissionVerdict(False, reject_reason="router_unavailable"))
+            refused = openai_errors.no_router()
             return refused.status, refused
 
     async def _routed(self, method: str, path: str, query: bytes, body: bytes, tenant: str) -> tuple[int, Any]:
