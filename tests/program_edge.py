@@ -17,6 +17,9 @@ from deployments.asgi import AsgiApp
 from deployments.http_edge import HttpEdge
 from deployments.program_client import ProgramClient
 from tempo_router.config import ProgramsConfig, TempoConfig
+from tests.http_edge import Vllm, whole
+
+PROGRAMS = "/v1/programs"
 
 
 class Memory:
@@ -70,3 +73,14 @@ async def served_by(
     async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://test") as http:
         yield http, desk
     writing.cancel()
+
+
+async def answer(vllm: Vllm, scope: Any, receive: Any, send: Any) -> None:
+    """As vLLM would, whatever is asked."""
+    await whole(send, {"choices": [{"text": "yes"}]})
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str | None]:
+    """(status, code, field) of a refusal."""
+    error = response.json()["error"]
+    return response.status_code, error["code"], error["param"]
